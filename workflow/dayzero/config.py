@@ -1,0 +1,285 @@
+"""Every key a run can set, with its type, unit and default: the single source of the schema, the defaults and the docs.
+
+A field's docstring says what it means, its unit and its "off" value. Values are never converted in silence: a key that
+is not here, a text where a number belongs (YAML reads ``1e-4`` as text) or a bad combination is refused. How recipe,
+experiment, run and command line are merged into one `RunConfig` stands in `experiment.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class TokenizerTraining(_Section):
+    """A byte-level BPE tokenizer trained on the run's own training text (for pretraining from scratch)."""
+
+    vocab_size: PositiveInt = 4096
+    """Entries in the vocabulary, special tokens included."""
+
+
+class Model(_Section):
+    """Which model, from where."""
+
+    source: str | None = None
+    """`hf:org/name@revision`, a local HF directory or GGUF file, or `package:NAME==VERSION/path/inside`."""
+    sha256: str | dict[str, str] | None = None
+    """Expected SHA-256 of the source file, or of each named file of a directory. null: recorded, not checked."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Store the weights in this dtype (GGUF weights are dequantised to it; their default is bfloat16). null: as they are."""
+    architecture: dict[str, Any] | None = None
+    """Fields of a transformers config (with `model_type`) for random weights; only with method.name pretrain."""
+    tokenizer: TokenizerTraining | None = None
+    """Train a tokenizer on the run's data instead of using the model's own. null: the model's own."""
+    chat_template: str | None = None
+    """A file with a Jinja chat template that replaces the model's own. null: the model's own."""
+    trust_remote_code: bool = False
+    """Run Python code that ships with the model. Off: such a model is refused."""
+    allow_pickle: bool = False
+    """Load pickled weights (.bin, .pt), which can run code when read. Off: only safetensors and GGUF."""
+
+
+class Data(_Section):
+    """Which rows, from where, and how they are split."""
+
+    source: str | list[str] | None = None
+    """`hf:org/name@revision`, local files, or `package:NAME==VERSION/path/inside`; several are concatenated."""
+    validation_source: str | list[str] | None = None
+    """Rows for the validation loss. null: cut from `source`, see `validation_size`."""
+    test_source: str | list[str] | None = None
+    """Held-out rows for evaluation. null: cut from `source`, see `test_size`."""
+    answers: str | list[str] | None = None
+    """Only for format function_calling: the files with the accepted answers, joined on `id`."""
+    sha256: str | dict[str, str] | None = None
+    """Expected SHA-256 of the source file, or of each source by its text. null: recorded, not checked."""
+    format: Literal["auto", "text", "prompt_completion", "messages", "function_calling"] = "auto"
+    """How a row is read. auto: from the column names, with the verdict printed."""
+    columns: dict[str, str] = {}
+    """Other names for the format's columns, e.g. `{prompt: question, completion: answer}`."""
+    subset: str | None = None
+    """For `hf:` sources: the dataset's configuration name. null: its default."""
+    split: str = "train"
+    """For `hf:` sources: the split to read as `source`."""
+    validation_size: NonNegativeInt | float = 0.05
+    """Rows (an integer) or share (below 1) cut for validation where the data has none. 0: no validation."""
+    test_size: NonNegativeInt | float = 0
+    """Rows or share held out for evaluation where the data has none. 0: no test split."""
+    split_seed: NonNegativeInt = 0
+    """Seed of the split, apart from the run's seed so that all seeds of a sweep share one split."""
+    max_rows: PositiveInt | None = None
+    """Read at most this many rows of `source`. null: all."""
+    max_chars: PositiveInt | None = None
+    """Leave out rows with more characters than this, and count them. null: no limit."""
+
+
+class Tokenize(_Section):
+    """From rows to token rows of at most `seq_len`."""
+
+    seq_len: PositiveInt = 1024
+    """Tokens in a row; at most the model's context length."""
+    packing: bool = True
+    """Several documents in a row, none attending to another. Off: one document in a row."""
+    long_documents: Literal["truncate", "split", "drop"] = "truncate"
+    """What happens to documents longer than `seq_len`; each case is counted in the manifest."""
+    min_label_tokens: PositiveInt = 1
+    """Drop (and count) documents with fewer supervised tokens than this, e.g. after truncation."""
+
+
+class Lora(_Section):
+    """Low-rank adapters (https://arxiv.org/abs/2106.09685)."""
+
+    rank: PositiveInt = 16
+    """Rank of the update."""
+    alpha: PositiveFloat = 32.0
+    """The update is scaled by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on the adapter's input. 0: off."""
+    targets: str | list[str] = "all-linear"
+    """Module name suffixes, one regular expression over full names, or `all-linear` (all but the LM head)."""
+
+
+class Method(_Section):
+    """How the model is trained."""
+
+    name: Literal["none", "full", "lora", "pretrain"] = "lora"
+    """none: the untouched model; full: all weights; lora: adapters; pretrain: all weights from random ones."""
+    lora: Lora = Lora()
+
+
+class Optimizer(_Section):
+    """AdamW with decoupled weight decay (https://arxiv.org/abs/1711.05101); none on biases, norms and embeddings."""
+
+    name: Literal["adamw"] = "adamw"
+    lr: PositiveFloat = 2e-4
+    """Peak learning rate."""
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), strict=False)
+    """Decay of the first and second moment."""
+    eps: PositiveFloat = 1e-8
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay on matrices. 0: off."""
+
+
+class LrScheduler(_Section):
+    """The learning rate over the steps: linear warm-up, then the named curve."""
+
+    name: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """wsd: warm-up, stable, then linear decay over the last `decay_steps` (https://arxiv.org/abs/2404.06395)."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps from 0 to the peak. 0: no warm-up."""
+    decay_steps: NonNegativeInt | None = None
+    """For wsd: steps of the final decay. null: a tenth of all steps."""
+    min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
+    """The last learning rate as a share of the peak."""
+
+
+class Checkpoint(_Section):
+    """Checkpoints to resume from (torch.distributed.checkpoint)."""
+
+    every: NonNegativeInt = 100
+    """Steps between checkpoints. 0: only at the end and when asked to stop."""
+    keep_last: PositiveInt = 2
+    """Complete checkpoints kept."""
+
+
+class Train(_Section):
+    """The training loop."""
+
+    max_steps: PositiveInt | None = None
+    """Optimizer steps. null: as `num_epochs` says."""
+    num_epochs: PositiveFloat | None = None
+    """Passes over the training rows. null: as `max_steps` says."""
+    global_batch_size: PositiveInt = 32
+    """Rows in an optimizer step, over all ranks and micro-batches."""
+    local_batch_size: PositiveInt = 4
+    """Rows in one forward pass of one rank; the rest is gradient accumulation."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """bf16: compute in bfloat16, weights and optimizer in float32, gradients reduced in float32."""
+    loss: Literal["chunked", "cross_entropy"] = "chunked"
+    """chunked: only label positions pass the LM head, in chunks, so that full logits never exist."""
+    loss_chunk_size: PositiveInt = 1024
+    """Label positions in a chunk."""
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    """Clip the global gradient norm to this. 0: off."""
+    activation_checkpointing: Literal["none", "full"] = "none"
+    """full: keep only each layer's input and compute the rest again in the backward pass."""
+    compile: bool = False
+    """torch.compile each layer."""
+    optimizer: Optimizer = Optimizer()
+    lr_scheduler: LrScheduler = LrScheduler()
+    validate_every: NonNegativeInt = 50
+    """Steps between validation losses. 0: only at the end."""
+    checkpoint: Checkpoint = Checkpoint()
+    num_data_workers: NonNegativeInt = 0
+    """Loader processes for each rank. 0: in the training process."""
+
+
+class Parallelism(_Section):
+    """How the ranks share the work; the world size is the product of the sizes."""
+
+    strategy: Literal["fsdp2", "ddp", "none"] = "fsdp2"
+    """none: one bare process without wrappers, the reference that all others are compared with."""
+    dp_replicate: PositiveInt = 1
+    """Data-parallel replicas (all of them for ddp; HSDP when dp_shard > 1 too)."""
+    dp_shard: PositiveInt = 1
+    """Ranks that share one copy of weights, gradients and optimizer state (FSDP2)."""
+
+    @property
+    def world_size(self) -> int:
+        """Number of training processes."""
+        return self.dp_replicate * self.dp_shard
+
+
+class Export(_Section):
+    """The plain Hugging Face directory made of the trained weights."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """dtype of the exported weights. null: that of the stored base model (float32 for pretrain)."""
+    max_shard_size: str = "5GB"
+    """Largest size of one safetensors file."""
+
+
+class Evaluate(_Section):
+    """Scores by lm-eval."""
+
+    tasks: list[str] = []
+    """Tasks of config/tasks or built into lm-eval. Empty: no evaluation."""
+    extra_tasks: list[str] = []
+    """Tasks of this run beside the experiment's."""
+    limit: PositiveInt | None = None
+    """Items of each task. null: all."""
+    batch_size: PositiveInt | Literal["auto"] = "auto"
+    """Prompts in a batch. auto: what memory allows."""
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "auto"
+    """Compute dtype. auto: as exported."""
+    seed: NonNegativeInt = 1234
+    """Seed of few-shot sampling."""
+
+
+class Serving(_Section):
+    """The comparison of vLLM with transformers on the exported directory."""
+
+    num_prompts: PositiveInt = 4
+    """Prompts taken from the validation rows."""
+    max_new_tokens: PositiveInt = 16
+    """Greedy tokens compared for each prompt."""
+    max_prompt_tokens: PositiveInt = 256
+    """Longer prompts are cut to their last tokens."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Compute dtype of both sides; only float32 can be expected to agree token by token."""
+    tolerance: PositiveFloat = 1e-3
+    """Largest allowed difference of a prompt token's log probability."""
+
+
+class StageResources(_Section):
+    """What one stage asks of the machine. Changing it reruns nothing."""
+
+    threads: PositiveInt = 2
+    mem_mb: PositiveInt = 4000
+    """Memory in MB."""
+    runtime: PositiveInt = 60
+    """Time limit in minutes."""
+    gpu: NonNegativeInt = 0
+    """GPUs."""
+
+
+class Resources(_Section):
+    """Machine settings by stage; they are not part of a run's identity."""
+
+    fetch: StageResources = StageResources(threads=1, mem_mb=4000, runtime=120)
+    tokenize: StageResources = StageResources()
+    train: StageResources = StageResources(mem_mb=6000, runtime=240)
+    export: StageResources = StageResources(mem_mb=6000)
+    evaluate: StageResources = StageResources(mem_mb=6000, runtime=240)
+    verify_serving: StageResources = StageResources(mem_mb=6000)
+    report: StageResources = StageResources(threads=1, mem_mb=2000)
+
+
+class RunConfig(_Section):
+    """One run: everything that decides its result, plus `resources`, which does not."""
+
+    experiment: str
+    """The experiment's name: its file's name without .yaml."""
+    run: str
+    """The run's name within the experiment."""
+    seed: NonNegativeInt = 0
+    """Seed of weights, adapters, dropout and the order of rows."""
+    model: Model = Model()
+    data: Data = Data()
+    tokenize: Tokenize = Tokenize()
+    method: Method = Method()
+    train: Train = Train()
+    parallelism: Parallelism = Parallelism()
+    export: Export = Export()
+    evaluate: Evaluate = Evaluate()
+    serving: Serving = Serving()
+    resources: Resources = Resources()
+
+    def resolved(self) -> dict[str, Any]:
+        """What config.json holds: every key but the machine settings."""
+        return self.model_dump(mode="json", exclude={"resources"})

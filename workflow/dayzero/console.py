@@ -1,0 +1,110 @@
+"""What a stage says: one log for terminal and file, and one progress bar for every long step."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+log = logging.getLogger("dayzero")
+console = Console(stderr=True)
+T = TypeVar("T")
+
+SECONDS_BETWEEN_LINES = 15
+"""Without a terminal a progress bar becomes a log line at most this often."""
+
+
+def setup_logging(stage: str, log_file: str | Path | None = None) -> None:
+    """Send the `dayzero` log to stderr and, with full detail and times, to `log_file`."""
+    log.setLevel(logging.INFO)
+    log.handlers.clear()
+    log.propagate = False
+    terminal: logging.Handler
+    if console.is_terminal:
+        terminal = RichHandler(console=console, show_path=False, show_time=False, show_level=False, markup=False)
+    else:
+        terminal = logging.StreamHandler(sys.stderr)
+    terminal.setFormatter(logging.Formatter(f"{stage}: %(message)s"))
+    log.addHandler(terminal)
+    if log_file:
+        Path(log_file).parent.mkdir(parents=True, exist_ok=True)
+        to_file = logging.FileHandler(log_file, encoding="utf-8")
+        to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(to_file)
+        logging.getLogger().addHandler(to_file)  # the libraries' warnings belong in the file too
+    logging.captureWarnings(True)
+
+
+class ProgressBar:
+    """A bar with step/total, free fields (loss, tokens/s) and the time left; log lines where there is no terminal.
+
+    Use as a context manager. `total` may be None when unknown.
+    """
+
+    def __init__(self, description: str, total: int | None, *, initial: int = 0, enabled: bool = True) -> None:
+        self.description, self.total, self.done, self.initial = description, total, initial, initial
+        self.enabled = enabled
+        self._started = self._last_line = time.monotonic()
+        self._bar: Progress | None = None
+        if enabled and console.is_terminal:
+            self._bar = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[info]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=console,
+            )
+            self._task = self._bar.add_task(description, total=total, completed=initial, info="")
+
+    def __enter__(self) -> ProgressBar:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def advance(self, n: int = 1, **fields: Any) -> None:
+        """Count `n` more done and show `fields` (name=value) beside the bar."""
+        self.done += n
+        if not self.enabled:
+            return
+        info = "  ".join(f"{k} {_short(v)}" for k, v in fields.items())
+        if self._bar:
+            self._bar.update(self._task, advance=n, info=info)
+            return
+        now = time.monotonic()
+        if self.done == self.total or now - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            log.info("%s %s/%s  %s  %s", self.description, self.done, self.total or "?", info, self._time_left(now))
+
+    def _time_left(self, now: float) -> str:
+        done = self.done - self.initial
+        if not self.total or not done:
+            return ""
+        return f"{(now - self._started) / done * (self.total - self.done):.0f} s left"
+
+
+def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+    """Iterate over `items` behind a progress bar."""
+    if total is None and hasattr(items, "__len__"):
+        total = len(items)
+    with ProgressBar(description, total) as bar:
+        for item in items:
+            yield item
+            bar.advance()
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

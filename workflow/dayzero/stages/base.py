@@ -1,0 +1,88 @@
+"""What all stages share: arguments, offline mode, one readable line for an error, and its exit code."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dayzero.console import log, setup_logging
+from dayzero.files import read_json
+
+EXIT_ERROR = 1
+
+
+def stage_parser(stage: str, description: str | None) -> argparse.ArgumentParser:
+    """A parser with what every stage takes: `--config` and `--log`."""
+    parser = argparse.ArgumentParser(prog=f"dayzero.stages.{stage}", description=description)
+    parser.add_argument("--config", required=True, help="a run's config.json (or its relevant part as JSON text)")
+    parser.add_argument("--log", help="also write the log to this file")
+    return parser
+
+
+def read_config(text_or_path: str) -> dict[str, Any]:
+    """The config as a dict, from a file or from JSON text."""
+    import json
+
+    return json.loads(text_or_path) if text_or_path.lstrip().startswith("{") else read_json(text_or_path)
+
+
+def run_stage(
+    parser: argparse.ArgumentParser,
+    body: Callable[[argparse.Namespace], None],
+    argv: Sequence[str] | None = None,
+    *,
+    network: bool = False,
+) -> int:
+    """Parse `argv`, run `body`, and turn any error into one last readable line and a non-zero exit code.
+
+    Only stages with `network` may reach a hub: the others run with the Hugging Face libraries offline, which must be
+    set before those are imported, so a stage imports them inside `body`.
+    """
+    args = parser.parse_args(argv)
+    stage = parser.prog.rpartition(".")[2]
+    setup_logging(stage, args.log)
+    if not network:
+        for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+            os.environ[name] = "1"
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        body(args)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else EXIT_ERROR
+    except KeyboardInterrupt:
+        log.error("interrupted")
+        return 130
+    except Exception as error:
+        _report(error, args.log)
+        return EXIT_ERROR
+    return 0
+
+
+def _report(error: Exception, log_file: str | None) -> None:
+    """The traceback goes to the log file (or, for unforeseen errors without one, to stderr); one line comes last."""
+    if log_file:
+        with open(log_file, "a", encoding="utf-8") as f:
+            traceback.print_exception(error, file=f)
+    elif not isinstance(error, ValueError | OSError):
+        traceback.print_exception(error, file=sys.stderr)
+    log.error("error: %s", one_line(error))
+
+
+def one_line(error: Exception) -> str:
+    """A user's mistake in its own words; disk and permission trouble with its remedy; others with their type."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"no space left on the disk of {_where(error)}: free some, or set results_dir to a larger disk"
+    if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return f"cannot write {_where(error)}: make it writable, or set results_dir to a folder that is"
+    message = " ".join(str(error).split())
+    return message if isinstance(error, ValueError) and message else f"{type(error).__name__}: {message}"
+
+
+def _where(error: OSError) -> Path | str:
+    return error.filename or "the results folder"

@@ -1,0 +1,89 @@
+"""Where everything lies under results/, and the keys by which runs share data, models and tokens.
+
+A key is a readable name plus a short hash of exactly what the files depend on, so a sweep pays for them once and two
+experiments share them. The part of a config that a key is made of (its "spec") is all that the making stage may read.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from dayzero.config import RunConfig
+from dayzero.files import sha256_json
+
+FORMAT = 1
+"""Raised when the files of the store change their meaning, so that old ones are not taken for new ones."""
+
+RUN_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
+
+
+def data_spec(run: RunConfig) -> dict[str, Any]:
+    """What the normalised splits of `store/data/{key}` depend on."""
+    return {"data": run.data.model_dump(mode="json")}
+
+
+def model_spec(run: RunConfig) -> dict[str, Any]:
+    """What the HF directory of `store/models/{key}` depends on."""
+    return {"model": run.model.model_dump(mode="json", exclude={"architecture", "tokenizer", "chat_template"})}
+
+
+def tokenizer_spec(run: RunConfig) -> dict[str, Any]:
+    """What a trained tokenizer in `store/tokenizers/{key}` depends on."""
+    return {**data_spec(run), "model": run.model.model_dump(mode="json", include={"tokenizer"})}
+
+
+def tokens_spec(run: RunConfig) -> dict[str, Any]:
+    """What the token rows of `store/tokens/{key}` depend on."""
+    tokenizer = tokenizer_spec(run) if run.model.tokenizer else model_spec(run)
+    spec = {**data_spec(run), **tokenizer, "tokenize": run.tokenize.model_dump(mode="json")}
+    spec["model"] = {**spec["model"], "chat_template": run.model.chat_template}
+    return spec
+
+
+def data_key(run: RunConfig) -> str:
+    return _key(_first(run.data.source), data_spec(run))
+
+
+def model_key(run: RunConfig) -> str:
+    return _key(run.model.source, model_spec(run))
+
+
+def tokenizer_key(run: RunConfig) -> str:
+    return _key(_first(run.data.source), tokenizer_spec(run))
+
+
+def tokens_key(run: RunConfig) -> str:
+    return _key(_first(run.data.source), tokens_spec(run))
+
+
+STAGE_SECTIONS = {
+    "train": ["seed", "method", "train", "parallelism"],
+    "export": ["export"],
+    "evaluate": ["evaluate"],
+    "verify_serving": ["serving"],
+}
+"""The sections of a run's config that a stage reads; changing another one does not rerun it."""
+
+
+def stage_params(run: RunConfig, stage: str) -> dict[str, Any]:
+    """The part of the config that decides what `stage` makes of its input files."""
+    config = run.resolved()
+    params = {section: config[section] for section in STAGE_SECTIONS[stage]}
+    if stage == "train":
+        params["architecture"] = config["model"]["architecture"]
+    if stage == "export":
+        params["chat_template"] = config["model"]["chat_template"]
+    return params
+
+
+def _first(source: str | list[str] | None) -> str | None:
+    return source[0] if isinstance(source, list) else source
+
+
+def _key(source: str | None, spec: dict[str, Any]) -> str:
+    name = Path((source or "none").partition("@")[0] if (source or "").startswith("hf:") else source or "none").name
+    name = re.sub(r"\.(gguf|jsonl?|csv|parquet|txt|gz|zst)", "", name, flags=re.IGNORECASE)
+    slug = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower()[:40] or "source"
+    return f"{slug}-{sha256_json({'format': FORMAT, **spec})[:10]}"
