@@ -1,0 +1,247 @@
+"""Batches as a pure function of (seed, step): a resumed run continues exactly, with no loader state to save.
+
+Sample k of a run is row `permutation(seed, epoch)[k % R]` of epoch `k // R`; the global batch of step s is samples
+[s * global_batch_size, (s + 1) * global_batch_size). So the rows of a global batch depend neither on the number of
+ranks nor on the local batch size. Within the global batch rows are sorted by length and dealt in blocks of
+`local_batch_size`, so that a micro-batch holds rows of like length (little padding) and the ranks get like work.
+
+Shapes: B rows of a micro-batch, T tokens, R rows of the split.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
+
+from dayzero.console import log
+from dayzero.data.tokens import IGNORE, TokenRows
+from dayzero.errors import ConfigError
+
+FILL = -1
+"""Stands for a row of a short last batch that is not there: all padding, no labels."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's share of a global batch."""
+
+    step: int
+    """From 0; the state after this step has seen step + 1 batches."""
+    epoch: float
+    """Passes over the rows when this batch is done."""
+    micro_batches: list[dict[str, torch.Tensor]]
+    """Each with `input_ids`, `labels` (already shifted) and `position_ids`, all int64 [B, T]."""
+    row_ids: list[int]
+    """Source rows of the whole global batch, all ranks: indices into the split's Parquet file."""
+    num_label_tokens: int
+    """Supervised tokens of this rank."""
+    num_tokens: int
+    """Tokens of this rank, padding left out."""
+
+
+@dataclass(frozen=True)
+class Padding:
+    """How long a micro-batch is: its longest row, rounded up."""
+
+    multiple: int = 1
+    """Round the length up to a multiple of this."""
+    length: int | None = None
+    """Always this long (static shapes for torch.compile). None: as long as needed."""
+
+    def __call__(self, longest: int) -> int:
+        """The padded length for a longest row of `longest` tokens."""
+        if self.length is not None:
+            assert longest <= self.length, f"a row of {longest} tokens does not fit {self.length}"
+            return self.length
+        return max(math.ceil(longest / self.multiple), 1) * self.multiple
+
+
+def steps_of(num_rows: int, global_batch_size: int, *, max_steps: int | None, num_epochs: float | None) -> int:
+    """Optimizer steps of a run: `max_steps`, or those of `num_epochs` passes over `num_rows`, the last perhaps short.
+
+    Raises ConfigError unless exactly one of the two is given.
+    """
+    if (max_steps is None) == (num_epochs is None):
+        raise ConfigError(f"train.max_steps is {max_steps} and train.num_epochs {num_epochs}: set exactly one of them")
+    return max_steps or math.ceil(_samples(num_rows, num_epochs) / global_batch_size)
+
+
+class _Batches(Dataset[Batch]):
+    """What training and validation share: `self[step]` is this rank's batch; iterating walks `steps`."""
+
+    def __init__(
+        self, rows: TokenRows, local_batch_size: int, dp_rank: int, dp_size: int, padding: Padding, num_workers: int
+    ) -> None:
+        assert 0 <= dp_rank < dp_size
+        self.rows, self.local_batch_size, self.padding = rows, local_batch_size, padding
+        self.dp_rank, self.dp_size, self.num_workers = dp_rank, dp_size, num_workers
+        self.steps = range(0)
+
+    def __len__(self) -> int:
+        """Batches an iteration yields."""
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[Batch]:
+        if not self.num_workers:
+            return map(self.__getitem__, self.steps)
+        # A generator of its own: DataLoader would draw its workers' seed from torch's global one, which a resumed run
+        # would then find in another state.
+        workers = DataLoader(
+            self,
+            batch_size=None,
+            sampler=self.steps,
+            num_workers=self.num_workers,
+            collate_fn=_identity,
+            generator=torch.Generator().manual_seed(0),
+        )
+        return iter(workers)
+
+    def __getitem__(self, step: int) -> Batch:
+        raise NotImplementedError
+
+    def _batch(self, step: int, epoch: float, rows: NDArray[np.int64], shares: list[NDArray[np.int64]]) -> Batch:
+        """A batch of all `rows` of which this rank has one micro-batch for each of `shares`."""
+        micro_batches = [self._micro_batch(share) for share in shares]
+        mine = np.concatenate(shares)
+        return Batch(
+            step=step,
+            epoch=epoch,
+            micro_batches=micro_batches,
+            row_ids=self.rows.source_rows(rows[rows != FILL]),
+            num_label_tokens=sum(int((m["labels"] != IGNORE).sum()) for m in micro_batches),
+            num_tokens=int(self.rows.lengths[mine[mine != FILL]].sum()),
+        )
+
+    def _micro_batch(self, share: NDArray[np.int64]) -> dict[str, torch.Tensor]:
+        rows = [None if r == FILL else self.rows.row(r) for r in share]
+        shape = len(rows), self.padding(max(0 if r is None else len(r.input_ids) for r in rows))  # B, T
+        input_ids, labels, position_ids = np.zeros(shape, np.int64), np.full(shape, IGNORE), np.zeros(shape, np.int64)
+        for b, row in enumerate(rows):
+            length = 0
+            if row is not None:
+                length = len(row.input_ids)
+                input_ids[b, :length], labels[b, :length] = row.input_ids, row.labels
+                position_ids[b, :length] = row.position_ids
+            position_ids[b, length:] = np.arange(shape[1] - length)  # padding is a document of its own
+        arrays = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+class TrainBatches(_Batches):
+    """The training batches of one rank.
+
+    Args:
+        rows: the training split.
+        global_batch_size: rows of an optimizer step over all ranks and micro-batches; a multiple of
+            local_batch_size * dp_size.
+        local_batch_size: rows of a micro-batch.
+        dp_rank, dp_size: this data-parallel rank and their number.
+        seed: of the order of rows.
+        max_steps: steps of the whole run; batches run on into the next epoch. Exactly one of this and num_epochs.
+        num_epochs: passes over the rows; the last batch may be short and is then filled with empty rows, so that all
+            ranks have equally many micro-batches of equal size.
+        start_step: steps already done; iterating starts there.
+        num_workers: loader processes. 0: none, batches are made when asked for.
+        padding: the length of micro-batches.
+
+    Raises ConfigError where there are fewer rows than ranks.
+    """
+
+    def __init__(
+        self,
+        rows: TokenRows,
+        *,
+        global_batch_size: int,
+        local_batch_size: int,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        seed: int = 0,
+        max_steps: int | None = None,
+        num_epochs: float | None = None,
+        start_step: int = 0,
+        num_workers: int = 0,
+        padding: Padding = Padding(),
+    ) -> None:
+        super().__init__(rows, local_batch_size, dp_rank, dp_size, padding, num_workers)
+        assert global_batch_size % (local_batch_size * dp_size) == 0
+        if len(rows) < dp_size:
+            raise ConfigError(
+                f"{dp_size} data-parallel ranks for only {len(rows)} row(s) of tokens in {rows.path}: use fewer ranks "
+                "(parallelism.dp_shard, dp_replicate), more data, or a smaller tokenize.seq_len"
+            )
+        self.global_batch_size, self.seed = global_batch_size, seed
+        self.num_steps = steps_of(len(rows), global_batch_size, max_steps=max_steps, num_epochs=num_epochs)
+        """Steps of the whole run."""
+        self.num_samples = self.num_steps * global_batch_size if max_steps else _samples(len(rows), num_epochs)
+        self.steps = range(start_step, self.num_steps)
+        if global_batch_size > len(rows) and dp_rank == 0:
+            log.warning(
+                "train.global_batch_size %d exceeds the %d rows of tokens: rows repeat in a batch or it stays short",
+                global_batch_size,
+                len(rows),
+            )
+
+    def __getitem__(self, step: int) -> Batch:
+        rows = self.global_batch(step)
+        # Longest first, equal lengths as sampled; FILL rows count as empty and come last.
+        lengths = np.where(rows == FILL, 0, self.rows.lengths[rows])
+        blocks = rows[np.argsort(-lengths, kind="stable")].reshape(-1, self.dp_size, self.local_batch_size)
+        # The ranks take turns in having the longer block of a micro-batch.
+        ranks = [self.dp_rank if m % 2 == 0 else self.dp_size - 1 - self.dp_rank for m in range(len(blocks))]
+        epoch = min((step + 1) * self.global_batch_size, self.num_samples) / len(self.rows)
+        return self._batch(step, epoch, rows, [block[rank] for block, rank in zip(blocks, ranks, strict=True)])
+
+    def global_batch(self, step: int) -> NDArray[np.int64]:
+        """[global_batch_size] row indices of step `step` in the order they are sampled, FILL where there is none."""
+        samples = np.arange(step * self.global_batch_size, (step + 1) * self.global_batch_size)
+        epochs, places = np.divmod(samples, len(self.rows))
+        rows = np.empty_like(samples)
+        for epoch in np.unique(epochs):
+            rows[epochs == epoch] = _permutation(len(self.rows), self.seed, int(epoch))[places[epochs == epoch]]
+        return np.where(samples < self.num_samples, rows, FILL)
+
+
+class ValidationBatches(_Batches):
+    """Every row once, in order, one micro-batch a step; a short last step is filled with empty rows."""
+
+    def __init__(
+        self,
+        rows: TokenRows,
+        *,
+        local_batch_size: int,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        num_workers: int = 0,
+        padding: Padding = Padding(),
+    ) -> None:
+        super().__init__(rows, local_batch_size, dp_rank, dp_size, padding, num_workers)
+        self.steps = range(math.ceil(len(rows) / (local_batch_size * dp_size)))
+
+    def __getitem__(self, step: int) -> Batch:
+        size = self.local_batch_size * self.dp_size
+        rows = np.arange(step * size, (step + 1) * size)
+        epoch = min((step + 1) * size, len(self.rows)) / len(self.rows)
+        rows = np.where(rows < len(self.rows), rows, FILL)
+        return self._batch(step, epoch, rows, [rows.reshape(self.dp_size, -1)[self.dp_rank]])
+
+
+def _samples(num_rows: int, num_epochs: float | None) -> int:
+    assert num_epochs is not None
+    return max(1, round(num_rows * num_epochs))
+
+
+@lru_cache(maxsize=2)  # a batch reaches over at most two epochs, unless it is larger than an epoch
+def _permutation(num_rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    return np.random.default_rng([seed, epoch]).permutation(num_rows)
+
+
+def _identity(batch: Any) -> Any:
+    return batch
