@@ -1,0 +1,51 @@
+# Every target sets up .venv by itself from the lock; see `make help`.
+LOCK ?= envs/lock-cpu.txt
+EXPERIMENT ?= demo
+RUN ?= lora
+HOST ?= 127.0.0.1
+PORT ?= 8000
+PYTEST_ARGS ?=
+
+export PYTHON TORCH_INDEX_URL
+
+BIN := .venv/bin
+RESULTS := results/$(EXPERIMENT)
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test lint serve clean
+
+help:
+	@echo "make demo             set up everything, run the default experiment from end to end, print its scores"
+	@echo "make test             every test (PYTEST_ARGS=... for pytest)"
+	@echo "make lint             ruff, mypy, import-linter, snakefmt, snakemake --lint"
+	@echo "make env              only install, into .venv (LOCK=envs/lock-gpu.txt with an NVIDIA GPU and CUDA 13)"
+	@echo "make serve RUN=lora   an OpenAI-compatible server on a run's model (EXPERIMENT=demo HOST=127.0.0.1 PORT=8000)"
+	@echo "make clean            remove .venv and caches; results/ stays"
+	@echo "PYTHON=/path/to/python3.12 chooses the interpreter; TORCH_INDEX_URL=... adds a wheel index for torch."
+
+env:
+	@envs/install.sh $(LOCK)
+
+demo: env
+	$(BIN)/snakemake --cores all
+	@$(BIN)/python -m dayzero.reporting.table $(RESULTS)/report/results.csv
+
+test: env
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/snakefmt --check Snakefile workflow/rules
+	$(BIN)/snakemake --lint
+
+serve: env
+	$(BIN)/snakemake --cores all $(RESULTS)/$(RUN)/model/manifest.json
+	HF_HUB_OFFLINE=1 $(BIN)/python -m vllm.entrypoints.openai.api_server --model $(RESULTS)/$(RUN)/model \
+		--served-model-name $(RUN) --host $(HOST) --port $(PORT)
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build workflow/*.egg-info
+	find workflow tests -name __pycache__ -type d -prune -exec rm -rf {} +
