@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 
 class ConfigError(ValueError):
     """A configured value cannot be used. The message names the field, its value and the remedy, in one line."""
@@ -9,3 +11,16 @@ class ConfigError(ValueError):
 
 class DataError(ValueError):
     """A file or row cannot be used. The message names the file (and row) and the remedy, in one line."""
+
+
+def one_line(error: Exception) -> str:
+    """An error as its reader needs it: a user's mistake in its own words, trouble with the disk with its remedy, any
+    other with its type."""
+    message = " ".join(str(error).split())
+    code = error.errno if isinstance(error, OSError) else None
+    where = (error.filename if isinstance(error, OSError) else None) or "the results folder"
+    if code in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in message:
+        return f"no space left on the disk of {where}: free some, or set results_dir to a larger disk"
+    if code in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return f"cannot write {where}: make it writable, or set results_dir to a folder that is"
+    return message if isinstance(error, ValueError) and message else f"{type(error).__name__}: {message}"

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from dayzero.console import log, setup_logging
+from dayzero.errors import one_line
 from dayzero.files import read_json
 
 EXIT_ERROR = 1
@@ -48,7 +47,7 @@ def run_stage(
     stage = parser.prog.rpartition(".")[2]
     setup_logging(stage, args.log)
     if not network:
-        for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS"):
             os.environ[name] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
@@ -72,17 +71,3 @@ def _report(error: Exception, log_file: str | None) -> None:
     elif not isinstance(error, ValueError | OSError):
         traceback.print_exception(error, file=sys.stderr)
     log.error("error: %s", one_line(error))
-
-
-def one_line(error: Exception) -> str:
-    """A user's mistake in its own words; disk and permission trouble with its remedy; others with their type."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"no space left on the disk of {_where(error)}: free some, or set results_dir to a larger disk"
-    if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-        return f"cannot write {_where(error)}: make it writable, or set results_dir to a folder that is"
-    message = " ".join(str(error).split())
-    return message if isinstance(error, ValueError) and message else f"{type(error).__name__}: {message}"
-
-
-def _where(error: OSError) -> Path | str:
-    return error.filename or "the results folder"

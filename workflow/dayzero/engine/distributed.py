@@ -1,0 +1,59 @@
+"""The process group and the few collectives the loop itself needs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+@contextmanager
+def process_group(timeout_minutes: float = 30) -> Iterator[torch.device]:
+    """Join torchrun's process group (nccl beside gloo where there are GPUs, gloo elsewhere); yield this rank's device.
+
+    Raises `RuntimeError` when not started by torchrun.
+    """
+    if "LOCAL_RANK" not in os.environ:
+        raise RuntimeError("no LOCAL_RANK in the environment: start this with torchrun")
+    device = local_device()
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def local_device() -> torch.device:
+    """This rank's GPU where the machine has any, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def all_reduce_sum(values: list[float], device: torch.device) -> list[float]:
+    """Sum each value over all ranks, in float64."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()

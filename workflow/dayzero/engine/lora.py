@@ -1,0 +1,67 @@
+"""LoRA adapters: put in by PEFT, kept in PEFT's own file format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from peft import LoraConfig, inject_adapter_in_model
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dayzero.config import Lora
+from dayzero.errors import ConfigError
+
+ADAPTER = "default"
+
+
+def peft_config(config: Lora) -> LoraConfig:
+    """PEFT's config with the same meaning."""
+    targets = config.targets
+    return LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=list(targets) if isinstance(targets, list) else targets,
+        task_type="CAUSAL_LM",
+        bias="none",
+    )
+
+
+def inject_lora(model: PreTrainedModel, config: Lora) -> None:
+    """Put adapters into `model` in place and freeze all else. Before FSDP2: after it the ranks would diverge.
+
+    Raises `ConfigError` when `targets` match no module, naming those that would.
+    """
+    try:
+        inject_adapter_in_model(peft_config(config), model, adapter_name=ADAPTER)
+    except ValueError as error:
+        if "arget modules" not in str(error):
+            raise
+        names = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+        raise ConfigError(
+            f"method.lora.targets {config.targets!r} match no module: this model's linear modules are {', '.join(names)}"
+        ) from error
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+
+
+def save_adapter(directory: Path, config: Lora, state: Mapping[str, Tensor], base_model: str) -> None:
+    """Write `state` (names of the model's own parameters) as a PEFT adapter directory.
+
+    The format: `adapter_config.json` beside `adapter_model.safetensors`, whose names are the model's with the prefix
+    `base_model.model.` and without the adapter's name.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    written = peft_config(config)
+    written.base_model_name_or_path = base_model
+    written.inference_mode = True
+    written.save_pretrained(str(directory))
+    tensors = {
+        "base_model.model." + name.replace(f".{ADAPTER}.", "."): tensor.contiguous().cpu()
+        for name, tensor in state.items()
+        if "lora_" in name
+    }
+    assert tensors, "a LoRA model without adapter weights"
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -1,0 +1,53 @@
+"""metrics.jsonl: one line a step, kept through interruptions."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dayzero.files import atomic_file
+from dayzero.provenance import peak_memory_gib as peak_resident_gib
+
+
+class MetricsLog:
+    """Appends step records to a file; on resume the lines after the checkpoint's step are cut off."""
+
+    def __init__(self, path: Path, *, enabled: bool) -> None:
+        self.path, self.enabled = path, enabled
+        self.records: list[dict[str, Any]] = []
+
+    def start_after(self, step: int) -> None:
+        """Keep the records up to `step` of an earlier process."""
+        if not self.enabled:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.records = [r for r in read_metrics(self.path) if r["step"] <= step] if step else []
+        with atomic_file(self.path) as temporary:
+            temporary.write_text("".join(json.dumps(r) + "\n" for r in self.records))
+
+    def write(self, record: dict[str, Any]) -> None:
+        if not self.enabled:
+            return
+        record = {**record, "time": round(time.time(), 3)}
+        self.records.append(record)
+        with open(self.path, "a", encoding="utf-8") as f:
+            f.write(json.dumps(record, allow_nan=False) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a metrics file; a half-written last line of a killed process is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory of this rank: allocated on its GPU, or resident on a CPU; GiB."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
+    return peak_resident_gib()

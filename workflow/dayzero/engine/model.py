@@ -1,0 +1,127 @@
+"""Building a Hugging Face causal LM: an empty one on the meta device on every rank, the weights on rank 0 only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from dayzero.config import Method
+from dayzero.engine.distributed import rank
+from dayzero.engine.lora import inject_lora
+from dayzero.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """Where a model's shape and weights come from."""
+
+    directory: Path | None
+    """A Hugging Face directory, for its config and (unless `random_weights`) its weights."""
+    architecture: dict[str, Any] | None = None
+    """Fields of a config for a model without a directory."""
+    random_weights: bool = False
+    trust_remote_code: bool = False
+
+    def config(self, tokenizer_directory: Path | None = None) -> PretrainedConfig:
+        """The model's config; one from `architecture` takes vocabulary and special ids from the tokenizer.
+
+        Raises `ConfigError` for an unknown model_type or field.
+        """
+        if self.directory is not None:
+            config = AutoConfig.from_pretrained(self.directory, trust_remote_code=self.trust_remote_code)
+        else:
+            config = _config_from_fields(self.architecture or {}, tokenizer_directory)
+        config.use_cache = False  # a cache in training costs memory, and packed documents would see one another
+        return config
+
+
+def build_model(
+    source: ModelSource, config: PretrainedConfig, method: Method, seed: int, *, meta: bool
+) -> PreTrainedModel:
+    """The model in float32 with its adapters, parameters to train marked; on the meta device without any values.
+
+    With values it is the same for the same seed, however many ranks there are.
+    """
+    torch.manual_seed(seed)
+    options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": source.trust_remote_code}
+    if meta:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, **options)
+    elif source.random_weights or source.directory is None:
+        model = AutoModelForCausalLM.from_config(config, **options)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(source.directory, config=config, **options)
+    if method.name == "lora":
+        torch.manual_seed(seed)
+        with torch.device("meta" if meta else "cpu"):
+            inject_lora(model, method.lora)
+    return model.train()
+
+
+def load_weights(
+    module: nn.Module, model: PreTrainedModel, values: PreTrainedModel | None, device: torch.device
+) -> None:
+    """Give the (sharded) meta-device `module` around `model` memory and the values that rank 0 holds in `values`.
+
+    Buffers are sent too: those that are not in a checkpoint, such as rotary frequencies, are garbage after `to_empty`.
+    """
+    assert (values is not None) == (rank() == 0)
+    module.to_empty(device=device)
+    model.tie_weights()
+    prefix = next(name for name, child in module.named_modules() if child is model)
+    state = {f"{prefix}.{name}": tensor for name, tensor in values.state_dict().items()} if values is not None else {}
+    set_model_state_dict(
+        module, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized())
+    )
+    buffers = dict(values.named_buffers()) if values is not None else {}
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if values is not None:
+                buffer.copy_(buffers[name])
+            if dist.is_initialized():
+                dist.broadcast(buffer, src=0)
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) parameters, shared ones once, shards counted whole."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        total += parameter.numel()
+        trainable += parameter.numel() if parameter.requires_grad else 0
+    return trainable, total
+
+
+def _config_from_fields(fields: dict[str, Any], tokenizer_directory: Path | None) -> PretrainedConfig:
+    from transformers import AutoTokenizer
+
+    fields = dict(fields)
+    model_type = fields.pop("model_type", None)
+    if model_type is None:
+        raise ConfigError("model.architecture has no model_type: name one, e.g. model_type: llama")
+    if tokenizer_directory is not None:
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_directory)
+        fields.setdefault("vocab_size", len(tokenizer))
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            fields.setdefault(name, getattr(tokenizer, name))
+        if fields["vocab_size"] < len(tokenizer):
+            raise ConfigError(
+                f"model.architecture.vocab_size {fields['vocab_size']} is smaller than the tokenizer's {len(tokenizer)}: "
+                "leave it out or raise it"
+            )
+    try:
+        config = AutoConfig.for_model(model_type, **fields)
+    except ValueError as error:
+        raise ConfigError(f"model.architecture: {error}") from error
+    unknown = sorted(set(fields) - set(type(config)().to_dict()))
+    if unknown:
+        raise ConfigError(
+            f"model.architecture: {model_type} has no field {', '.join(unknown)}: see its transformers config"
+        )
+    return config

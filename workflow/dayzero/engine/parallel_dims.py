@@ -1,0 +1,67 @@
+"""The only arithmetic on parallel sizes. Pure: it needs no process group and says no before one exists."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dayzero.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+STRATEGIES = ("fsdp2", "ddp", "none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelDims:
+    """Sizes of the mesh axes. Their product is the world size; each error prints the equation with its values.
+
+    Raises `ConfigError` when the sizes contradict each other or the world.
+    """
+
+    strategy: str
+    world_size: int
+    dp_replicate: int = 1
+    dp_shard: int = 1
+
+    def __post_init__(self) -> None:
+        if self.strategy not in STRATEGIES:
+            raise ConfigError(f"parallelism.strategy {self.strategy!r} is unknown: use one of {', '.join(STRATEGIES)}")
+        product = self.dp_replicate * self.dp_shard
+        equation = f"dp_replicate {self.dp_replicate} x dp_shard {self.dp_shard} = {product}"
+        if product != self.world_size:
+            raise ConfigError(
+                f"parallelism: {equation}, but the world size is {self.world_size}: "
+                f"start {product} processes or change the sizes so that their product is {self.world_size}"
+            )
+        if self.strategy == "none" and self.world_size != 1:
+            raise ConfigError(f"parallelism: strategy none is one bare process, but {equation}: use fsdp2 or ddp")
+        if self.strategy == "ddp" and self.dp_shard != 1:
+            raise ConfigError(f"parallelism: ddp shards nothing, but {equation}: set dp_replicate instead of dp_shard")
+
+    @property
+    def dp(self) -> int:
+        """Ranks that see different rows."""
+        return self.dp_replicate * self.dp_shard
+
+    def grad_accum_steps(self, global_batch_size: int, local_batch_size: int) -> int:
+        """Micro-batches of one rank in an optimizer step. Raises `ConfigError` when they do not divide."""
+        rows = local_batch_size * self.dp
+        if global_batch_size % rows:
+            raise ConfigError(
+                f"train.global_batch_size {global_batch_size} is not a multiple of local_batch_size {local_batch_size} "
+                f"x dp {self.dp} = {rows}: use a multiple of {rows}, or a smaller local_batch_size"
+            )
+        return global_batch_size // rows
+
+    def build_mesh(self, device_type: str) -> DeviceMesh:
+        """The device mesh: (dp_shard), for HSDP (dp_replicate, dp_shard), for ddp (dp_replicate)."""
+        from torch.distributed.device_mesh import init_device_mesh
+
+        axes = {"dp_replicate": self.dp_replicate, "dp_shard": self.dp_shard}
+        if self.strategy == "ddp":
+            del axes["dp_shard"]
+        elif self.dp_replicate == 1:
+            del axes["dp_replicate"]  # a replicate axis, even of size 1, costs an all-reduce for each gradient
+        return init_device_mesh(device_type, tuple(axes.values()), mesh_dim_names=tuple(axes))

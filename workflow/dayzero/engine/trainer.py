@@ -1,0 +1,236 @@
+"""The training loop. It knows batches and a place for its files; not where either comes from.
+
+The loss of a step is the sum of token losses over the global batch (all ranks and micro-batches) divided by the global
+number of label tokens: what is logged is exactly what is optimised, and it does not depend on how rows are dealt.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from dayzero.config import Method, Train
+from dayzero.console import ProgressBar, log
+from dayzero.engine import checkpoint, distributed
+from dayzero.engine.loss import CausalLMWithLoss
+from dayzero.engine.lr_scheduler import lr_factor
+from dayzero.engine.metrics import MetricsLog, peak_memory_gib
+from dayzero.engine.model import ModelSource, build_model, count_parameters, load_weights
+from dayzero.engine.optimizer import build_optimizer, clip_grad_norm
+from dayzero.engine.parallel_dims import ParallelDims
+from dayzero.engine.parallelize import parallelize
+from dayzero.engine.precision import autocast
+from dayzero.engine.signals import StopRequest
+
+
+class Batch(Protocol):
+    """One rank's share of a global batch (see the data room's loader)."""
+
+    step: int
+    epoch: float
+    micro_batches: list[dict[str, Tensor]]
+    row_ids: list[int]
+    num_label_tokens: int
+    num_tokens: int
+
+
+class Interrupted(Exception):
+    """Training was asked to stop and has written a checkpoint."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"stopped as asked after step {step}; a checkpoint is written: start again to continue")
+
+
+class NonFiniteLoss(ValueError):
+    """The loss or the gradient norm is NaN or infinite; the optimizer has not stepped."""
+
+
+@dataclass(kw_only=True)
+class Trainer:
+    """One rank's model, optimizer and step; built identically on every rank.
+
+    `identity` is what a checkpoint must agree with to be continued; `directory` holds `checkpoints/`.
+    """
+
+    source: ModelSource
+    tokenizer_directory: Path | None
+    method: Method
+    train: Train
+    dims: ParallelDims
+    seed: int
+    max_steps: int
+    device: torch.device
+    directory: Path
+    identity: dict[str, Any]
+    step: int = 0
+    """Optimizer steps done."""
+    validation_losses: dict[int, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        config = self.source.config(self.tokenizer_directory)
+        # rank 0 first: a model that cannot be loaded is said once, before any rank waits for another
+        values = build_model(self.source, config, self.method, self.seed, meta=False) if self.is_main else None
+        model = build_model(self.source, config, self.method, self.seed, meta=True)
+        self.trainable_parameters, self.total_parameters = count_parameters(model)
+        bare = CausalLMWithLoss(model, loss=self.train.loss, chunk_size=self.train.loss_chunk_size)
+        mesh = None if self.dims.strategy == "none" else self.dims.build_mesh(self.device.type)
+        self.module: nn.Module = parallelize(
+            bare, self.dims, mesh, self.train, load=lambda: load_weights(bare, model, values, self.device)
+        )
+        self.optimizer = build_optimizer(self.module, self.train.optimizer)
+        self.metrics = MetricsLog(self.checkpoints / "metrics.jsonl", enabled=self.is_main)
+
+    @property
+    def is_main(self) -> bool:
+        return distributed.rank() == 0
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.directory / "checkpoints"
+
+    def resume(self) -> None:
+        """Continue from the newest complete checkpoint, if there is one."""
+        if self.is_main:
+            checkpoint.remove_unfinished(self.checkpoints)
+        distributed.barrier()
+        found = checkpoint.checkpoints(self.checkpoints)
+        if found:
+            saved = checkpoint.check_identity(found[-1], self.identity)
+            checkpoint.load_checkpoint(found[-1], self.module, self.optimizer)
+            self.step = saved["step"]
+            self.validation_losses = {int(k): v for k, v in saved["validation_losses"].items()}
+            if self.is_main:
+                log.info("continuing from %s", found[-1])
+        self.metrics.start_after(self.step)
+
+    def fit(self, batches: Callable[[int], Iterable[Batch]], validation: Callable[[], Iterable[Batch]] | None) -> None:
+        """Train from `step` to `max_steps`. `batches(step)` yields this rank's batches from that step on.
+
+        Raises `NonFiniteLoss`, and `Interrupted` after SIGTERM or SIGUSR1 once a checkpoint is written.
+        """
+        with (
+            StopRequest() as stop,
+            ProgressBar("train", self.max_steps, initial=self.step, enabled=self.is_main) as progress,
+        ):
+            waiting_since = time.perf_counter()
+            for batch in batches(self.step) if self.step < self.max_steps else ():
+                started = time.perf_counter()
+                record, stop_asked = self.train_step(batch, stop.asked)
+                self.step = batch.step + 1
+                last = self.step == self.max_steps
+                seconds = time.perf_counter() - started
+                record |= speed(record["num_tokens"], seconds, started - waiting_since, self.dims.world_size)
+                record["peak_memory_gib"] = peak_memory_gib(self.device)
+                if validation and (last or (self.train.validate_every and self.step % self.train.validate_every == 0)):
+                    record["validation_loss"] = self.validation_losses[self.step] = self.validate(validation())
+                self.metrics.write(record)
+                progress.advance(loss=record["loss"], tokens_per_second=round(record["tokens_per_second"]))
+                every = self.train.checkpoint.every
+                if last or stop_asked or (every and self.step % every == 0):
+                    self.save()
+                if stop_asked and not last:
+                    raise Interrupted(self.step)
+                waiting_since = time.perf_counter()
+
+    def train_step(self, batch: Batch, stop: bool = False) -> tuple[dict[str, Any], bool]:
+        """One optimizer step; returns its record and whether any rank was asked to stop."""
+        step = batch.step + 1
+        # every step has its own seed, so a resumed run needs no saved RNG state
+        torch.manual_seed((self.seed * 1_000_003 + step) * 1_009 + distributed.rank())
+        lr = self.train.optimizer.lr * lr_factor(step, self.max_steps, self.train.lr_scheduler)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        num_labels, num_tokens, stops = distributed.all_reduce_sum(
+            [batch.num_label_tokens, batch.num_tokens, stop], self.device
+        )
+        # FSDP2 and DDP average gradients over ranks; the loss is a sum over ranks
+        scale = self.dims.dp / max(num_labels, 1)
+        loss_sum = 0.0
+        for index, micro_batch in enumerate(batch.micro_batches):
+            with self._gradient_sync(last=index == len(batch.micro_batches) - 1):
+                loss = self._loss_sum(micro_batch)
+                (loss * scale).backward()
+            loss_sum += loss.item()
+        loss_value = distributed.all_reduce_sum([loss_sum], self.device)[0] / max(num_labels, 1)
+        grad_norm = clip_grad_norm(self.module.parameters(), self.train.max_grad_norm)
+        if not (math.isfinite(loss_value) and math.isfinite(grad_norm)):
+            raise NonFiniteLoss(
+                f"loss {loss_value} and gradient norm {grad_norm} at step {step}, source rows {batch.row_ids}: inspect "
+                "those rows, lower the learning rate, or train in fp32; the last checkpoint is kept"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        record = {"step": step, "epoch": batch.epoch, "loss": loss_value, "grad_norm": grad_norm, "lr": lr}
+        return record | {"num_label_tokens": int(num_labels), "num_tokens": int(num_tokens)}, stops > 0
+
+    @torch.no_grad()
+    def validate(self, batches: Iterable[Batch]) -> float:
+        """Mean loss of a label token over all validation rows."""
+        self.module.eval()
+        loss_sum = num_labels = 0.0
+        for batch in batches:
+            loss_sum += sum(self._loss_sum(m).item() for m in batch.micro_batches)
+            num_labels += batch.num_label_tokens
+        self.module.train()
+        loss_sum, num_labels = distributed.all_reduce_sum([loss_sum, num_labels], self.device)
+        return loss_sum / max(num_labels, 1)
+
+    def save(self) -> None:
+        """Write a checkpoint of the present step."""
+        trainer = {"identity": self.identity, "validation_losses": self.validation_losses}
+        keep = self.train.checkpoint.keep_last
+        checkpoint.save_checkpoint(self.checkpoints, self.step, self.module, self.optimizer, trainer, keep)
+
+    @torch.no_grad()
+    def logits(self, input_ids: Tensor) -> Tensor:
+        """[B, T] of one document a row -> [B, T, V] on the CPU, float32, as computed in training. All ranks call it."""
+        self.module.eval()
+        position_ids = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+        with autocast(self.train.precision, self.dims.strategy, self.device):
+            logits = self.module(input_ids.to(self.device), None, position_ids.to(self.device))
+        self.module.train()
+        return logits.float().cpu()
+
+    def trained_weights(self) -> dict[str, Tensor]:
+        """Every trained parameter whole, by the model's own names, on rank 0's CPU; empty on other ranks."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+        state = get_model_state_dict(self.module, options=options)
+        return {name.removeprefix("model."): tensor for name, tensor in state.items()}
+
+    def _loss_sum(self, micro_batch: dict[str, Tensor]) -> Tensor:
+        inputs = {name: tensor.to(self.device, non_blocking=True) for name, tensor in micro_batch.items()}
+        with autocast(self.train.precision, self.dims.strategy, self.device):
+            return self.module(**inputs)
+
+    def _gradient_sync(self, *, last: bool) -> Any:
+        """Reduce gradients over ranks in the last micro-batch only.
+
+        Under FSDP2 that keeps the whole gradient on every rank meanwhile, which is small for adapters; with all weights
+        trained each micro-batch is reduced to its shard at once.
+        """
+        if self.dims.strategy == "ddp" and not last:
+            return self.module.no_sync()
+        if self.dims.strategy == "fsdp2" and self.method.name == "lora":
+            self.module.set_requires_gradient_sync(last)
+        return nullcontext()
+
+
+def speed(num_tokens: int, seconds: float, data_seconds: float, world_size: int) -> dict[str, float | None]:
+    """The timing keys of metrics.jsonl; tokens a second count the wait for data."""
+    rate = num_tokens / max(seconds + data_seconds, 1e-9)
+    return {
+        "tokens_per_second": rate,
+        "tokens_per_second_per_gpu": rate / world_size,
+        "mfu": None,
+        "step_seconds": seconds,
+        "data_seconds": data_seconds,
+    }

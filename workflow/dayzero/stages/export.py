@@ -1,0 +1,142 @@
+"""Make a plain Hugging Face directory of a run's weights and prove that it reloads to the model that was trained."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from dayzero.config import RunConfig
+from dayzero.console import log
+from dayzero.errors import ConfigError
+from dayzero.files import atomic_directory, read_json, sha256_file, write_json
+from dayzero.provenance import Clock
+from dayzero.stages.base import read_config, run_stage, stage_parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = stage_parser("export", __doc__)
+    parser.add_argument("--model", type=Path, help="store/models/KEY: the base model")
+    parser.add_argument("--tokenizer", type=Path, help="store/tokenizers/KEY, where one was trained")
+    parser.add_argument("--train", type=Path, help="{experiment}/{run}/train; not for method none")
+    parser.add_argument("--output", type=Path, required=True, help="{experiment}/{run}/model")
+    return run_stage(parser, export, argv)
+
+
+def export(args: argparse.Namespace) -> None:
+    clock = Clock()
+    run = RunConfig.model_validate_json(json.dumps(read_config(args.config)))
+    if (run.method.name != "none") != (args.train is not None):
+        raise ConfigError(f"method.name is {run.method.name}: --train belongs to trained runs, and only to those")
+
+    import torch
+    from transformers import AutoTokenizer, GenerationConfig
+
+    from dayzero.engine.export import DTYPE_TOLERANCE, REFERENCE_TOLERANCE, largest_difference, logits_of, reload
+    from dayzero.engine.export import trained_model
+    from dayzero.engine.model import ModelSource
+
+    trust = run.model.trust_remote_code
+    source = ModelSource(
+        directory=args.model,
+        architecture=run.model.architecture,
+        random_weights=run.method.name == "pretrain",
+        trust_remote_code=trust,
+    )
+    model = trained_model(source, args.tokenizer, run.method, run.seed, args.train)
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model, trust_remote_code=trust)
+    if run.model.chat_template:
+        tokenizer.chat_template = Path(run.model.chat_template).read_text(encoding="utf-8")
+    probe = _probe(args, tokenizer)
+    whole = logits_of(model, probe["input_ids"])
+
+    stored = read_json(args.model / "manifest.json").get("dtype") if args.model else None
+    dtype = run.export.dtype or (stored if stored in DTYPE_TOLERANCE else "float32")
+    if args.model and (args.model / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(args.model)
+    model.config.use_cache = True  # off only while training
+    model.to(getattr(torch, dtype))
+    with atomic_directory(args.output) as directory:
+        model.save_pretrained(directory, max_shard_size=run.export.max_shard_size)
+        tokenizer.save_pretrained(directory)
+        num_parameters = sum(p.numel() for p in model.parameters())
+        del model
+        reloaded = logits_of(reload(directory, trust), probe["input_ids"])
+        difference = largest_difference(reloaded, whole)
+        _require("reloaded and exported", difference, 1e-6 + DTYPE_TOLERANCE[dtype])
+        checks: dict[str, Any] = {"dtype": dtype, "reloaded_to_exported": difference}
+        tolerance = DTYPE_TOLERANCE[dtype]
+        if args.train:
+            tolerance += REFERENCE_TOLERANCE[run.train.precision]
+            difference = largest_difference(reloaded, probe["logits"])
+            _require("reloaded and in-training", difference, tolerance)
+            checks["exported_to_training"] = largest_difference(whole, probe["logits"])
+            _require(
+                "exported and in-training", checks["exported_to_training"], REFERENCE_TOLERANCE[run.train.precision]
+            )
+        checks |= {"max_logit_difference": difference, "tolerance": tolerance, "tokens": probe["input_ids"].shape[1]}
+        log.info("reloads with logits within %.2g of the reference (allowed %.2g)", difference, tolerance)
+        files = {p.name: sha256_file(p) for p in sorted(directory.iterdir()) if p.is_file()}
+        provenance = clock.provenance()
+        (directory / "README.md").write_text(model_card(run, args, dtype, provenance), encoding="utf-8")
+        manifest = {
+            "method": run.method.name,
+            "dtype": dtype,
+            "num_parameters": num_parameters,
+            "reload": checks,
+            "files": files,
+            "provenance": provenance,
+        }
+        write_json(directory / "manifest.json", manifest)
+
+
+def _probe(args: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
+    """Token ids, and the logits that training gave for them where there was training."""
+    import torch
+    from safetensors.torch import load_file
+
+    if args.train:
+        return load_file(args.train / "probe.safetensors")
+    return {"input_ids": torch.tensor([tokenizer("The exported model must be the model that was loaded.").input_ids])}
+
+
+def _require(what: str, difference: float, tolerance: float) -> None:
+    if not difference <= tolerance:  # also refuses NaN
+        raise ValueError(
+            f"the {what} logits differ by {difference:.3g} of the largest, more than {tolerance:.3g}: nothing is exported"
+        )
+
+
+def model_card(run: RunConfig, args: argparse.Namespace, dtype: str, provenance: dict[str, Any]) -> str:
+    """The directory's README.md: what it was made from and how."""
+    base = read_json(args.model / "manifest.json") if args.model else {}
+    header = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["dayzero", run.method.name]}
+    if licence := base.get("licence"):
+        header["license"] = licence
+    git = provenance["git"] or {}
+    rows = {
+        "base model": run.model.source or f"random weights, {(run.model.architecture or {}).get('model_type')}",
+        "base revision": base.get("revision"),
+        "data": json.dumps(run.data.source),
+        "method": run.method.name,
+        "seed": run.seed,
+        "weights": dtype,
+        "dayzero": f"{provenance['dayzero']} (commit {git.get('commit', 'unknown')}{', modified' if git.get('dirty') else ''})",
+        "packages": ", ".join(f"{name} {version}" for name, version in provenance["packages"].items()),
+        "made": provenance["finished"],
+    }
+    if args.train:
+        summary = read_json(args.train / "summary.json")
+        rows |= {"steps": summary["steps"], "last loss": summary["loss"], "validation loss": summary["validation_loss"]}
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value is not None)
+    front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in header.items())
+    return (
+        f"---\n{front}\n---\n\n# {run.experiment}/{run.run}\n\n| | |\n|---|---|\n{table}\n\n"
+        f"The full configuration:\n\n```json\n{json.dumps(run.resolved(), indent=2)}\n```\n"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

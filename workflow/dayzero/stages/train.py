@@ -1,0 +1,231 @@
+"""Train one run: token rows and a model in, metrics, checkpoints and (for LoRA) an adapter out.
+
+Started by a person or a rule it checks what can be checked without a process group and starts torchrun on itself; the
+processes that torchrun starts do the training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from dayzero.config import RunConfig
+from dayzero.console import log
+from dayzero.errors import ConfigError
+from dayzero.files import atomic_directory, atomic_file, write_json
+from dayzero.provenance import Clock
+from dayzero.stages.base import read_config, run_stage, stage_parser
+
+PROBE_TOKENS = 32
+"""Length of the text on which the exported model must give the logits of training."""
+
+FREE_TO_CHANGE = {
+    "train": {
+        "local_batch_size", "loss", "loss_chunk_size", "activation_checkpointing", "compile", "validate_every",
+        "checkpoint", "num_data_workers",
+    },
+}  # fmt: skip
+"""Keys that do not decide what is learnt: a checkpoint may be continued with other values, on other ranks too."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = stage_parser("train", __doc__)
+    parser.add_argument("--tokens", type=Path, required=True, help="store/tokens/KEY")
+    parser.add_argument("--model", type=Path, help="store/models/KEY; not for random weights from model.architecture")
+    parser.add_argument("--tokenizer", type=Path, help="store/tokenizers/KEY, with model.architecture")
+    parser.add_argument("--output", type=Path, required=True, help="{experiment}/{run}/train")
+    parser.add_argument(
+        "--set-aside-other-checkpoints",
+        action="store_true",
+        help="train afresh where the checkpoints are of another config (default: refuse, naming the differing keys)",
+    )
+    arguments = sys.argv[1:] if argv is None else argv
+
+    from dayzero.engine.launch import is_worker
+
+    if is_worker():
+        return run_stage(parser, _rank, argv)
+    return run_stage(parser, lambda args: _launch(args, arguments), argv)
+
+
+def _launch(args: argparse.Namespace, arguments: list[str]) -> None:
+    from dayzero.engine import checkpoint
+    from dayzero.engine.launch import EXIT_INTERRUPTED, run_torchrun
+    from dayzero.engine.parallel_dims import ParallelDims
+
+    run = _read_run(args)
+    sizes = run.parallelism.model_dump()
+    dims = ParallelDims(world_size=run.parallelism.world_size, **sizes)
+    dims.grad_accum_steps(run.train.global_batch_size, run.train.local_batch_size)
+    directory = args.output / "checkpoints"
+    if found := checkpoint.checkpoints(directory):
+        try:
+            checkpoint.check_identity(found[-1], identity(run, args))
+        except ConfigError as error:
+            if not args.set_aside_other_checkpoints:
+                raise
+            log.warning("training afresh; the old checkpoints are in %s: %s", checkpoint.set_aside(directory), error)
+    for path in (args.output / "metrics.jsonl", args.output / "summary.json"):
+        path.unlink(missing_ok=True)
+    args.output.mkdir(parents=True, exist_ok=True)
+    if not run_torchrun("dayzero.stages.train", arguments, run.parallelism.world_size):
+        log.warning("stopped as asked with a checkpoint in %s: start the stage again to continue", directory)
+        raise SystemExit(EXIT_INTERRUPTED)
+
+
+def _rank(args: argparse.Namespace) -> None:
+    from dayzero.engine import distributed
+    from dayzero.engine.launch import EXIT_INTERRUPTED, errors_reported
+    from dayzero.engine.trainer import Interrupted
+
+    with distributed.process_group() as device, errors_reported(distributed.rank()):
+        if distributed.rank() != 0:
+            log.handlers.clear()
+        try:
+            _train(args, device)
+        except Interrupted as stop:
+            log.warning("%s", stop)
+            raise SystemExit(EXIT_INTERRUPTED) from None
+        except Exception:
+            log.handlers.clear()  # the launching process says it, once for all ranks
+            raise
+
+
+def _train(args: argparse.Namespace, device: Any) -> None:
+    from dayzero.data.loader import TrainBatches, ValidationBatches
+    from dayzero.data.tokens import TokenRows
+    from dayzero.engine import distributed
+    from dayzero.engine.model import ModelSource
+    from dayzero.engine.parallel_dims import ParallelDims
+    from dayzero.engine.trainer import Trainer
+
+    clock = Clock()
+    run = _read_run(args)
+    dims = ParallelDims(world_size=distributed.world_size(), **run.parallelism.model_dump())
+    dims.grad_accum_steps(run.train.global_batch_size, run.train.local_batch_size)
+    rows = TokenRows(args.tokens / "train", run.tokenize.seq_len)
+    held_out = TokenRows(args.tokens / "validation") if (args.tokens / "validation").is_dir() else None
+    share: dict[str, Any] = {
+        "local_batch_size": run.train.local_batch_size,
+        "dp_rank": distributed.rank(),
+        "dp_size": dims.dp,
+        "num_workers": run.train.num_data_workers,
+    }
+
+    def batches(start_step: int) -> TrainBatches:
+        return TrainBatches(
+            rows,
+            global_batch_size=run.train.global_batch_size,
+            seed=run.seed,
+            max_steps=run.train.max_steps,
+            num_epochs=run.train.num_epochs,
+            start_step=start_step,
+            **share,
+        )
+
+    trainer = Trainer(
+        source=ModelSource(
+            directory=args.model,
+            architecture=run.model.architecture,
+            random_weights=run.method.name == "pretrain",
+            trust_remote_code=run.model.trust_remote_code,
+        ),
+        tokenizer_directory=args.tokenizer,
+        method=run.method,
+        train=run.train,
+        dims=dims,
+        seed=run.seed,
+        max_steps=batches(0).num_steps,
+        device=device,
+        directory=args.output,
+        identity=identity(run, args),
+    )
+    log.info(
+        "%s, %d of %d parameters trained, %d ranks (%s), %d rows, %d steps of %d rows",
+        run.method.name, trainer.trainable_parameters, trainer.total_parameters, dims.world_size, dims.strategy,
+        len(rows), trainer.max_steps, run.train.global_batch_size,
+    )  # fmt: skip
+    trainer.resume()
+    trainer.fit(batches, (lambda: ValidationBatches(held_out, **share)) if held_out else None)
+    _write_results(args, run, trainer, rows, clock)
+
+
+def _write_results(args: argparse.Namespace, run: RunConfig, trainer: Any, rows: Any, clock: Clock) -> None:
+    """Adapter, probe logits, metrics.jsonl and, last, summary.json. All ranks take part, rank 0 writes."""
+    import torch
+    from safetensors.torch import save_file
+
+    from dayzero.engine.lora import save_adapter
+
+    row = rows.row(0)
+    first_document = row.position_ids[1:].tolist().index(0) + 1 if 0 in row.position_ids[1:] else len(row.input_ids)
+    probe = torch.from_numpy(row.input_ids[: min(first_document, PROBE_TOKENS)]).unsqueeze(0)
+    logits = trainer.logits(probe)
+    weights = trainer.trained_weights() if run.method.name == "lora" else {}
+    if not trainer.is_main:
+        return
+    if run.method.name == "lora":
+        with atomic_directory(args.output / "adapter") as adapter:
+            save_adapter(adapter, run.method.lora, weights, base_model=str(run.model.source))
+    with atomic_file(args.output / "probe.safetensors") as file:
+        save_file({"input_ids": probe, "logits": logits.contiguous()}, file)
+    records = trainer.metrics.records
+    with atomic_file(args.output / "metrics.jsonl") as file:
+        shutil.copyfile(trainer.metrics.path, file)
+    last = records[-1]
+    write_json(
+        args.output / "summary.json",
+        {
+            "method": run.method.name,
+            "steps": trainer.step,
+            "loss": last["loss"],
+            "validation_loss": trainer.validation_losses.get(trainer.step),
+            "num_tokens": sum(r["num_tokens"] for r in records),
+            "num_label_tokens": sum(r["num_label_tokens"] for r in records),
+            "seconds": round(sum(r["step_seconds"] + r["data_seconds"] for r in records), 2),
+            "tokens_per_second": median(r["tokens_per_second"] for r in records),
+            "peak_memory_gib": max(r["peak_memory_gib"] for r in records),
+            "world_size": trainer.dims.world_size,
+            "parallelism": run.parallelism.model_dump(),
+            "trainable_parameters": trainer.trainable_parameters,
+            "total_parameters": trainer.total_parameters,
+            "checkpoint": f"checkpoints/step_{trainer.step}",
+            "seed": run.seed,
+            "provenance": clock.provenance(identity=trainer.identity),
+        },
+    )
+
+
+def identity(run: RunConfig, args: argparse.Namespace) -> dict[str, Any]:
+    """What decides the weights: the keys on which a checkpoint must agree to be continued."""
+    config = run.resolved()
+    kept = {name: value for name, value in config["train"].items() if name not in FREE_TO_CHANGE["train"]}
+    method = config["method"] if run.method.name == "lora" else {"name": run.method.name}
+    return {
+        "seed": run.seed,
+        "method": method,
+        "train": kept,
+        "model": {"store": args.model.name if args.model else None, "architecture": config["model"]["architecture"]},
+        "tokens": {"store": args.tokens.name},
+    }
+
+
+def _read_run(args: argparse.Namespace) -> RunConfig:
+    import json
+
+    if not (args.tokens / "manifest.json").is_file():
+        raise ConfigError(f"--tokens {args.tokens} has no manifest.json: run the tokenize stage first")
+    run = RunConfig.model_validate_json(json.dumps(read_config(args.config)))
+    if run.method.name == "none":
+        raise ConfigError("method.name is none: this run is not trained; choose full, lora or pretrain")
+    if args.model is None and run.model.architecture is None:
+        raise ConfigError("--model is missing: give store/models/KEY, or set model.architecture for random weights")
+    return run
+
+
+if __name__ == "__main__":
+    sys.exit(main())
