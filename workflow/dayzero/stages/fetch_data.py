@@ -1,0 +1,31 @@
+"""Read the run's data from its sources, normalise and split it: `store/data/{key}`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dayzero.stages.base import read_config, run_stage, stage_parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of the stage; returns its exit code."""
+    parser = stage_parser("fetch_data", __doc__)
+    parser.add_argument("--output", required=True, type=Path, help="the folder to make, store/data/KEY")
+    return run_stage(parser, body, argv, network=True)
+
+
+def body(args: argparse.Namespace) -> None:
+    """Fetch `config.data` into `args.output`."""
+    from dayzero.config import Data
+    from dayzero.data.data_files import fetch_data
+    from dayzero.provenance import Clock
+
+    clock = Clock()
+    fetch_data(Data.model_validate(read_config(args.config)["data"]), args.output, clock)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
