@@ -1,0 +1,194 @@
+"""Combinations of values that cannot work, and settings that a run would ignore: found before any job runs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from dayzero.config import RunConfig
+
+_SIZE = re.compile(r"\d+(\.\d+)?\s?[KMGT]i?B", re.IGNORECASE)
+_PACKAGE = re.compile(r"package:[A-Za-z0-9][A-Za-z0-9._-]*==[^/=\s]+/[^\s].*")
+_HUB = re.compile(r"hf:[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
+_PREFIX = re.compile(r"([A-Za-z][A-Za-z0-9+]+):")
+
+
+class Finding(NamedTuple):
+    """What is wrong at which dotted key."""
+
+    key: str
+    message: str
+
+
+def impossible(run: RunConfig) -> list[Finding]:
+    """Every impossible combination of a run's values."""
+    checks = (_model, _sources, _data, _training, _parallelism, _other)
+    return [Finding(*found) for check in checks for found in check(run)]
+
+
+def without_effect(run: RunConfig) -> list[Finding]:
+    """Prefixes of keys that do nothing in this run, each with the reason."""
+    found = []
+    method = run.method.name
+    if method == "none":
+        reason = "method.name none trains nothing, so this would be ignored"
+        found += [Finding("train", reason), Finding("parallelism", reason)]
+    if method != "lora":
+        found.append(Finding("method.lora", f"only method.name lora uses it, this run's is {method}"))
+    if run.train.loss != "chunked":
+        found.append(
+            Finding("train.loss_chunk_size", f"only train.loss chunked uses it, this run's is {run.train.loss}")
+        )
+    if run.train.lr_scheduler.name != "wsd":
+        name = run.train.lr_scheduler.name
+        found.append(
+            Finding("train.lr_scheduler.decay_steps", f"only train.lr_scheduler.name wsd uses it, this run's is {name}")
+        )
+    for split in ("validation", "test"):
+        if getattr(run.data, f"{split}_source"):
+            found.append(Finding(f"data.{split}_size", f"data.{split}_source gives the rows: leave one of the two out"))
+    if not any(source.startswith("hf:") for source in _all_sources(run)):
+        found += [Finding(f"data.{key}", "only hf: sources have it") for key in ("subset", "split")]
+    return found
+
+
+def _model(run: RunConfig) -> Iterator[tuple[str, str]]:
+    model, pretrain = run.model, run.method.name == "pretrain"
+    if not pretrain:
+        for key in ("architecture", "tokenizer"):
+            if getattr(model, key) is not None:
+                yield f"model.{key}", f"only with method.name pretrain, this run's is {run.method.name}: set it to null"
+        if model.source is None:
+            yield (
+                "model.source",
+                f"method.name {run.method.name} needs a model: name one (hf:, package: or a local path)",
+            )
+        return
+    if model.source is None and model.architecture is None:
+        yield "model.architecture", "method.name pretrain needs model.architecture, or a model.source to copy it from"
+    elif model.architecture is not None:
+        if not isinstance(model.architecture.get("model_type"), str):
+            yield "model.architecture", "needs the transformers name of the model, e.g. model_type: llama"
+        if model.tokenizer is None and model.source is None:
+            yield (
+                "model.tokenizer",
+                "pretraining needs a tokenizer: train one (model.tokenizer.vocab_size) or take that of a model.source",
+            )
+        if model.tokenizer is not None and model.source is not None:
+            yield (
+                "model.source",
+                "would be ignored: model.architecture and model.tokenizer replace all of it; set model.source: null",
+            )
+
+
+def _sources(run: RunConfig) -> Iterator[tuple[str, str]]:
+    named = {"model.source": _listed(run.model.source)}
+    for key in ("source", "validation_source", "test_source", "answers"):
+        named[f"data.{key}"] = _listed(getattr(run.data, key))
+    for key, sources in named.items():
+        for source in sources:
+            if problem := _bad_source(source):
+                yield key, problem
+
+
+def _bad_source(source: str) -> str | None:
+    prefix = _PREFIX.match(source)
+    if not source.strip():
+        return "an empty source: use hf:org/name@revision, package:NAME==VERSION/path/inside or a local path"
+    if prefix and prefix[1] == "hf":
+        return None if _HUB.fullmatch(source) else f"{source}: write hf:org/name@revision"
+    if prefix and prefix[1] == "package":
+        return None if _PACKAGE.fullmatch(source) else f"{source}: write package:NAME==VERSION/path/inside"
+    if prefix and len(prefix[1]) > 1:  # one letter: a Windows drive
+        return f"{source}: unknown kind of source {prefix[1]}:, use hf:, package: or a local path"
+    return None
+
+
+def _data(run: RunConfig) -> Iterator[tuple[str, str]]:
+    data = run.data
+    if not _listed(data.source):
+        yield "data.source", "name the rows to use (hf:, package: or local files)"
+    if data.answers and data.format != "function_calling":
+        yield "data.answers", f"only data.format function_calling has accepted answers, this run's is {data.format}"
+    if data.format == "function_calling" and not data.answers:
+        yield "data.answers", "data.format function_calling needs the files with the accepted answers"
+    if isinstance(data.sha256, str) and len(_listed(data.source)) > 1:
+        yield "data.sha256", f"one sum for {len(_listed(data.source))} sources: give a mapping of source to sum"
+    shares = 0.0
+    for key in ("validation_size", "test_size"):
+        size = getattr(data, key)
+        if isinstance(size, float):
+            if not 0 <= size < 1:
+                yield f"data.{key}", "a share must be at least 0 and below 1; for a number of rows write an integer"
+            else:
+                shares += size
+    if shares >= 1:
+        yield (
+            "data.test_size",
+            f"no rows left to train on: validation_size {data.validation_size} + test_size {data.test_size} >= 1",
+        )
+
+
+def _training(run: RunConfig) -> Iterator[tuple[str, str]]:
+    if run.method.name == "none":
+        return
+    train, scheduler = run.train, run.train.lr_scheduler
+    if train.max_steps is None and train.num_epochs is None:
+        yield "train.max_steps", "nothing says how long to train: set train.max_steps or train.num_epochs"
+    if train.max_steps is not None and train.num_epochs is not None:
+        yield (
+            "train.max_steps",
+            f"and train.num_epochs = {train.num_epochs:g} both say how long to train: set one of them to null",
+        )
+    if train.max_steps is not None:
+        decay = (scheduler.decay_steps or 0) if scheduler.name == "wsd" else 0
+        if scheduler.warmup_steps + decay > train.max_steps:
+            sum_text = f"warmup_steps {scheduler.warmup_steps}" + (f" + decay_steps {decay}" if decay else "")
+            yield "train.lr_scheduler.warmup_steps", f"{sum_text} is more than train.max_steps {train.max_steps}"
+    if not all(0 <= beta < 1 for beta in train.optimizer.betas):
+        yield "train.optimizer.betas", "both must be at least 0 and below 1"
+    world_size = run.parallelism.world_size
+    rows = train.local_batch_size * world_size
+    if train.global_batch_size % rows:
+        below = train.global_batch_size // rows * rows
+        near = f"{below} or {below + rows}" if below else str(rows)
+        yield (
+            "train.global_batch_size",
+            f"global_batch_size {train.global_batch_size} % (local_batch_size {train.local_batch_size} * world_size "
+            f"{world_size}) = {train.global_batch_size % rows}, must be 0: use {near}, or another local_batch_size",
+        )
+
+
+def _parallelism(run: RunConfig) -> Iterator[tuple[str, str]]:
+    parallelism = run.parallelism
+    if run.method.name == "none":
+        return
+    if parallelism.strategy == "none" and parallelism.world_size != 1:
+        yield (
+            "parallelism.strategy",
+            f"none is one process, but dp_replicate {parallelism.dp_replicate} * dp_shard {parallelism.dp_shard} = "
+            f"{parallelism.world_size}: use fsdp2 or ddp, or sizes of 1",
+        )
+    if parallelism.strategy == "ddp" and parallelism.dp_shard > 1:
+        yield (
+            "parallelism.dp_shard",
+            f"ddp keeps whole copies: use dp_replicate {parallelism.world_size} and dp_shard 1, or strategy fsdp2",
+        )
+
+
+def _other(run: RunConfig) -> Iterator[tuple[str, str]]:
+    if not _SIZE.fullmatch(run.export.max_shard_size):
+        yield "export.max_shard_size", "write a number and a unit, e.g. 5GB"
+    tasks = run.evaluate.tasks + run.evaluate.extra_tasks
+    for task in sorted({task for task in tasks if tasks.count(task) > 1}):
+        yield "evaluate.tasks", f"{task} is named twice (in tasks and extra_tasks together)"
+
+
+def _all_sources(run: RunConfig) -> list[str]:
+    data = run.data
+    return _listed(data.source) + _listed(data.validation_source) + _listed(data.test_source)
+
+
+def _listed(source: str | list[str] | None) -> list[str]:
+    return [source] if isinstance(source, str) else list(source or [])
