@@ -89,14 +89,18 @@ def fetch_files(source: Source, key: str, workspace: Path, memory: Memory, sha25
 
     Raises ConfigError when there is no such file or its hash is another one, DataError for a broken archive.
     """
-    if source.kind == "package":
-        fetched = _from_package(source, key, workspace)
-    else:
-        fetched = Fetched(source, _local(source, key, workspace), None)
+    fetched = locate(source, key, workspace)
     found, by_file = _hashes(fetched.path)
     check_sha256(source.text, found, sha256, key.partition(".")[0])
     moved = memory.moved_from(source.text, found, pinned=sha256 is not None)
     return replace(fetched, sha256=found, file_sha256=by_file, moved_from=moved)
+
+
+def locate(source: Source, key: str, workspace: Path) -> Fetched:
+    """Bring a local or package source's files here without hashing them; raises as `fetch_files` does."""
+    if source.kind == "package":
+        return _from_package(source, key, workspace)
+    return Fetched(source, _local(source, key, workspace), None)
 
 
 def check_sha256(name: str, found: str | None, expected: str | None, section: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -38,6 +39,7 @@ def make_entry(output: Path, spec: dict[str, Any], make: Make) -> dict[str, Any]
         with _workspace(output) as workspace, atomic_directory(output) as folder:
             manifest = {**make(folder, workspace, memory), "spec_sha256": wanted}
             write_json(folder / "manifest.json", manifest)
+            _readable_as_usual(folder)
         memory.save()
         return manifest
 
@@ -91,6 +93,15 @@ def _workspace(output: Path) -> Iterator[Path]:
         yield workspace
     finally:
         shutil.rmtree(workspace, ignore_errors=True)
+
+
+def _readable_as_usual(folder: Path) -> None:
+    """Give the files the user's usual mode: safetensors writes them for the owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in folder.rglob("*"):
+        if file.is_file() and file.stat().st_nlink == 1:
+            file.chmod(0o666 & ~mask)
 
 
 def _remove_leftovers(output: Path) -> None:
