@@ -43,7 +43,7 @@ from dayzero.store import RUN_NAME
 from dayzero.strict_yaml import Entry, plain, read_yaml
 
 RECIPES = Path("config/recipes")
-RESERVED_RUNS = {"report": "the report's folder has that name"}
+RESERVED_RUNS = {"report": "the report's folder has that name", "logs": "the logs' folder has that name"}
 RESERVED_EXPERIMENTS = {"store": "the folder shared by all experiments has that name"}
 
 OWN_LEVELS = (RUN, COMMAND_LINE_RUN)

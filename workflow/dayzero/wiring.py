@@ -1,0 +1,211 @@
+"""Which files each stage of an experiment reads: what the Snakemake rules ask, so that they hold no logic themselves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dayzero import store
+from dayzero.config import RunConfig, StageResources
+from dayzero.config_errors import ConfigProblems, Problem, nearest
+from dayzero.errors import ConfigError
+from dayzero.experiment import Experiment
+from dayzero.files import canonical_json
+
+
+class Wiring:
+    """The files of one experiment under `results`; paths are text, as Snakemake wants them.
+
+    A stored directory is named by its `manifest.json`, which is written last. What a job of the store may know comes
+    from its key alone, so that every run and experiment with that key wants the very same job.
+    """
+
+    def __init__(self, experiment: Experiment, results: str, tasks: str = "config/tasks") -> None:
+        self.name, self.runs, self.tasks = experiment.name, experiment.runs, Path(tasks)
+        self.store, self.experiment = f"{results}/store", f"{results}/{experiment.name}"
+        self._of_key: dict[str, RunConfig] = {}
+        for run in self.runs.values():
+            keys = [store.data_key(run), store.tokens_key(run)]
+            keys += [store.model_key(run)] if run.model.source else []
+            keys += [store.tokenizer_key(run)] if run.model.tokenizer else []
+            for key in keys:
+                self._of_key.setdefault(key, run)
+
+    def run(self, name: str) -> RunConfig:
+        """The run of that name; ConfigError if the experiment has none."""
+        if name not in self.runs:
+            near = nearest(name, self.runs)
+            there = f"did you mean {near}?" if near else f"its runs are {', '.join(list(self.runs)[:20])}"
+            raise ConfigError(f"{self.experiment} has no run {name}; {there}")
+        return self.runs[name]
+
+    def of_key(self, key: str) -> RunConfig:
+        """A run that uses this key of the store; ConfigError if none does."""
+        if key not in self._of_key:
+            raise ConfigError(f"no run of {self.experiment} uses {key}: name one with --config experiment=...")
+        return self._of_key[key]
+
+    def check_local_files(self) -> None:
+        """Raise ConfigError naming every local source and chat template that is not there."""
+        problems = []
+        for run in self._of_key.values():
+            for key, sources in _named_sources(run).items():
+                missing = [source for source in _listed(sources) if _is_local(source) and not Path(source).exists()]
+                message = f"no such file or directory (looked from {Path.cwd()})"
+                problems += [Problem(self.name, key, message, source) for source in missing]
+        if problems:
+            raise ConfigProblems(problems)
+
+    # what the store's jobs depend on
+    def spec(self, kind: str, key: str) -> str:
+        """The part of the config that `store/{kind}/{key}` is made from, as JSON text."""
+        specs = {
+            "data": store.data_spec,
+            "models": store.model_spec,
+            "tokenizers": store.tokenizer_spec,
+            "tokens": store.tokens_spec,
+        }
+        return canonical_json(specs[kind](self.of_key(key)))
+
+    def local_data(self, key: str) -> list[str]:
+        """The local files among the sources of `store/data/{key}`."""
+        sources = _named_sources(self.of_key(key))
+        return [file for name in sources if name.startswith("data.") for file in _local_files(sources[name])]
+
+    def local_model(self, key: str) -> list[str]:
+        """The local files `store/models/{key}` is made of."""
+        return _local_files(self.of_key(key).model.source)
+
+    # directories of the store, by run
+    def data(self, run: RunConfig) -> str:
+        return f"{self.store}/data/{store.data_key(run)}"
+
+    def tokens(self, run: RunConfig) -> str:
+        return f"{self.store}/tokens/{store.tokens_key(run)}"
+
+    def model(self, run: RunConfig) -> str | None:
+        """Where the run starts from; None for a new architecture."""
+        if run.model.source is None or run.model.architecture is not None:
+            return None
+        return f"{self.store}/models/{store.model_key(run)}"
+
+    def tokenizer(self, run: RunConfig) -> str:
+        """Where the run's tokenizer lies: trained, or with the model of `model.source`."""
+        if run.model.tokenizer is not None:
+            return f"{self.store}/tokenizers/{store.tokenizer_key(run)}"
+        return f"{self.store}/models/{store.model_key(run)}"
+
+    # what a run's stages read
+    def start(self, name: str) -> list[str]:
+        """The manifests of the model and tokenizer a run starts from."""
+        return [f"{directory}/manifest.json" for directory in dict.fromkeys(self._start(name).values())]
+
+    def start_arguments(self, name: str) -> list[str]:
+        """The same as arguments: --model and, where it does not lie with the model, --tokenizer."""
+        return [text for option, directory in self._start(name).items() for text in (option, directory)]
+
+    def _start(self, name: str) -> dict[str, str]:
+        run = self.run(name)
+        model, tokenizer = self.model(run), self.tokenizer(run)
+        start = {"--model": model} if model else {}
+        return start if tokenizer == model else {**start, "--tokenizer": tokenizer}
+
+    def trained(self, name: str) -> list[str]:
+        """The summary of a run's training; nothing for an untouched model."""
+        return [] if self.run(name).method.name == "none" else [f"{self.experiment}/{name}/train/summary.json"]
+
+    def trained_arguments(self, name: str) -> list[str]:
+        """The same as arguments."""
+        return ["--train", f"{self.experiment}/{name}/train"] if self.trained(name) else []
+
+    def chat_template(self, run: RunConfig) -> list[str]:
+        """The file with the run's own chat template, if it has one."""
+        return _local_files(run.model.chat_template)
+
+    def task_files(self, name: str) -> list[str]:
+        """The files of config/tasks that define a run's tasks: their own, and what such files share."""
+        evaluate = self.run(name).evaluate
+        own = [self.tasks / f"{task}.yaml" for task in evaluate.tasks + evaluate.extra_tasks]
+        shared = [*self.tasks.glob("_*"), *self.tasks.glob("*.py")]
+        return [str(path) for path in own + sorted(shared) if path.is_file()]
+
+    def params(self, name: str, stage: str) -> str:
+        """The part of a run's config that decides what `stage` makes of its inputs, as JSON text."""
+        return canonical_json(store.stage_params(self.run(name), stage))
+
+    def resolved(self, name: str) -> str:
+        """What a run's config.json says, as JSON text."""
+        return canonical_json(self.run(name).resolved())
+
+    # what the report reads
+    def results(self, kind: str) -> list[str]:
+        """The files of one kind of all runs, in the experiment's order."""
+        files = {name: f"{self.experiment}/{name}" for name in self.runs}
+        trained = [path for name, path in files.items() if self.trained(name)]
+        evaluated = [path for name, path in files.items() if self._has_tasks(self.runs[name])]
+        match kind:
+            case "config":
+                return [f"{path}/config.json" for path in files.values()]
+            case "train":
+                return [f"{path}/train/{file}" for path in trained for file in ("metrics.jsonl", "summary.json")]
+            case "export":
+                return [f"{path}/model/manifest.json" for path in files.values()]
+            case "evaluate":
+                return [f"{path}/eval/results.json" for path in evaluated]
+            case "verify_serving":
+                return [f"{path}/serve/parity.json" for path in files.values()]
+            case "store":
+                directories = [d for name, run in self.runs.items() for d in (self.data(run), self.tokens(run))]
+                shared = [f"{directory}/manifest.json" for directory in directories]
+                return list(dict.fromkeys(shared + [file for name in self.runs for file in self.start(name)]))
+        raise AssertionError(kind)
+
+    def directories(self) -> list[str]:
+        """Each run's folder."""
+        return [f"{self.experiment}/{name}" for name in self.runs]
+
+    def resources(self, stage: str, wildcards: Any) -> StageResources:
+        """What a job asks of the machine: by its run, or by the first run that uses its key."""
+        if "run" in wildcards.keys():
+            run = self.run(wildcards.run)
+        elif "key" in wildcards.keys():
+            run = self.of_key(wildcards.key)
+        else:
+            run = next(iter(self.runs.values()))
+        return getattr(run.resources, stage)
+
+    @staticmethod
+    def _has_tasks(run: RunConfig) -> bool:
+        return bool(run.evaluate.tasks or run.evaluate.extra_tasks)
+
+
+def _named_sources(run: RunConfig) -> dict[str, str | list[str] | None]:
+    """What may be a local file: dotted key -> its value."""
+    data = run.data
+    return {
+        "model.source": run.model.source,
+        "model.chat_template": run.model.chat_template,
+        "data.source": data.source,
+        "data.validation_source": data.validation_source,
+        "data.test_source": data.test_source,
+        "data.answers": data.answers,
+    }
+
+
+def _listed(sources: str | list[str] | None) -> list[str]:
+    return [sources] if isinstance(sources, str) else sources or []
+
+
+def _is_local(source: str) -> bool:
+    return not source.startswith(("hf:", "package:"))
+
+
+def _local_files(sources: str | list[str] | None) -> list[str]:
+    """The files of local sources, those of a directory one by one."""
+    files = []
+    for path in (Path(source) for source in _listed(sources) if _is_local(source)):
+        below = (
+            sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")) if path.is_dir() else []
+        )
+        files += [str(p) for p in below or [path]]
+    return files

@@ -1,0 +1,40 @@
+"""The experiment that is run, resolved before any rule is read."""
+
+import os
+import sys
+
+from snakemake.exceptions import WorkflowError
+
+from dayzero.config_overrides import config_overrides, override_arguments
+from dayzero.wiring import Wiring
+from dayzero.errors import ConfigError
+from dayzero.experiment import experiment_path, load_experiment
+from dayzero.store import RUN_NAME
+
+# jobs run the `python` that runs Snakemake; a conda environment, where one is activated, still comes first
+os.environ.update(
+    PATH=os.pathsep.join(
+        [os.path.dirname(sys.executable), os.getenv("PATH", os.defpath)]
+    )
+)
+
+RESULTS = str(config["results_dir"]).rstrip("/")
+EXPERIMENT_FILE = str(experiment_path(str(config["experiment"])))
+
+try:
+    OVERRIDES = config_overrides(config, site_keys=["experiment", "results_dir"])
+    EXPERIMENT = load_experiment(EXPERIMENT_FILE, OVERRIDES)
+    WIRING = Wiring(EXPERIMENT, RESULTS)
+    WIRING.check_local_files()
+except ConfigError as error:
+    raise WorkflowError(str(error)) from None
+
+RUN = f"{RESULTS}/{EXPERIMENT.name}/{{run}}"
+STORE = f"{RESULTS}/store"
+REPORT = f"{RESULTS}/{EXPERIMENT.name}/report"
+PLOTS = ["loss", "scores", "throughput", "memory", "stage_time"]
+
+
+wildcard_constraints:
+    run=RUN_NAME,
+    key=RUN_NAME,

@@ -1,0 +1,63 @@
+rule evaluate:
+    input:
+        config=ancient(f"{RUN}/config.json"),
+        model=f"{RUN}/model/manifest.json",
+        data=lambda w: f"{WIRING.data(WIRING.run(w.run))}/manifest.json",
+        tasks=lambda w: WIRING.task_files(w.run),
+    output:
+        results=report(
+            f"{RUN}/eval/results.json",
+            caption="../report/evaluation.rst",
+            category="Evaluation",
+            labels={"run": "{run}"},
+        ),
+        samples=f"{RUN}/eval/samples.jsonl",
+    log:
+        f"{RUN}/logs/evaluate.log",
+    conda:
+        "../../envs/evaluate.yaml"
+    threads: lambda w: WIRING.resources("evaluate", w).threads
+    resources:
+        mem_mb=lambda w: WIRING.resources("evaluate", w).mem_mb,
+        runtime=lambda w: WIRING.resources("evaluate", w).runtime,
+        gpu=lambda w: WIRING.resources("evaluate", w).gpu,
+    params:
+        config=lambda w: WIRING.params(w.run, "evaluate"),
+        model=subpath(input.model, parent=True),
+        data=subpath(input.data, parent=True),
+        tasks=WIRING.tasks,
+        directory=subpath(output.results, parent=True),
+    shell:
+        "python -m dayzero.stages.evaluate --config {input.config:q} --model {params.model:q} --data {params.data:q}"
+        " --tasks-dir {params.tasks:q} --output {params.directory:q} --log {log:q}"
+
+
+rule verify_serving:
+    input:
+        config=ancient(f"{RUN}/config.json"),
+        model=f"{RUN}/model/manifest.json",
+        tokens=lambda w: f"{WIRING.tokens(WIRING.run(w.run))}/manifest.json",
+    output:
+        parity=report(
+            f"{RUN}/serve/parity.json",
+            caption="../report/serving.rst",
+            category="Serving",
+            labels={"run": "{run}"},
+        ),
+    log:
+        f"{RUN}/logs/verify_serving.log",
+    conda:
+        "../../envs/serve.yaml"
+    threads: lambda w: WIRING.resources("verify_serving", w).threads
+    resources:
+        mem_mb=lambda w: WIRING.resources("verify_serving", w).mem_mb,
+        runtime=lambda w: WIRING.resources("verify_serving", w).runtime,
+        gpu=lambda w: WIRING.resources("verify_serving", w).gpu,
+    params:
+        config=lambda w: WIRING.params(w.run, "verify_serving"),
+        model=subpath(input.model, parent=True),
+        tokens=subpath(input.tokens, parent=True),
+        directory=subpath(output.parity, parent=True),
+    shell:
+        "python -m dayzero.stages.verify_serving --config {input.config:q} --model {params.model:q}"
+        " --tokens {params.tokens:q} --output {params.directory:q} --log {log:q}"

@@ -1,0 +1,25 @@
+rule export:
+    input:
+        config=ancient(f"{RUN}/config.json"),
+        start=lambda w: WIRING.start(w.run),
+        train=lambda w: WIRING.trained(w.run),
+        chat_template=lambda w: WIRING.chat_template(WIRING.run(w.run)),
+    output:
+        manifest=f"{RUN}/model/manifest.json",
+    log:
+        f"{RUN}/logs/export.log",
+    conda:
+        "../../envs/train.yaml"
+    threads: lambda w: WIRING.resources("export", w).threads
+    resources:
+        mem_mb=lambda w: WIRING.resources("export", w).mem_mb,
+        runtime=lambda w: WIRING.resources("export", w).runtime,
+        gpu=lambda w: WIRING.resources("export", w).gpu,
+    params:
+        config=lambda w: WIRING.params(w.run, "export"),
+        start=lambda w: WIRING.start_arguments(w.run),
+        train=lambda w: WIRING.trained_arguments(w.run),
+        directory=subpath(output.manifest, parent=True),
+    shell:
+        "python -m dayzero.stages.export --config {input.config:q} {params.start:q} {params.train:q}"
+        " --output {params.directory:q} --log {log:q}"

@@ -1,0 +1,47 @@
+rule report:
+    input:
+        configs=WIRING.results("config"),
+        store=WIRING.results("store"),
+        train=WIRING.results("train"),
+        export=WIRING.results("export"),
+        evaluate=WIRING.results("evaluate"),
+        verify_serving=WIRING.results("verify_serving"),
+    output:
+        index=report(
+            f"{REPORT}/index.html",
+            caption="../report/report.rst",
+            category="Report",
+            labels={"file": "the whole report"},
+        ),
+        csv=report(
+            f"{REPORT}/results.csv",
+            caption="../report/results.rst",
+            category="Report",
+            labels={"file": "all scores"},
+        ),
+        tex=f"{REPORT}/results.tex",
+        plots=[
+            report(
+                f"{REPORT}/{plot}.svg",
+                caption="../report/plot.rst",
+                category="Plots",
+                labels={"plot": plot},
+            )
+            for plot in PLOTS
+        ],
+    log:
+        f"{RESULTS}/{EXPERIMENT.name}/logs/report.log",
+    conda:
+        "../../envs/train.yaml"
+    threads: lambda w: WIRING.resources("report", w).threads
+    resources:
+        mem_mb=lambda w: WIRING.resources("report", w).mem_mb,
+        runtime=lambda w: WIRING.resources("report", w).runtime,
+        gpu=lambda w: WIRING.resources("report", w).gpu,
+    params:
+        experiment=EXPERIMENT.name,
+        runs=WIRING.directories(),
+        directory=subpath(output.index, parent=True),
+    shell:
+        "python -m dayzero.stages.report --experiment {params.experiment:q} --runs {params.runs:q}"
+        " --output {params.directory:q} --log {log:q}"

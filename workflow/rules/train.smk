@@ -1,0 +1,35 @@
+rule train:
+    input:
+        config=ancient(f"{RUN}/config.json"),
+        tokens=lambda w: f"{WIRING.tokens(WIRING.run(w.run))}/manifest.json",
+        start=lambda w: WIRING.start(w.run),
+    output:
+        metrics=report(
+            f"{RUN}/train/metrics.jsonl",
+            caption="../report/metrics.rst",
+            category="Training",
+            labels={"run": "{run}", "file": "metrics"},
+        ),
+        summary=report(
+            f"{RUN}/train/summary.json",
+            caption="../report/training.rst",
+            category="Training",
+            labels={"run": "{run}", "file": "summary"},
+        ),
+    log:
+        f"{RUN}/logs/train.log",
+    conda:
+        "../../envs/train.yaml"
+    threads: lambda w: WIRING.resources("train", w).threads
+    resources:
+        mem_mb=lambda w: WIRING.resources("train", w).mem_mb,
+        runtime=lambda w: WIRING.resources("train", w).runtime,
+        gpu=lambda w: WIRING.resources("train", w).gpu,
+    params:
+        config=lambda w: WIRING.params(w.run, "train"),
+        start=lambda w: WIRING.start_arguments(w.run),
+        tokens=subpath(input.tokens, parent=True),
+        directory=subpath(output.summary, parent=True),
+    shell:
+        "python -m dayzero.stages.train --config {input.config:q} --tokens {params.tokens:q} {params.start:q}"
+        " --output {params.directory:q} --set-aside-other-checkpoints --log {log:q}"
