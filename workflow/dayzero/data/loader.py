@@ -29,7 +29,7 @@ FILL = -1
 """Stands for a row of a short last batch that is not there: all padding, no labels."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Batch:
     """One rank's share of a global batch."""
 

@@ -1,0 +1,265 @@
+"""Rows become documents and documents become files; whatever is left out is counted; workers change nothing."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from dayzero.config import Tokenize
+from dayzero.data import tokenization
+from dayzero.data.documents import DocumentEncoder
+from dayzero.data.tokenization import tokenize_split
+from dayzero.data.tokenizer import TokenizerSource
+from dayzero.data.tokens import IGNORE, TokenRows
+from dayzero.errors import ConfigError, DataError
+from dayzero.stages import tokenize as stage
+from transformers import AutoTokenizer
+
+from tests.tiny_tokenizer import tiny_tokenizer
+
+WORDS = [
+    *[
+        "the",
+        "quick",
+        "brown",
+        "fox",
+        "jumps",
+        "over",
+        "lazy",
+        "dog",
+        "worst",
+        "best",
+        "times",
+        "answer",
+        "what",
+        "is",
+        "42",
+        "☃",
+    ],
+    "\n\n",
+]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(path):
+    return AutoTokenizer.from_pretrained(path)
+
+
+def sentences(count, seed=0, longest=60):
+    rng = np.random.default_rng(seed)
+    return [" ".join(rng.choice(WORDS, size=rng.integers(1, longest))) for _ in range(count)]
+
+
+def parquet(path, **columns):
+    count = len(next(iter(columns.values())))
+    identity = {"id": [str(i) for i in range(count)], "origin": [f"rows.jsonl:{i + 1}" for i in range(count)]}
+    pq.write_table(pa.table({**identity, **columns}), path, row_group_size=100)
+    return path
+
+
+def run(source, output, tokenizer, data_format="text", num_workers=1, **options):
+    spec = TokenizerSource(tokenizer)
+    counts = tokenize_split(
+        source,
+        output,
+        name="train",
+        data_format=data_format,
+        tokenizer=spec,
+        options=Tokenize(**{"seq_len": 128, **options}),
+        num_workers=num_workers,
+    )
+    return counts, TokenRows(output)
+
+
+def documents(tokenizer, data_format, rows, **options):
+    encoder = DocumentEncoder(tokenizer, data_format, Tokenize(**{"seq_len": 64, **options}))
+    return [list(encoder.encode(row)) for row in rows], encoder.counts
+
+
+def test_text_has_bos_and_eos_once_and_is_all_supervised_but_its_first_token(tokenizer):
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    texts = ["The fox.", tokenizer.bos_token + "The fox.", "The fox." + tokenizer.eos_token, "a\x00b ☃ \ud7ff"]
+    found, counts = documents(tokenizer, "text", [{"text": t} for t in texts])
+    for [(ids, mask)], text in zip(found, texts, strict=True):
+        assert (ids[0], ids[-1], ids.count(bos), ids.count(eos)) == (bos, eos, 1, 1)
+        assert mask == [False] + [True] * (len(ids) - 1)
+        plain = text.replace(tokenizer.bos_token, "").replace(tokenizer.eos_token, "")
+        assert tokenizer.decode(ids[1:-1]) == plain
+    assert counts["special_token_text"] == 2
+
+
+def test_prompt_and_completion_keep_their_border(tokenizer):
+    row = {"prompt": "What is 17 + 25?\n", "completion": "\nThe answer is 42."}
+    [[(ids, mask)]], _ = documents(tokenizer, "prompt_completion", [row])
+    prompt = tokenizer(row["prompt"])["input_ids"]
+    assert ids[: len(prompt)] == prompt, "the tokens that a server makes of the prompt"
+    assert mask == [False] * len(prompt) + [True] * (len(ids) - len(prompt))
+    assert tokenizer.decode(ids[len(prompt) :]) == row["completion"] + tokenizer.eos_token
+    [[(ids, mask)], [], [(_, no_prompt)]], counts = documents(
+        tokenizer,
+        "prompt_completion",
+        [{"prompt": "Hi", "completion": ""}, {"prompt": "", "completion": ""}, {"prompt": "", "completion": "Hi"}],
+    )
+    assert [i for i, m in zip(ids, mask, strict=True) if m] == [tokenizer.eos_token_id]
+    assert not no_prompt[0]
+    assert all(no_prompt[1:])
+    assert counts["dropped.empty"] == 1
+
+
+def test_long_documents_are_cut_split_or_dropped_and_counted(tokenizer):
+    text = " ".join(["fox"] * 200)
+    whole = documents(tokenizer, "text", [{"text": text}], seq_len=10_000)[0][0][0][0]
+    for policy, lengths in (("truncate", [64]), ("split", [64] * (len(whole) // 64) + [len(whole) % 64]), ("drop", [])):
+        [parts], counts = documents(tokenizer, "text", [{"text": text}], long_documents=policy)
+        assert [len(ids) for ids, _ in parts] == lengths
+        assert [i for ids, _ in parts for i in ids] == whole[: sum(lengths)]
+        assert all(mask == [False] + [True] * (len(ids) - 1) for ids, mask in parts)
+        names = {"truncate": "truncated", "split": "split", "drop": "dropped.too_long"}
+        assert counts == {names[policy]: 1}
+
+
+def test_a_prompt_that_leaves_no_room_is_dropped_and_counted(tokenizer):
+    row = {"prompt": " ".join(["fox"] * 200), "completion": "dog"}
+    [parts], counts = documents(tokenizer, "prompt_completion", [row])
+    assert parts == []
+    assert counts == {"truncated": 1, "dropped.few_labels": 1}
+    [parts], counts = documents(tokenizer, "text", [{"text": "fox"}], min_label_tokens=50)
+    assert parts == []
+    assert counts == {"dropped.few_labels": 1}
+
+
+def test_the_store_holds_exactly_the_documents(tmp_path, path, tokenizer):
+    texts = sentences(300)
+    source = parquet(tmp_path / "train.parquet", text=texts)
+    counts, rows = run(source, tmp_path / "out", path)
+    assert counts["documents"] == counts["source_rows"] == rows.num_documents == 300
+    assert (counts["rows"], counts["tokens"]) == (len(rows), rows.num_tokens)
+    assert counts["packing_efficiency"] == rows.num_tokens / (len(rows) * 128) > 0.9
+    assert counts["label_tokens"] == rows.num_label_tokens(range(len(rows))).sum() == rows.num_tokens - 300
+    seen = {}
+    for i in range(len(rows)):
+        row = rows.row(i)
+        assert len(row.input_ids) <= 128
+        starts = np.flatnonzero(row.position_ids == 0)
+        parts = np.split(np.arange(len(row.input_ids)), starts[1:])
+        for document, part in zip(row.document_ids.tolist(), parts, strict=True):
+            assert document not in seen
+            seen[document] = tokenizer.decode(row.input_ids[part][1:-1])
+            assert row.labels[part].tolist() == [*row.input_ids[part][1:].tolist(), IGNORE]
+    assert [seen[i] for i in range(300)] == texts
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "document_ids.npy",
+        "document_offsets.npy",
+        "input_ids.npy",
+        "loss_mask.npy",
+        "row_offsets.npy",
+    ]
+
+
+def test_without_packing_a_row_is_a_document_in_file_order(tmp_path, path):
+    source = parquet(tmp_path / "train.parquet", text=sentences(50))
+    counts, rows = run(source, tmp_path / "out", path, packing=False)
+    assert counts["rows"] == counts["documents"] == 50
+    assert rows.source_rows(range(50)) == list(range(50))
+
+
+def test_any_number_of_workers_gives_the_same_bytes(tmp_path, path, monkeypatch):
+    monkeypatch.setattr(tokenization, "BYTES_PER_WORKER", 10_000)
+    source = parquet(tmp_path / "train.parquet", text=sentences(350))
+    asked = []
+    in_processes = tokenization._encode_in_processes
+    monkeypatch.setattr(tokenization, "_encode_in_processes", lambda *a: asked.append(a[-1]) or in_processes(*a))
+    results = [run(source, tmp_path / str(n), path, num_workers=n, seq_len=64)[0] for n in (1, 2, 3)]
+    assert asked == [2, 3]
+    assert results[0] == results[1] == results[2]
+    assert results[0]["truncated"] > 0
+    for name in ("input_ids", "loss_mask", "document_offsets", "row_offsets", "document_ids"):
+        one = (tmp_path / "1" / f"{name}.npy").read_bytes()
+        assert one == (tmp_path / "2" / f"{name}.npy").read_bytes() == (tmp_path / "3" / f"{name}.npy").read_bytes()
+
+
+def test_a_workers_error_reaches_the_user_with_the_row(tmp_path, path, monkeypatch):
+    monkeypatch.setattr(tokenization, "BYTES_PER_WORKER", 100)
+    source = parquet(tmp_path / "train.parquet", text=["fox", *[None] * 40])
+    for workers in (1, 2):
+        with pytest.raises(DataError, match=r"row rows\.jsonl:2: no value in column text"):
+            run(source, tmp_path / str(workers), path, num_workers=workers)
+
+
+def test_bad_input_is_named(tmp_path, path):
+    source = parquet(tmp_path / "train.parquet", text=["", ""])
+    with pytest.raises(DataError, match=r"no document with a supervised token is left of 2 rows \(2 empty\)"):
+        run(source, tmp_path / "a", path)
+    with pytest.raises(DataError, match="needs the column prompt"):
+        run(source, tmp_path / "b", path, data_format="prompt_completion")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(DataError, match=r"cannot read .*broken\.parquet"):
+        run(tmp_path / "broken.parquet", tmp_path / "c", path)
+    with pytest.raises(ConfigError, match="cannot load a tokenizer from"):
+        run(source, tmp_path / "d", tmp_path)
+
+
+def test_the_models_limits(tmp_path):
+    path = tiny_tokenizer(tmp_path / "tokenizer")
+    source = parquet(tmp_path / "train.parquet", text=sentences(5))
+    config = {"text_config": {"max_position_embeddings": 64, "vocab_size": 200}}
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"tokenize\.seq_len 128 exceeds the context length 64"):
+        run(source, tmp_path / "a", path)
+    with pytest.raises(ConfigError, match=r"token id \d+, beyond the model's vocab_size 200"):
+        run(source, tmp_path / "b", path, seq_len=64)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer(tmp_path / "no_eos"))
+    tokenizer.eos_token = None
+    with pytest.raises(ConfigError, match="no EOS token"):
+        documents(tokenizer, "text", [])
+
+
+def messages_data(tmp_path, rows):
+    data = tmp_path / "data"
+    data.mkdir()
+    chats = [
+        [{"role": "user", "content": text}, {"role": "assistant", "content": text[::-1]}] for text in sentences(rows)
+    ]
+    for split, part in (("train", chats[3:]), ("validation", chats[:3])):
+        parquet(data / f"{split}.parquet", messages=part)
+    splits = {name: {"file": f"{name}.parquet"} for name in ("train", "validation")}
+    (data / "manifest.json").write_text(json.dumps({"format": "messages", "splits": splits}))
+    return data, chats
+
+
+def test_the_stage(tmp_path, path, tokenizer):
+    data, chats = messages_data(tmp_path, 20)
+    output = tmp_path / "out"
+    arguments = ["--config", '{"tokenize": {"seq_len": 512}}', "--data", str(data), "--tokenizer", str(path)]
+    assert stage.main([*arguments, "--output", str(output), "--num-workers", "2"]) == 0
+    manifest = json.loads((output / "manifest.json").read_text())
+    assert manifest["seq_len"] == 512
+    assert manifest["splits"]["train"]["documents"] == 17
+    assert manifest["eos_token_id"] == tokenizer.eos_token_id
+    assert 0 < manifest["max_token_id"] < manifest["vocab_size"] == len(tokenizer)
+    assert len(manifest["chat_template_sha256"]) == 64
+    assert manifest["provenance"]["inputs"]["data"]
+    rows = TokenRows(output / "validation", packed=False)
+    answers = [tokenizer.decode(r.labels[r.labels != IGNORE]) for r in map(rows.row, range(3))]
+    assert answers == [chats[i][1]["content"] + "<|im_end|>" for i in rows.source_rows(range(3))]
+
+
+def test_a_failed_stage_leaves_nothing_and_one_line(tmp_path, path, capsys):
+    data, _ = messages_data(tmp_path, 5)
+    plain = tiny_tokenizer(tmp_path / "plain", chat_template=None)
+    for tokenizer, config, text in (
+        (plain, {}, "no chat template"),
+        (plain, {"model": {"chat_template": "no/such.jinja"}}, "model.chat_template no/such.jinja"),
+        (path, {"tokenize": {"seq_len": 3}}, "no document with a supervised token is left of 2 rows (2 few_labels)"),
+    ):
+        arguments = ["--config", json.dumps(config), "--data", str(data), "--tokenizer", str(tokenizer)]
+        assert stage.main([*arguments, "--output", str(tmp_path / "out")]) == 1
+        assert text in capsys.readouterr().err.strip().splitlines()[-1]
+        assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".out*"))

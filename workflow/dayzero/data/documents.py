@@ -1,0 +1,127 @@
+"""Source rows -> documents: token ids and loss mask, at most `seq_len` long, with a count of everything left out.
+
+How a document is made, by format:
+
+    text               the tokenizer's own prefix (BOS, where it has one), the text, EOS; all supervised
+    prompt_completion  prefix, the prompt, the completion, EOS; completion and EOS supervised. The two are tokenised
+                       apart, so that the prompt's tokens are those seen at inference
+    messages           see chat.py
+
+A document's first token is never supervised: nothing stands before it to predict it from.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from dayzero.config import Tokenize
+from dayzero.data.chat import ChatEncoder
+from dayzero.data.tokenizer import affixes, special_token_pattern
+from dayzero.errors import ConfigError, DataError
+
+COLUMNS = {"text": ["text"], "prompt_completion": ["prompt", "completion"], "messages": ["messages"]}
+"""The columns that each format reads."""
+
+Document = tuple[list[int], list[bool]]
+
+
+class DocumentEncoder:
+    """Encodes rows of one format.
+
+    `counts` says how many rows were `truncated`, `split`, `dropped.empty` (no text), `dropped.too_long`, how many
+    documents were `dropped.few_labels`, and in how many rows the texts hold control tokens (`special_token_text`).
+
+    Raises ConfigError where the tokenizer has no EOS or chat template that the format needs.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, data_format: str, options: Tokenize) -> None:
+        self.tokenizer, self.format, self.options = tokenizer, data_format, options
+        self.counts: Counter[str] = Counter()
+        self._special = special_token_pattern(tokenizer)
+        if data_format == "messages":
+            self._chat = ChatEncoder(tokenizer)
+            return
+        self._prefix, _ = affixes(tokenizer)
+        if tokenizer.eos_token_id is None:
+            raise ConfigError(
+                f"the tokenizer in {tokenizer.name_or_path} has no EOS token to end a document of format {data_format} "
+                "with: name an eos_token in its tokenizer_config.json"
+            )
+
+    def encode(self, row: Mapping[str, Any]) -> Iterator[Document]:
+        """The documents of one row: none, one, or several where a long one is split.
+
+        Raises DataError or ConfigError naming the row.
+        """
+        where = f"row {row.get('origin') or row.get('id') or '?'}"
+        for column in COLUMNS[self.format]:
+            if row.get(column) is None:
+                raise DataError(f"{where}: no value in column {column}: fill it or remove the row")
+        try:
+            ids, mask = getattr(self, f"_{self.format}")(row)
+        except (ConfigError, DataError) as error:
+            raise type(error)(f"{where}: {error}") from error
+        if not ids:
+            self.counts["dropped.empty"] += 1
+            return
+        for part_ids, part_mask in self._fit(ids, mask):
+            part_mask[0] = False
+            if sum(part_mask) < self.options.min_label_tokens:
+                self.counts["dropped.few_labels"] += 1
+            else:
+                yield part_ids, part_mask
+
+    def _fit(self, ids: list[int], mask: list[bool]) -> Iterator[Document]:
+        n, policy = self.options.seq_len, self.options.long_documents
+        if len(ids) <= n:
+            yield ids, mask
+        elif policy == "truncate":
+            self.counts["truncated"] += 1
+            yield ids[:n], mask[:n]  # the EOS goes too: the text does not end here
+        elif policy == "split":
+            self.counts["split"] += 1
+            yield from ((ids[i : i + n], mask[i : i + n]) for i in range(0, len(ids), n))
+        else:
+            self.counts["dropped.too_long"] += 1
+
+    def _text(self, row: Mapping[str, Any]) -> Document:
+        self._count_special(row["text"])
+        if not row["text"]:
+            return [], []
+        ids = self._with_prefix(self._ids(row["text"]))
+        ids = self._with_eos(ids)
+        return ids, [True] * len(ids)
+
+    def _prompt_completion(self, row: Mapping[str, Any]) -> Document:
+        self._count_special(row["prompt"], row["completion"])
+        if not row["prompt"] and not row["completion"]:
+            return [], []
+        prompt = self._with_prefix(self._ids(row["prompt"]))
+        completion = self._with_eos(self._ids(row["completion"]))
+        return prompt + completion, [False] * len(prompt) + [True] * len(completion)
+
+    def _messages(self, row: Mapping[str, Any]) -> Document:
+        messages = [{"role": m["role"], "content": m["content"]} for m in row["messages"]]
+        for i, message in enumerate(messages, start=1):
+            if message["role"] is None or message["content"] is None:
+                raise DataError(f"message {i} has no role or content: fill it or remove the row")
+        self._count_special(*(m["content"] for m in messages))
+        return self._chat.encode(messages) if messages else ([], [])
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _with_prefix(self, ids: list[int]) -> list[int]:
+        return ids if ids[: len(self._prefix)] == self._prefix else self._prefix + ids
+
+    def _with_eos(self, ids: list[int]) -> list[int]:
+        eos = self.tokenizer.eos_token_id
+        return ids if ids[-1:] == [eos] else [*ids, eos]
+
+    def _count_special(self, *texts: str) -> None:
+        if self._special and any(map(self._special.search, texts)):
+            self.counts["special_token_text"] += 1

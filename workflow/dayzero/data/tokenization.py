@@ -1,0 +1,263 @@
+"""A split's Parquet file -> its token store, over processes, with memory that does not grow with the tokens.
+
+The parent reads the file batch by batch and appends what the workers return, in order, to flat files; only lengths and
+row numbers stay in memory. Packing then decides the order, and the documents are copied to their places through memory
+maps. The result does not depend on the number of workers.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import shutil
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from dayzero.config import Tokenize
+from dayzero.console import ProgressBar, log
+from dayzero.data.documents import COLUMNS, DocumentEncoder
+from dayzero.data.packing import best_fit_rows
+from dayzero.data.tokenizer import TokenizerSource, check_model_limits
+from dayzero.data.tokens import create_token_store
+from dayzero.errors import DataError
+
+ROWS_PER_TASK = 64
+"""Source rows a worker is handed at a time."""
+BYTES_PER_WORKER = 8 * 2**20
+"""Workers take seconds to start: less text than this is not worth one more."""
+TASKS_AHEAD = 4
+"""Tasks waiting for each worker; bounds the rows in memory."""
+
+
+@dataclass
+class _Encoded:
+    """The documents of one task, end to end."""
+
+    input_ids: NDArray[np.int32]
+    loss_mask: NDArray[np.bool_]
+    lengths: NDArray[np.int64]
+    document_ids: NDArray[np.int64]
+    counts: Counter[str]
+    source_rows: int
+
+
+def tokenize_split(
+    source: Path,
+    output: Path,
+    *,
+    name: str,
+    data_format: str,
+    tokenizer: TokenizerSource,
+    options: Tokenize,
+    num_workers: int,
+) -> dict[str, Any]:
+    """Write the token store of one split to the new directory `output` and return what the manifest says about it.
+
+    Args:
+        source: the split's Parquet file.
+        name: the split's name, for messages.
+        data_format: text, prompt_completion or messages.
+        num_workers: processes; the result does not depend on it.
+
+    Raises DataError for a file that cannot be read, lacks a column, or leaves no supervised token; ConfigError for a
+    tokenizer that does not fit the format or the model.
+    """
+    check_model_limits(tokenizer.path, seq_len=options.seq_len)
+    output.mkdir(parents=True)
+    scratch = output / "unordered"
+    scratch.mkdir()
+    counts: Counter[str] = Counter()
+    lengths, document_ids, source_rows, label_tokens, max_token_id = [], [], 0, 0, -1
+    with open(scratch / "input_ids", "wb") as ids_file, open(scratch / "loss_mask", "wb") as mask_file:
+        for part in _encode(source, name, data_format, tokenizer, options, num_workers):
+            _append(ids_file, part.input_ids)
+            _append(mask_file, part.loss_mask)
+            lengths.append(part.lengths)
+            document_ids.append(part.document_ids)
+            counts += part.counts
+            source_rows += part.source_rows
+            label_tokens += int(part.loss_mask.sum())
+            max_token_id = max(max_token_id, int(part.input_ids.max(initial=-1)))
+    dropped = {key.removeprefix("dropped."): n for key, n in sorted(counts.items()) if key.startswith("dropped.")}
+    if not label_tokens:
+        reasons = ", ".join(f"{n} {key}" for key, n in dropped.items()) or "there are none"
+        raise DataError(
+            f"{source}: no document with a supervised token is left of {source_rows} rows ({reasons}): check the "
+            "data's columns, tokenize.seq_len, long_documents and min_label_tokens"
+        )
+    check_model_limits(tokenizer.path, max_token_id=max_token_id)
+    rows = _write(output, scratch, np.concatenate(lengths), np.concatenate(document_ids), options)
+    shutil.rmtree(scratch)
+    tokens = sum(int(part.sum()) for part in lengths)
+    return {
+        "source_rows": source_rows,
+        "rows": rows,
+        "documents": sum(map(len, lengths)),
+        "tokens": tokens,
+        "label_tokens": label_tokens,
+        "dropped": dropped,
+        "truncated": counts["truncated"],
+        "split": counts["split"],
+        "special_token_text": counts["special_token_text"],
+        "packing_efficiency": tokens / (rows * options.seq_len),
+        "max_token_id": max_token_id,
+    }
+
+
+def report_split(name: str, split: dict[str, Any], options: Tokenize) -> None:
+    """Log what became of a split's rows; whatever was left out or changed is a warning."""
+    log.info(
+        "%s: %d rows -> %d documents, %d tokens (%d supervised) in %d rows of at most %d, %.1f %% full",
+        name,
+        *(split[key] for key in ("source_rows", "documents", "tokens", "label_tokens", "rows")),
+        options.seq_len,
+        100 * split["packing_efficiency"],
+    )
+    for key, what in (("truncated", "cut off at"), ("split", "split at")):
+        if split[key]:
+            log.warning("%s: %d of %d rows %s %d tokens", name, split[key], split["source_rows"], what, options.seq_len)
+    for reason, count in split["dropped"].items():
+        log.warning("%s: %d dropped: %s", name, count, reason)
+    if split["special_token_text"]:
+        log.warning(
+            "%s: the texts of %d rows hold control tokens of the tokenizer, read as such",
+            name,
+            split["special_token_text"],
+        )
+
+
+def _encode(
+    source: Path, name: str, data_format: str, tokenizer: TokenizerSource, options: Tokenize, num_workers: int
+) -> Iterator[_Encoded]:
+    """The encoded tasks of a split in file order."""
+    if data_format not in COLUMNS:
+        raise DataError(f"{source}: unknown data format {data_format!r}: one of {', '.join(COLUMNS)}")
+    file = _open(source, data_format)
+    setup = tokenizer, data_format, options
+    rows = file.metadata.num_rows
+    size = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
+    num_workers = min(num_workers, 1 + size // BYTES_PER_WORKER)
+    with ProgressBar(f"tokenize {name}", rows) as bar:
+        parts = _encode_here(file, setup) if num_workers <= 1 else _encode_in_processes(file, setup, num_workers)
+        for part in parts:
+            yield part
+            bar.advance(part.source_rows)
+
+
+def _tasks(file: pq.ParquetFile, data_format: str) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """Pieces of the file with the number of their first row."""
+    names = [c for c in ("id", "origin", *COLUMNS[data_format]) if c in file.schema_arrow.names]
+    first = 0
+    try:
+        for batch in file.iter_batches(batch_size=ROWS_PER_TASK, columns=names, use_threads=False):
+            yield first, batch
+            first += batch.num_rows
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(
+            f"cannot read rows of the Parquet file after row {first} ({error}): fetch the data again"
+        ) from error
+
+
+def _encode_here(file: pq.ParquetFile, setup: tuple[TokenizerSource, str, Tokenize]) -> Iterator[_Encoded]:
+    _start_worker(*setup)
+    for first, batch in _tasks(file, setup[1]):
+        yield _encode_task(first, batch)
+
+
+def _encode_in_processes(
+    file: pq.ParquetFile, setup: tuple[TokenizerSource, str, Tokenize], num_workers: int
+) -> Iterator[_Encoded]:
+    # Not forked from here, where threads run already (Arrow's), but from a server that has the imports done.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    _start_worker(*setup)  # a tokenizer that cannot be used is found before any process starts
+    pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start_worker, initargs=setup)
+    waiting: deque[Future[_Encoded]] = deque()
+    try:
+        for task in _tasks(file, setup[1]):
+            waiting.append(pool.submit(_encode_task, *task))
+            if len(waiting) >= TASKS_AHEAD * num_workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            "a tokenising process died, perhaps for lack of memory: use fewer (--num-workers)"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_encoder: DocumentEncoder | None = None  # one in each worker process
+
+
+def _start_worker(tokenizer: TokenizerSource, data_format: str, options: Tokenize) -> None:
+    global _encoder
+    _encoder = DocumentEncoder(tokenizer.load(), data_format, options)
+
+
+def _encode_task(first: int, batch: pa.RecordBatch) -> _Encoded:
+    """Encode rows `first`, `first + 1`, ... of the source."""
+    assert _encoder is not None
+    _encoder.counts.clear()
+    ids: list[NDArray[np.int32]] = []
+    masks: list[NDArray[np.bool_]] = []
+    document_ids = []
+    for index, row in enumerate(batch.to_pylist(), start=first):
+        for tokens, mask in _encoder.encode(row):
+            ids.append(np.array(tokens, dtype=np.int32))
+            masks.append(np.array(mask, dtype=np.bool_))
+            document_ids.append(index)
+    return _Encoded(
+        input_ids=np.concatenate(ids) if ids else np.empty(0, np.int32),
+        loss_mask=np.concatenate(masks) if masks else np.empty(0, np.bool_),
+        lengths=np.array([len(i) for i in ids], dtype=np.int64),
+        document_ids=np.array(document_ids, dtype=np.int64),
+        counts=Counter(_encoder.counts),
+        source_rows=batch.num_rows,
+    )
+
+
+def _write(
+    output: Path, scratch: Path, lengths: NDArray[np.int64], document_ids: NDArray[np.int64], options: Tokenize
+) -> int:
+    """Copy the documents from the flat files to their places in row order; returns the number of rows."""
+    if options.packing:
+        order, documents_per_row = best_fit_rows(lengths, options.seq_len)
+    else:
+        order, documents_per_row = np.arange(len(lengths)), np.ones(len(lengths), dtype=np.int64)
+    targets = create_token_store(output, lengths[order], documents_per_row, document_ids[order])
+    starts = np.cumsum(lengths) - lengths
+    for name, target in zip(("input_ids", "loss_mask"), targets, strict=True):
+        flat = np.memmap(scratch / name, dtype=target.dtype, mode="r")
+        at = 0
+        for document in order.tolist():
+            start, length = starts[document], lengths[document]
+            target[at : at + length] = flat[start : start + length]
+            at += length
+        target.flush()
+    return len(documents_per_row)
+
+
+def _append(file: BinaryIO, array: NDArray) -> None:
+    file.write(array.tobytes())
+
+
+def _open(source: Path, data_format: str) -> pq.ParquetFile:
+    try:
+        file = pq.ParquetFile(source, memory_map=True)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"cannot read {source} ({error}): fetch the data again") from error
+    missing = [c for c in COLUMNS[data_format] if c not in file.schema_arrow.names]
+    if missing:
+        raise DataError(f"{source}: format {data_format} needs the column {missing[0]}: fetch the data again")
+    return file

@@ -1,0 +1,127 @@
+"""Loading a tokenizer directory, and what it and the model beside it allow."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from dayzero.console import log
+from dayzero.errors import ConfigError
+
+_CONTEXT_LENGTH = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_sequence_length",
+    "max_seq_len",
+    "seq_length",
+    "n_ctx",
+)
+"""What the configs of transformers call the longest sequence a model takes."""
+
+
+@dataclass(frozen=True)
+class TokenizerSource:
+    """Where a tokenizer comes from: small enough to be handed to worker processes, which load it themselves."""
+
+    path: Path
+    """A local HF directory."""
+    chat_template: str | None = None
+    """File with a Jinja template that replaces the tokenizer's own."""
+    trust_remote_code: bool = False
+    """Run Python code that ships with the tokenizer."""
+
+    def load(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, without a length limit; ConfigError where it or the template cannot be read."""
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                self.path, trust_remote_code=self.trust_remote_code, local_files_only=True
+            )
+        except Exception as error:  # each tokenizer class has its own
+            remedy = "use a directory with tokenizer files"
+            if "trust_remote_code" in str(error):
+                remedy += ", or set model.trust_remote_code if you trust its code"
+            raise ConfigError(f"cannot load a tokenizer from {self.path} ({error}): {remedy}") from error
+        # Lengths are ours to check: the library would only warn, and some tokenizers state a wrong limit.
+        tokenizer.model_max_length = int(1e30)
+        if self.chat_template is not None:
+            tokenizer.chat_template = read_chat_template(self.chat_template)
+        return tokenizer
+
+    def describe(self, data_format: str) -> dict[str, Any]:
+        """What a manifest says about the tokenizer."""
+        tokenizer = self.load()
+        template = tokenizer.get_chat_template() if data_format == "messages" else None
+        if template and "strftime_now" in template:
+            log.warning("the chat template writes today's date: tokens made on another day will differ")
+        digest = hashlib.sha256(template.encode()).hexdigest() if template else None
+        return {
+            "vocab_size": len(tokenizer),
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "chat_template_sha256": digest,
+            "template_hash": digest and digest[:10],
+        }
+
+
+def read_chat_template(path: str | Path) -> str:
+    """The text of a Jinja chat template file; ConfigError where it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"model.chat_template {path}: {error}: give the path of a Jinja file") from error
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """The texts that the tokenizer reads as control tokens wherever they stand."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return {token for token in added | set(tokenizer.all_special_tokens) if token}
+
+
+def special_token_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
+    """Matches any control token in a text; None where the tokenizer has none."""
+    tokens = sorted(special_tokens(tokenizer), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, tokens))) if tokens else None
+
+
+def affixes(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The ids that the tokenizer by its own habit puts before and after a text (BOS, EOS), found by trying."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    habit = tokenizer("a", add_special_tokens=True)["input_ids"]
+    for start in range(len(habit) - len(plain) + 1):
+        if habit[start : start + len(plain)] == plain:
+            return habit[:start], habit[start + len(plain) :]
+    raise AssertionError(f"special tokens change the tokens of the text: {plain} became {habit}")
+
+
+def check_model_limits(path: str | Path, *, seq_len: int | None = None, max_token_id: int | None = None) -> None:
+    """Hold row length and token ids against the config.json beside the tokenizer; nothing to check where there is none.
+
+    Raises ConfigError naming both numbers.
+    """
+    config = _model_config(path)
+    context = next((config[name] for name in _CONTEXT_LENGTH if isinstance(config.get(name), int)), None)
+    if seq_len is not None and context is not None and seq_len > context:
+        raise ConfigError(
+            f"tokenize.seq_len {seq_len} exceeds the context length {context} of the model in {path}: "
+            f"set it to {context} or less"
+        )
+    vocab_size = config.get("vocab_size")
+    if max_token_id is not None and isinstance(vocab_size, int) and max_token_id >= vocab_size:
+        raise ConfigError(
+            f"the tokenizer in {path} gave token id {max_token_id}, beyond the model's vocab_size {vocab_size}: "
+            "use the tokenizer the model was trained with"
+        )
+
+
+def _model_config(path: str | Path) -> dict[str, Any]:
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        return {}
+    config = json.loads(file.read_text(encoding="utf-8"))
+    return {**config, **config.get("text_config", {})}  # models of several modalities keep the decoder's fields there

@@ -1,0 +1,65 @@
+"""Tokenise the splits of a data directory into packed, memory-mapped rows."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dayzero.stages.base import read_config, run_stage, stage_parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the stage; returns the exit code."""
+    parser = stage_parser("tokenize", __doc__)
+    parser.add_argument("--data", required=True, type=Path, help="directory with the splits' Parquet files")
+    parser.add_argument("--tokenizer", required=True, type=Path, help="Hugging Face directory with the tokenizer")
+    parser.add_argument("--output", required=True, type=Path, help="directory to make")
+    parser.add_argument("--num-workers", type=int, default=1, help="processes (the result does not depend on it)")
+    return run_stage(parser, body, argv)
+
+
+def body(args: argparse.Namespace) -> None:
+    """Tokenise the splits of `args.data` into `args.output`."""
+    from dayzero.config import Model, Tokenize
+    from dayzero.data.tokenization import report_split, tokenize_split
+    from dayzero.data.tokenizer import TokenizerSource
+    from dayzero.files import atomic_directory, read_json, sha256_file, write_json
+    from dayzero.provenance import Clock
+
+    clock = Clock()
+    config = read_config(args.config)
+    options = Tokenize.model_validate(config.get("tokenize", {}))
+    model = Model.model_validate(config.get("model", {}))
+    tokenizer = TokenizerSource(args.tokenizer, model.chat_template, model.trust_remote_code)
+    data = read_json(args.data / "manifest.json")
+    with atomic_directory(args.output) as output:
+        splits = {}
+        for name in ("train", "validation"):
+            if name not in data["splits"]:
+                continue
+            splits[name] = tokenize_split(
+                args.data / data["splits"][name]["file"],
+                output / name,
+                name=name,
+                data_format=data["format"],
+                tokenizer=tokenizer,
+                options=options,
+                num_workers=args.num_workers,
+            )
+            report_split(name, splits[name], options)
+        manifest = {
+            "format": data["format"],
+            "seq_len": options.seq_len,
+            "packing": options.packing,
+            "splits": splits,
+            "max_token_id": max(split.pop("max_token_id") for split in splits.values()),
+            **tokenizer.describe(data["format"]),
+            "provenance": clock.provenance(inputs={"data": sha256_file(args.data / "manifest.json")}),
+        }
+        write_json(output / "manifest.json", manifest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
