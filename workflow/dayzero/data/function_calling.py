@@ -51,8 +51,17 @@ def read_answers(rows: Any) -> dict[str, list[Any]]:
 
 def normalise_call(row: dict[str, Any], origin: str, answers: dict[str, list[Any]]) -> Example | Dropped:
     """One question with its answer. Dropped, by reason: rows without an answer, with several calls or turns, with an
-    argument for which nothing is accepted, or which the function does not have."""
+    argument for which nothing is accepted, or which the function does not have. Raises DataError for another layout."""
     key, turns, functions = (column(row, name, origin) for name in ("id", "question", "function"))
+    try:
+        return _example(key, turns, functions, origin, answers)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise DataError(
+            f"{origin}: not in the layout of the function-calling leaderboard ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _example(key: str, turns: Any, functions: Any, origin: str, answers: dict[str, list[Any]]) -> Example | Dropped:
     if key not in answers:
         return Dropped("no_answer")
     if not isinstance(turns, list) or not isinstance(functions, list) or not all(isinstance(t, list) for t in turns):

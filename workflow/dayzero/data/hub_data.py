@@ -31,7 +31,7 @@ def load(
         raise ConfigError(
             f"{key}: {source.text}: {' '.join(str(error).split())}: see data.subset, data.split"
         ) from error
-    except datasets.exceptions.DatasetsError as error:
+    except (datasets.exceptions.DatasetsError, FileNotFoundError) as error:
         raise ConfigError(f"{key}: {source.text}: {' '.join(str(error).split())[:200]}") from error
     except ConnectionError as error:
         raise unreachable(source, key, error) from error

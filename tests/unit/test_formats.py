@@ -1,0 +1,155 @@
+"""Reading every kind of file, and what a row of each format becomes."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from dayzero.data.formats import Dropped, Example, check_columns, detect_format, normalise
+from dayzero.data.readers import data_files, read_rows
+from dayzero.errors import ConfigError, DataError
+
+ROWS = [{"prompt": "why – 2+2?", "completion": "4"}, {"prompt": 'say "a,b"\nagain', "completion": "ab"}]
+
+
+def _jsonl(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
+
+
+def _write(path: Path) -> Path:
+    kind = path.name.split(".", 1)[1]
+    csv = 'prompt,completion\nwhy – 2+2?,4\n"say ""a,b""\nagain",ab\n'
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(ROWS), path)
+    elif kind == "array.json":
+        path.write_text("\n" + json.dumps(ROWS, indent=1), encoding="utf-8")
+    elif kind == "tsv":
+        path.write_text(csv.replace(",", "\t").replace("a\tb", "a,b"), encoding="utf-8")
+    elif kind in ("csv", "csv.gz"):
+        path.write_bytes(gzip.compress(csv.encode()) if kind.endswith("gz") else b"\xef\xbb\xbf" + csv.encode())
+    else:
+        data = _jsonl(ROWS).encode()
+        packed = {"gz": gzip.compress, "zst": zstandard.compress}.get(kind.rpartition(".")[2], bytes)
+        path.write_bytes(packed(data))
+    return path
+
+
+KINDS = ["jsonl", "json", "array.json", "ndjson", "csv", "csv.gz", "tsv", "parquet", "jsonl.gz", "jsonl.zst"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_gives_the_same_rows(tmp_path: Path, kind: str) -> None:
+    got = list(read_rows(_write(tmp_path / f"rows.{kind}"), "rows"))
+    assert [row for _, row in got] == ROWS
+    assert got[0][0] == ("rows:2" if kind in ("csv", "csv.gz", "tsv") else "rows:1")
+
+
+def test_text_is_a_document_a_line(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_bytes(b"one\r\n\n  two \n")
+    assert list(read_rows(file, "a.txt")) == [("a.txt:1", {"text": "one"}), ("a.txt:3", {"text": "  two "})]
+
+
+def test_a_directory_gives_its_data_files_in_order(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "deep/a.csv.gz", "README", ".hidden.jsonl", "a.parquet"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    assert [label for _, label in data_files(tmp_path, "d")] == ["d/a.parquet", "d/b.jsonl", "d/deep/a.csv.gz"]
+    with pytest.raises(DataError, match="no data file in the directory"):
+        (tmp_path / "empty").mkdir()
+        data_files(tmp_path / "empty", "d")
+
+
+def _cut(data: bytes) -> bytes:
+    return data[: len(data) * 2 // 3]
+
+
+BIG = _jsonl([{"text": f"{i * 7919 % 1000003}"} for i in range(5000)]).encode()
+BAD = {
+    "empty.jsonl": (b"", "the file is empty"),
+    "cut.jsonl.gz": (_cut(gzip.compress(BIG)), "damaged or cut off"),
+    "cut.jsonl.zst": (_cut(zstandard.compress(BIG)), "damaged or cut off"),
+    "not.jsonl.gz": (b"plain text", "damaged or cut off"),
+    "bad.jsonl": (b'{"text": "a"}\n{"text": \n', r"bad\.jsonl:2: not valid JSON"),
+    "bad.json": (b'\n[{"text": "a"},\n {"text": }]', r"bad\.json:3: not valid JSON"),
+    "list.jsonl": (b"[1]\n", r"list\.jsonl:1: a row must be a JSON object, found list"),
+    "one.json": (b'{\n"text": "a"}', "one JSON object; expected a list"),
+    "bad.parquet": (b"PAR1 no", "cannot be read as parquet"),
+    "cut.csv": (b"a,b\n1,2\n1\n", r"cut\.csv:3: fewer fields than the header's 2"),
+    "more.csv": (b"a,b\n1,2,3\n", r"more\.csv:2: more fields"),
+    "quote.csv": (b'a,b\n1,"2\n', "not valid CSV"),
+    "latin.txt": ("é".encode("latin-1"), "not UTF-8 text"),
+    "rows.xlsx": (b"x", r"unknown kind of data file '\.xlsx'; known endings are \.jsonl"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_files_are_named_with_the_line(tmp_path: Path, name: str) -> None:
+    content, said = BAD[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=said) as caught:
+        list(read_rows(tmp_path / name, name))
+    assert str(caught.value).startswith(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_detection() -> None:
+    assert detect_format({"text": "", "x": ""}, {}, "f:1") == "text"
+    assert detect_format({"text": "", "prompt": "", "completion": ""}, {}, "f:1") == "prompt_completion"
+    assert detect_format({"messages": [], "prompt": "", "completion": ""}, {}, "f:1") == "messages"
+    assert detect_format({"q": "", "a": ""}, {"prompt": "q", "completion": "a"}, "f:1") == "prompt_completion"
+    with pytest.raises(ConfigError, match=r"f:1 has the columns question, answer, none of the formats fits"):
+        detect_format({"question": "", "answer": ""}, {}, "f:1")
+
+
+def test_columns_are_renamed_and_unknown_ones_refused() -> None:
+    row = {"q": "why?", "a": "so", "key": 7}
+    got = normalise(row, "f:1", "prompt_completion", {"prompt": "q", "completion": "a", "id": "key"})
+    assert got == Example({"prompt": "why?", "completion": "so"}, "why?", 6, "7")
+    with pytest.raises(ConfigError, match=r"'promt' is not a column of prompt_completion \(did you mean prompt\?\)"):
+        check_columns("prompt_completion", {"promt": "q"})
+
+
+def test_a_missing_column_is_named_with_what_there_is() -> None:
+    with pytest.raises(DataError) as caught:
+        normalise({"promt": "a", "completion": "b"}, "rows.jsonl:3", "prompt_completion", {})
+    message = str(caught.value)
+    assert message.startswith("rows.jsonl:3: no column 'prompt' (did you mean 'promt'?); it has promt, completion")
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("hello", "holds text, expected a list"),
+        ([{"role": "user"}], "message 1 of 'messages' has role, expected role and content"),
+        ([{"role": "human", "content": "x"}], "has the role 'human', expected one of system, user, assistant, tool"),
+        ([{"role": "user", "content": 5}], "holds a number, expected text"),
+        ([{"role": "assistant", "content": "", "tool_calls": [1]}], "has tool_calls"),
+    ],
+)
+def test_bad_conversations(value: Any, said: str) -> None:
+    with pytest.raises(DataError, match=r"^f:1: ") as caught:
+        normalise({"messages": value}, "f:1", "messages", {})
+    assert said in str(caught.value)
+
+
+def test_conversations() -> None:
+    turns = [("system", "be kind"), ("user", "Hi"), ("assistant", "Hello"), ("user", "Bye"), ("assistant", "Bye!")]
+    messages = [{"role": r, "content": c} for r, c in turns]
+    got = normalise({"messages": [{**m, "name": "n"} for m in messages]}, "f:1", "messages", {})
+    assert got == Example({"messages": messages}, "Hi\nBye", 21, None)
+    assert normalise({"messages": messages[:2]}, "f:1", "messages", {}) == Dropped("no_assistant_turn")
+
+
+def test_empty_answers_are_dropped() -> None:
+    assert normalise({"text": " \n"}, "f:1", "text", {}) == Dropped("empty")
+    assert normalise({"text": None}, "f:1", "text", {}) == Dropped("empty")
+    assert normalise({"prompt": "a", "completion": ""}, "f:1", "prompt_completion", {}) == Dropped("empty")
+    with pytest.raises(DataError, match="column 'text' holds a number, expected text"):
+        normalise({"text": 3}, "f:1", "text", {})
