@@ -15,7 +15,7 @@ from dayzero.data.formats import Dropped, Example, check_columns, detect_format,
 from dayzero.data.readers import data_files, read_rows
 from dayzero.errors import ConfigError, DataError
 
-ROWS = [{"prompt": "why – 2+2?", "completion": "4"}, {"prompt": 'say "a,b"\nagain', "completion": "ab"}]
+ROWS = [{"prompt": "why é 2+2?", "completion": "4"}, {"prompt": 'say "a,b"\nagain', "completion": "ab"}]
 
 
 def _jsonl(rows: list[dict[str, Any]]) -> str:
@@ -24,7 +24,7 @@ def _jsonl(rows: list[dict[str, Any]]) -> str:
 
 def _write(path: Path) -> Path:
     kind = path.name.split(".", 1)[1]
-    csv = 'prompt,completion\nwhy – 2+2?,4\n"say ""a,b""\nagain",ab\n'
+    csv = 'prompt,completion\nwhy é 2+2?,4\n"say ""a,b""\nagain",ab\n'
     if kind == "parquet":
         pq.write_table(pa.Table.from_pylist(ROWS), path)
     elif kind == "array.json":
@@ -61,8 +61,8 @@ def test_a_directory_gives_its_data_files_in_order(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
     assert [label for _, label in data_files(tmp_path, "d")] == ["d/a.parquet", "d/b.jsonl", "d/deep/a.csv.gz"]
+    (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no data file in the directory"):
-        (tmp_path / "empty").mkdir()
         data_files(tmp_path / "empty", "d")
 
 

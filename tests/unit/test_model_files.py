@@ -1,0 +1,427 @@
+"""The stage fetch_model: what is taken, converted or refused, from directories, GGUF files and a hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from dayzero.files import sha256_file
+from dayzero.stages import fetch_model
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tests.unit.hub_server import Hub, serve
+
+SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
+CONFIG = {**SHAPE, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+
+
+def _make_model(folder: Path, **config: Any) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**CONFIG, **config))
+    model.save_pretrained(folder)
+    vocabulary = {chr(33 + i): i for i in range(62)} | {"<eos>": 62, "<unk>": 63}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# tiny\n")
+    return model
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = tmp_path / "source"
+    _make_model(folder)
+    return folder
+
+
+def _main(output: Path, source: str | Path, **model: Any) -> int:
+    config = json.dumps({"model": {"source": str(source), **model}})
+    return fetch_model.main(["--config", config, "--output", str(output)])
+
+
+def _fetch(output: Path, source: str | Path, **model: Any) -> dict[str, Any]:
+    assert _main(output, source, **model) == 0
+    return json.loads((output / "manifest.json").read_text())
+
+
+def _logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.float().eval()(torch.arange(10)[None]).logits
+
+
+HUB_WORKER = """
+import json, sys
+from dayzero.stages import fetch_data, fetch_model
+for line in sys.stdin:
+    stage, config, output = json.loads(line)
+    code = {"data": fetch_data, "model": fetch_model}[stage].main(["--config", json.dumps(config), "--output", output])
+    print(code, flush=True)
+"""
+
+
+class HubUser:
+    """One process that fetches from the stand-in hub (the libraries read HF_ENDPOINT when imported)."""
+
+    def __init__(self, hub: Hub, home: Path) -> None:
+        settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1"}
+        self.log = home.with_suffix(".log")
+        offline = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
+        env = {k: v for k, v in os.environ.items() if k not in offline} | settings
+        self._errors = open(self.log, "w")  # noqa: SIM115  closed with the process
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", HUB_WORKER], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=self._errors, text=True,
+        )  # fmt: skip
+
+    def fetch(self, stage: str, output: Path, **section: Any) -> tuple[int, str]:
+        """Exit code and last line of the stage."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps([stage, {stage: section}, str(output)]) + "\n")
+        self._process.stdin.flush()
+        code = int(self._process.stdout.readline())
+        lines = self.log.read_text().strip().splitlines()
+        return code, lines[-1] if lines else ""
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(30)
+        self._errors.close()
+
+
+@pytest.fixture(scope="module")
+def hub_and_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Hub, HubUser]]:
+    with serve() as hub:
+        user = HubUser(hub, tmp_path_factory.mktemp("hub") / "home")
+        yield hub, user
+        user.close()
+
+
+def test_only_the_needed_files_are_taken_and_described(source: Path, tmp_path: Path) -> None:
+    (source / "optimizer.pt").write_bytes(b"x")
+    (source / "pytorch_model.bin").write_bytes(b"unread, as there is safetensors")
+    (source / "modeling.py").write_text("boom")
+    (source / "LICENSE").write_text("free")
+    manifest = _fetch(tmp_path / "out", source)
+    files = {p.name for p in (tmp_path / "out").iterdir()}
+    assert files == set(manifest["files"]) | {"manifest.json"}
+    assert not files & {"optimizer.pt", "pytorch_model.bin", "modeling.py"}
+    assert files >= {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "LICENSE"}
+    for name, digest in manifest["files"].items():
+        assert digest == sha256_file(tmp_path / "out" / name)
+    model = AutoModelForCausalLM.from_pretrained(source)
+    expected = {
+        "source": str(source), "revision": None, "licence": "apache-2.0", "num_parameters": model.num_parameters(),
+        "dtype": "float32", "architecture": "LlamaForCausalLM", "context_length": 128, "chat_template": True,
+    }  # fmt: skip
+    assert {k: manifest[k] for k in expected} == expected
+    assert torch.equal(_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), _logits(model))
+    assert (tmp_path / "out" / "model.safetensors").stat().st_nlink == 1, "a link would follow changes to the source"
+
+
+def test_sharded_weights_and_another_dtype(source: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(source)
+    for old in source.glob("*.safetensors"):
+        old.unlink()
+    model.save_pretrained(source, max_shard_size="20KB")
+    (source / "consolidated.safetensors").write_bytes(b"another layout of the same weights")
+    assert len(list(source.glob("model-*.safetensors"))) > 1
+    manifest = _fetch(tmp_path / "out", source, dtype="bfloat16")
+    assert manifest["dtype"] == "bfloat16"
+    assert "consolidated.safetensors" not in manifest["files"]
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    stored = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert stored.dtype == torch.bfloat16
+    wanted = model.bfloat16().state_dict()
+    assert stored.state_dict().keys() == wanted.keys()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in stored.state_dict().items())
+
+
+def test_tied_weights_are_counted_once(tmp_path: Path) -> None:
+    model = _make_model(tmp_path / "source", tie_word_embeddings=True)
+    assert _fetch(tmp_path / "out", tmp_path / "source")["num_parameters"] == model.num_parameters()
+
+
+def _pickle(source: Path, content: Any = None) -> None:
+    tensors = load_file(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
+    torch.save(tensors if content is None else content, source / "pytorch_model.bin")
+
+
+class Attack:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("attacked",)
+
+
+def test_pickled_weights_need_a_permission_and_run_no_code_even_then(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    want = _logits(AutoModelForCausalLM.from_pretrained(source))
+    _pickle(source)
+    assert _main(tmp_path / "out", source) == 1
+    assert "set model.allow_pickle: true" in capsys.readouterr().err
+    manifest = _fetch(tmp_path / "out", source, allow_pickle=True)
+    assert "model.safetensors" in manifest["files"]
+    assert "pytorch_model.bin" not in manifest["files"]
+    assert torch.equal(_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), want)
+    torch.save({"a": Attack()}, source / "pytorch_model.bin")
+    assert _main(tmp_path / "out2", source, allow_pickle=True) == 1
+    assert "not a pickle of tensors only" in capsys.readouterr().err
+    assert not (tmp_path / "attacked").exists()
+    assert not (tmp_path / "out2").exists()
+
+
+def test_pickled_shards_with_shared_tensors(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    model = _make_model(source, tie_word_embeddings=True)
+    (source / "model.safetensors").unlink()
+    state = model.state_dict()
+    names = list(state)
+    parts = {"pytorch_model-00001-of-00002.bin": [*names[:3], "lm_head.weight"]}
+    parts["pytorch_model-00002-of-00002.bin"] = [n for n in names if n not in parts["pytorch_model-00001-of-00002.bin"]]
+    for file, part in parts.items():
+        torch.save({n: state[n] for n in part}, source / file)
+    index = {"metadata": {}, "weight_map": {n: file for file, part in parts.items() for n in part}}
+    (source / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    _fetch(tmp_path / "out", source, allow_pickle=True)
+    stored, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert torch.equal(_logits(stored), _logits(model))
+
+
+def _edit(source: Path, **fields: Any) -> None:
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, **fields}))
+
+
+def _bad(case: str, source: Path) -> dict[str, Any]:
+    """Spoil the source; returns what else the config says."""
+    weights = source / "model.safetensors"
+    if case == "remote code":
+        _edit(source, auto_map={"AutoModelForCausalLM": "modeling.Tiny"})
+    elif case == "foreign code":
+        _edit(source, auto_map={"AutoModelForCausalLM": "org/other--modeling.Tiny"})
+        return {"trust_remote_code": True}
+    elif case == "tokenizer code":
+        tokenizer = json.loads((source / "tokenizer_config.json").read_text())
+        (source / "tokenizer_config.json").write_text(json.dumps({**tokenizer, "auto_map": {"AutoTokenizer": "t.T"}}))
+    elif case == "unknown type":
+        _edit(source, model_type="brand_new_lm")
+    elif case == "encoder":
+        _edit(source, model_type="t5", architectures=["T5ForConditionalGeneration"])
+    elif case == "cut weights":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif case == "no weights":
+        weights.unlink()
+    elif case == "missing shard":
+        index = {"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}
+        (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    elif case == "adapter":
+        (source / "config.json").rename(source / "adapter_config.json")
+    elif case == "broken config":
+        (source / "config.json").write_text("{")
+    elif case == "quantised":
+        _edit(source, quantization_config={"quant_method": "fp8"})
+        return {"dtype": "bfloat16"}
+    elif case == "broken tokenizer":
+        (source / "tokenizer.json").write_text("{}")
+    elif case == "wrong sha256":
+        return {"sha256": {"model.safetensors": "0" * 64}}
+    elif case == "one sha256":
+        return {"sha256": "0" * 64}
+    elif case == "unknown file":
+        return {"sha256": {"model.bin": "0" * 64}}
+    return {}
+
+
+SAID = {
+    "remote code": "asks to run Python code of its own (auto_map): read that code, then set model.trust_remote_code",
+    "foreign code": "lies in another repository",
+    "tokenizer code": "its tokenizer_config.json asks to run Python code",
+    "unknown type": "model_type 'brand_new_lm' with transformers",
+    "encoder": "it is not a causal language model",
+    "cut weights": "model.safetensors: damaged or cut-off weights",
+    "no weights": "no weights: expected model.safetensors",
+    "missing shard": "names model-00001-of-00002.safetensors, which is missing",
+    "adapter": "it is a PEFT adapter: merge it into its base model first",
+    "broken config": "config.json: not valid JSON",
+    "quantised": "holds quantised weights, which stay as they are",
+    "broken tokenizer": "its tokenizer cannot be loaded",
+    "wrong sha256": "model.sha256: ",
+    "one sha256": "the model is a directory: give a mapping",
+    "unknown file": "'model.bin' is not a file taken from the model",
+}
+
+
+@pytest.mark.parametrize("case", SAID)
+def test_bad_models_give_one_line_and_leave_nothing(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    more = _bad(case, source)
+    assert _main(tmp_path / "store" / "out", source, **more) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("fetch_model: error: ")
+    assert SAID[case] in last
+    assert [p.name for p in (tmp_path / "store").iterdir()] == [".out.lock"]
+
+
+def test_other_files_are_no_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "weights.safetensors").write_bytes(b"x")
+    assert _main(tmp_path / "out", tmp_path / "weights.safetensors") == 1
+    assert "give a Hugging Face directory or a .gguf file" in capsys.readouterr().err
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF" + b"\0" * 100)
+    assert _main(tmp_path / "out", tmp_path / "bad.gguf") == 1
+    assert "bad.gguf: not a GGUF file, or cut off" in capsys.readouterr().err
+
+
+def test_a_model_with_code_of_its_own_where_it_is_trusted(
+    source: Path, tmp_path: Path, hub_and_user: tuple[Hub, HubUser]
+) -> None:
+    (source / "own_model.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own_model'\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    auto_map = {"AutoConfig": "own_model.OwnConfig", "AutoModelForCausalLM": "own_model.OwnModel"}
+    _edit(source, model_type="own_model", architectures=["OwnModel"], auto_map=auto_map)
+    # in the other process, whose cache of such code is a folder of the test
+    code, said = hub_and_user[1].fetch("model", tmp_path / "out", source=str(source), trust_remote_code=True)
+    assert code == 0, said
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["architecture"] == "OwnModel"
+    assert "own_model.py" in manifest["files"]
+
+
+def _write_gguf(file: Path, model: LlamaForCausalLM) -> None:
+    """A llama in GGUF's layout, with a byte-level tokenizer."""
+    import gguf
+
+    config = model.config
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_license("mit")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    tokens = [chr(33 + i) for i in range(60)] + ["AB", "ABC", "<unk>", "<eos>"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * 62 + [3, 3])
+    writer.add_token_merges(["A B", "AB C"])
+    writer.add_eos_token_id(63)
+    writer.add_bos_token_id(63)
+    writer.add_unk_token_id(62)
+    writer.add_chat_template(CHAT_TEMPLATE)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        array = tensor.numpy()
+        if "q_proj" in name or "k_proj" in name:  # GGUF keeps rotary pairs side by side
+            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+            array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), np.ascontiguousarray(array))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_gguf_becomes_a_plain_directory_with_the_same_logits(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**CONFIG))
+    _write_gguf(tmp_path / "tiny.gguf", model)
+    manifest = _fetch(tmp_path / "out", tmp_path / "tiny.gguf", dtype="float32")
+    assert (manifest["licence"], manifest["context_length"], manifest["chat_template"]) == ("mit", 128, True)
+    assert manifest["source_sha256"] == sha256_file(tmp_path / "tiny.gguf")
+    assert manifest["num_parameters"] == model.num_parameters()
+    stored = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.allclose(_logits(stored), _logits(model), atol=1e-5)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.tokenize("ABCA") == ["ABC", "A"]
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "AB"}], tokenize=False) == "AB"
+    mode = (tmp_path / "out" / "model.safetensors").stat().st_mode & 0o777
+    assert mode == (tmp_path / "out" / "manifest.json").stat().st_mode & 0o777
+
+
+def test_gguf_is_stored_in_bfloat16_and_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    _write_gguf(folder / "tiny.gguf", LlamaForCausalLM(LlamaConfig(**CONFIG)))
+    assert _main(tmp_path / "out", folder, sha256="0" * 64) == 1
+    assert "expected " + "0" * 64 in capsys.readouterr().err
+    assert _fetch(tmp_path / "out", folder, sha256=sha256_file(folder / "tiny.gguf"))["dtype"] == "bfloat16"
+
+
+def test_a_hub_model_and_its_moving_branch(source: Path, tmp_path: Path, hub_and_user: tuple[Hub, HubUser]) -> None:
+    hub, user = hub_and_user
+    (source / "pytorch_model.bin").write_bytes(b"never downloaded")
+    hub.repos["models", "org/tiny"] = {"main": source}
+    commit = hub.commit(source)
+    assert user.fetch("model", tmp_path / "out", source="hf:org/tiny")[0] == 0
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert (manifest["revision"], manifest["licence"]) == (commit, "apache-2.0")
+    assert "moved_from" not in manifest
+    assert not [r for r in hub.requests if "pytorch_model.bin" in r]
+
+    tensors = load_file(source / "model.safetensors")
+    save_file({k: v + 1 for k, v in tensors.items()}, source / "model.safetensors", metadata={"format": "pt"})
+    assert user.fetch("model", tmp_path / "out", source="hf:org/tiny")[0] == 0
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert (manifest["revision"], manifest["moved_from"]) == (hub.commit(source), commit)
+    assert f"hf:org/tiny has moved since it was last fetched, from {commit}" in user.log.read_text()
+
+    code, said = user.fetch("model", tmp_path / "no", source="hf:org/tiny@v9")
+    assert (code, "org/tiny has no revision 'v9'" in said) == (1, True)
+    code, said = user.fetch("model", tmp_path / "no", source="hf:org/none")
+    assert (code, "the hub has no model 'org/none'" in said) == (1, True)
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_hub_data_set(tmp_path: Path, hub_and_user: tuple[Hub, HubUser]) -> None:
+    hub, user = hub_and_user
+    for split, n in (("train", 20), ("test", 5)):
+        rows = [{"prompt": f"{split} {i}", "completion": "x"} for i in range(n)]
+        file = tmp_path / "repo" / "data" / f"{split}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    hub.repos["datasets", "org/rows"] = {"main": tmp_path / "repo"}
+    assert user.fetch("data", tmp_path / "out", source="hf:org/rows", test_source="hf:org/rows")[0] == 0
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert {n: s["rows"] for n, s in manifest["splits"].items()} == {"train": 19, "validation": 1, "test": 5}
+    assert manifest["sources"][0]["revision"] == hub.commit(tmp_path / "repo")
+    for section, said in (
+        ({"split": "oops"}, 'Unknown split "oops"'),
+        ({"subset": "oops"}, "BuilderConfig 'oops' not found"),
+        ({"sha256": "0" * 64}, "pin its commit instead"),
+    ):
+        code, last = user.fetch("data", tmp_path / "no", source="hf:org/rows", **section)
+        assert (code, said in last) == (1, True), last
+    assert not (tmp_path / "no").exists()
+
+
+def test_no_hub_is_said_in_one_line(tmp_path: Path) -> None:
+    user = HubUser(Hub(url="http://127.0.0.1:9"), tmp_path / "home")
+    for stage in ("model", "data"):
+        code, last = user.fetch(stage, tmp_path / "out", source="hf:org/name")
+        assert (code, f"{stage}.source: cannot reach the hub for hf:org/name" in last) == (1, True), last
+    user.close()
