@@ -5,11 +5,14 @@ RUN ?= lora
 HOST ?= 127.0.0.1
 PORT ?= 8000
 PYTEST_ARGS ?=
+# GiB, without a GPU
+VLLM_CPU_KVCACHE_SPACE ?= 1
 
-export PYTHON TORCH_INDEX_URL
+export PYTHON TORCH_INDEX_URL VLLM_CPU_KVCACHE_SPACE
 
 BIN := .venv/bin
 RESULTS := results/$(EXPERIMENT)
+SNAKEMAKE = $(BIN)/snakemake --cores all --config experiment=$(EXPERIMENT) --
 
 .DEFAULT_GOAL := help
 .PHONY: help env demo test lint serve clean
@@ -27,7 +30,7 @@ env:
 	@envs/install.sh $(LOCK)
 
 demo: env
-	$(BIN)/snakemake --cores all
+	$(SNAKEMAKE)
 	@$(BIN)/python -m dayzero.reporting.table $(RESULTS)/report/results.csv
 
 test: env
@@ -42,7 +45,7 @@ lint: env
 	$(BIN)/snakemake --lint
 
 serve: env
-	$(BIN)/snakemake --cores all $(RESULTS)/$(RUN)/model/manifest.json
+	$(SNAKEMAKE) $(RESULTS)/$(RUN)/model/manifest.json
 	HF_HUB_OFFLINE=1 $(BIN)/python -m vllm.entrypoints.openai.api_server --model $(RESULTS)/$(RUN)/model \
 		--served-model-name $(RUN) --host $(HOST) --port $(PORT)
 

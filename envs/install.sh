@@ -35,8 +35,8 @@ pip_install() {
     { "$venv/bin/python" -m pip install --disable-pip-version-check --no-input "$@" 2>&1 || echo $? >"$status"; } |
         tee -a "$venv/install.log" |
         awk -v what="$what" -v total="$total" -v tty="$tty" '
-            /^(Collecting|Requirement already satisfied:)/ { n++; name = $0; sub(/^[A-Za-z ]+:? /, "", name); sub(/ .*/, "", name) }
-            /^Collecting/ && tty { printf "\r\033[K%s: %d/%d %s", what, n, total, name; fflush() }
+            /^(Collecting|Processing|Obtaining|Requirement already satisfied:)/ { n++; name = $0; sub(/^[A-Za-z ]+:? /, "", name); sub(/ .*/, "", name) }
+            /^(Collecting|Processing)/ && tty { printf "\r\033[K%s: %d/%d %s", what, n, total, name; fflush() }
             /^Installing collected packages/ { printf "%s%s: unpacking %d packages\n", (tty ? "\r\033[K" : ""), what, n; fflush() }'
     if [ -e "$status" ]; then
         rm -f "$status"

@@ -94,7 +94,8 @@ def test_first_table_compares_runs_on_the_same_items_and_marks_the_best(demo: tu
     assert table.runs == ["base", "lora"]
     assert table.tasks == {"tool_calls": "0-shot · n = 120", "tool_calls_1shot": "1-shot · n = 120"}
     assert table.incomparable == []
-    assert table.items_recorded
+    assert table.unrecorded == []
+    assert table.truncated == []
     cells = {(c.task, c.metric): c.cells for c in table.columns}
     base, lora = cells["tool_calls", "correct_call"]
     assert (base.text, base.best) == ("0.000 ± 0.000", False)
@@ -126,6 +127,19 @@ def test_scores_on_other_items_are_shown_as_not_comparable(tmp_path: Path) -> No
     assert "not comparable" in page
     assert "given the same items" not in page
     assert r"$^\dagger$" in (tmp_path / "report/results.tex").read_text()
+
+
+def test_cut_answers_and_unrecorded_items_are_told(tmp_path: Path) -> None:
+    runs = write_demo(tmp_path)
+    results = runs[1] / "eval/results.json"
+    changed = json.loads(results.read_text())
+    changed["tasks"]["tool_calls"]["truncated_share"] = 0.125
+    changed["tasks"]["tool_calls"]["items_sha256"] = None
+    results.write_text(json.dumps(changed))
+    assert make_report("demo", runs, tmp_path / "report") == 0
+    page = Page((tmp_path / "report/index.html").read_text()).text
+    assert "tool_calls: 12.5% of the answers of lora were cut at the length limit." in page
+    assert "Without a checksum of its items: tool_calls." in page
 
 
 def test_the_same_runs_give_the_same_bytes(demo: tuple[list[Path], Path], tmp_path: Path) -> None:

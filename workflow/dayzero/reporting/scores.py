@@ -26,6 +26,7 @@ SCORE_COLUMNS = [
     "n",
     "higher_is_better",
     "items_sha256",
+    "truncated_share",
 ]
 
 
@@ -50,6 +51,7 @@ def tidy_scores(experiment: str, runs: Sequence[Run]) -> pd.DataFrame:
                     "n": result.get("num_items"),
                     "higher_is_better": score.get("higher_is_better"),
                     "items_sha256": result.get("items_sha256"),
+                    "truncated_share": result.get("truncated_share"),
                 }
                 rows.append({**values, **facts})
         if not scored:
@@ -66,7 +68,11 @@ def tidy_scores(experiment: str, runs: Sequence[Run]) -> pd.DataFrame:
         "parameters",
         "world_size",
     ]
-    return frame.astype({column: "Int64" for column in whole_numbers if column in frame})
+    types = {
+        **dict.fromkeys(["value", "stderr", "truncated_share"], "float64"),
+        **dict.fromkeys(whole_numbers, "Int64"),
+    }
+    return frame.astype({column: dtype for column, dtype in types.items() if column in frame})
 
 
 def run_facts(run: Run) -> dict[str, Any]:
@@ -132,8 +138,10 @@ class ScoreTable:
     """Task -> its label: few-shot examples and number of items."""
     incomparable: list[str]
     """One sentence for each task that the runs were not given with the same items."""
-    items_recorded: bool
-    """Every score came with the hash of its items, so that the comparison above could be made."""
+    unrecorded: list[str]
+    """Tasks without the checksum of their items, which cannot be compared so (groups of tasks have none)."""
+    truncated: list[str]
+    """One sentence for each run and task with answers cut at the length limit."""
 
     def task_spans(self) -> list[tuple[str, int]]:
         """(task, number of its columns) in the columns' order."""
@@ -145,11 +153,16 @@ def score_table(scores: pd.DataFrame) -> ScoreTable:
     """The table of the frame of `tidy_scores` (or of results.csv read back)."""
     runs = list(dict.fromkeys(scores["run"]))
     scored = scores[scores["task"].notna()]
-    columns, tasks, incomparable = [], {}, []
+    columns, tasks, incomparable, unrecorded, truncated = [], {}, [], [], []
     for task in dict.fromkeys(scored["task"]):
         of_task = scored[scored["task"] == task]
         different = _different_items(of_task)
         tasks[task] = _task_label(of_task)
+        if of_task["items_sha256"].isna().any():
+            unrecorded.append(task)
+        for run, share in of_task.groupby("run", sort=False)["truncated_share"].first().items():
+            if share > 0:
+                truncated.append(f"{task}: {share:.1%} of the answers of {run} were cut at the length limit.")
         if different:
             first = of_task["run"].iloc[0]
             incomparable.append(f"{task}: {', '.join(different)} not on the same items as {first}: not comparable.")
@@ -158,7 +171,7 @@ def score_table(scores: pd.DataFrame) -> ScoreTable:
             better = rows["higher_is_better"].dropna()
             higher = bool(better.iloc[0]) if len(better) else None
             columns.append(Column(task, metric, higher, _cells(rows, runs, different, higher)))
-    return ScoreTable(runs, columns, tasks, incomparable, bool(scored["items_sha256"].notna().all()))
+    return ScoreTable(runs, columns, tasks, incomparable, unrecorded, truncated)
 
 
 def _different_items(of_task: pd.DataFrame) -> list[str]:
