@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +23,7 @@ SECONDS_BETWEEN_LINES = 15
 
 def setup_logging(stage: str, log_file: str | Path | None = None) -> None:
     """Send the `dayzero` log to stderr and, with full detail and times, to `log_file`."""
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.DEBUG)
     log.handlers.clear()
     log.propagate = False
     terminal: logging.Handler
@@ -31,6 +31,7 @@ def setup_logging(stage: str, log_file: str | Path | None = None) -> None:
         terminal = RichHandler(console=console, show_path=False, show_time=False, show_level=False, markup=False)
     else:
         terminal = logging.StreamHandler(sys.stderr)
+    terminal.setLevel(logging.INFO)
     terminal.setFormatter(logging.Formatter(f"{stage}: %(message)s"))
     log.addHandler(terminal)
     if log_file:
@@ -98,7 +99,7 @@ class ProgressBar:
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
     """Iterate over `items` behind a progress bar."""
-    if total is None and hasattr(items, "__len__"):
+    if total is None and isinstance(items, Sized):
         total = len(items)
     with ProgressBar(description, total) as bar:
         for item in items:

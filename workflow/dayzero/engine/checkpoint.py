@@ -51,7 +51,7 @@ def save_checkpoint(
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Load weights and optimizer state in place, resharding to the present ranks."""
     weights, moments = get_state_dict(model, optimizer, options=OPTIONS)
-    state = {"model": weights, "optimizer": moments}
+    state: dict[str, Any] = {"model": weights, "optimizer": moments}
     dcp.load(state, checkpoint_id=path)
     set_state_dict(
         model,

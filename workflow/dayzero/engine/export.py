@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -69,9 +70,10 @@ def reload(directory: Path, trust_remote_code: bool = False) -> PreTrainedModel:
 
     Raises `ValueError` when a weight is missing, left over, empty or carries a wrapper's prefix.
     """
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, output_loading_info=True, trust_remote_code=trust_remote_code
     )
+    model, info = loaded
     wrong = {
         kind: sorted(info[kind])[:3] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]
     }

@@ -16,6 +16,7 @@ from types import FrameType
 
 import psutil
 
+from dayzero.console import log
 from dayzero.errors import one_line
 
 EXIT_INTERRUPTED = 75
@@ -44,8 +45,6 @@ def run_torchrun(module: str, arguments: list[str], processes: int) -> bool:
 
     # torchrun's own report of a failure is pages long; ours is the rank's error
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    # its own handler of these signals kills ranks after 30 s, in the middle of a checkpoint
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"
     # what the whole job may use (Snakemake sets the variable to a rule's threads) is shared among the ranks
     cores = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
     os.environ["OMP_NUM_THREADS"] = str(max(1, cores // processes))
@@ -55,6 +54,8 @@ def run_torchrun(module: str, arguments: list[str], processes: int) -> bool:
             # torchrun's parser would take arguments of ours that begin like its own
             options = parse_args(["--standalone", f"--nproc-per-node={processes}", "-m", module])
             options.training_script_args = arguments
+            # torchrun's handler of the other signals kills ranks after 30 s, perhaps in the middle of a checkpoint
+            options.signals_to_handle = "SIGHUP,SIGQUIT"
             run(options)
         except ChildFailedError as failed:
             codes = {rank: failure.exitcode for rank, failure in failed.failures.items()}
@@ -79,14 +80,14 @@ def errors_reported(rank: int) -> Iterator[None]:
 def _first_error(folder: Path, codes: dict[int, int]) -> str:
     reports = [(json.loads(p.read_text()), p.stem) for p in folder.glob("*.json")]
     if reports:
-        first, rank = min(reports, key=lambda item: item[0]["time"])
-        logging.getLogger("dayzero").debug(first["traceback"])
-        return f"rank {rank}: {first['line']}"
+        first, name = min(reports, key=lambda item: item[0]["time"])
+        log.debug(first["traceback"])
+        return f"rank {name}: {first['line']}"
     rank, code = next(iter(codes.items()))
     if code < 0:
-        name = signal.Signals(-code).name
+        killer = signal.Signals(-code).name
         hint = " (often the system's answer to too little memory: lower train.local_batch_size)" if code == -9 else ""
-        return f"rank {rank} was killed by {name}{hint}"
+        return f"rank {rank} was killed by {killer}{hint}"
     return f"rank {rank} exited with code {code}"
 
 

@@ -21,7 +21,7 @@ def peft_config(config: Lora) -> LoraConfig:
     targets = config.targets
     return LoraConfig(
         r=config.rank,
-        lora_alpha=config.alpha,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT only divides by it
         lora_dropout=config.dropout,
         target_modules=list(targets) if isinstance(targets, list) else targets,
         task_type="CAUSAL_LM",
@@ -41,7 +41,8 @@ def inject_lora(model: PreTrainedModel, config: Lora) -> None:
             raise
         names = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
         raise ConfigError(
-            f"method.lora.targets {config.targets!r} match no module: this model's linear modules are {', '.join(names)}"
+            f"method.lora.targets {config.targets!r} match no module: "
+            f"this model's linear modules are {', '.join(names)}"
         ) from error
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)

@@ -36,7 +36,10 @@ class CausalLMWithLoss(nn.Module):
         self._chunk_size = chunk_size
 
     def forward(self, input_ids: Tensor, labels: Tensor | None, position_ids: Tensor) -> Tensor:
-        """input_ids, labels, position_ids [B, T] -> sum of token losses, float32 scalar; without labels logits [B, T, V]."""
+        """input_ids, labels, position_ids [B, T] -> sum of token losses, float32 scalar.
+
+        With `labels` None: logits [B, T, V].
+        """
         if labels is None:
             return self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
         return self._loss(self.model, input_ids, labels, position_ids, self._chunk_size)

@@ -112,8 +112,8 @@ def _config_from_fields(fields: dict[str, Any], tokenizer_directory: Path | None
             fields.setdefault(name, getattr(tokenizer, name))
         if fields["vocab_size"] < len(tokenizer):
             raise ConfigError(
-                f"model.architecture.vocab_size {fields['vocab_size']} is smaller than the tokenizer's {len(tokenizer)}: "
-                "leave it out or raise it"
+                f"model.architecture.vocab_size {fields['vocab_size']} is smaller than the tokenizer's "
+                f"{len(tokenizer)}: leave it out or raise it"
             )
     try:
         config = AutoConfig.for_model(model_type, **fields)

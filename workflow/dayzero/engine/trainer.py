@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 
 from dayzero.config import Method, Train
 from dayzero.console import ProgressBar, log
@@ -35,12 +37,18 @@ from dayzero.engine.signals import StopRequest
 class Batch(Protocol):
     """One rank's share of a global batch (see the data room's loader)."""
 
-    step: int
-    epoch: float
-    micro_batches: list[dict[str, Tensor]]
-    row_ids: list[int]
-    num_label_tokens: int
-    num_tokens: int
+    @property
+    def step(self) -> int: ...
+    @property
+    def epoch(self) -> float: ...
+    @property
+    def micro_batches(self) -> list[dict[str, Tensor]]: ...
+    @property
+    def row_ids(self) -> list[int]: ...
+    @property
+    def num_label_tokens(self) -> int: ...
+    @property
+    def num_tokens(self) -> int: ...
 
 
 class Interrupted(Exception):
@@ -83,7 +91,7 @@ class Trainer:
         self.trainable_parameters, self.total_parameters = count_parameters(model)
         bare = CausalLMWithLoss(model, loss=self.train.loss, chunk_size=self.train.loss_chunk_size)
         mesh = None if self.dims.strategy == "none" else self.dims.build_mesh(self.device.type)
-        self.module: nn.Module = parallelize(
+        self.module = parallelize(
             bare, self.dims, mesh, self.train, load=lambda: load_weights(bare, model, values, self.device)
         )
         self.optimizer = build_optimizer(self.module, self.train.optimizer)
@@ -110,13 +118,13 @@ class Trainer:
             self.validation_losses = {int(k): v for k, v in saved["validation_losses"].items()}
             if self.is_main:
                 log.info("continuing from %s", found[-1])
-        self.metrics.start_after(self.step)
 
     def fit(self, batches: Callable[[int], Iterable[Batch]], validation: Callable[[], Iterable[Batch]] | None) -> None:
         """Train from `step` to `max_steps`. `batches(step)` yields this rank's batches from that step on.
 
         Raises `NonFiniteLoss`, and `Interrupted` after SIGTERM or SIGUSR1 once a checkpoint is written.
         """
+        self.metrics.start_after(self.step)
         with (
             StopRequest() as stop,
             ProgressBar("train", self.max_steps, initial=self.step, enabled=self.is_main) as progress,
@@ -204,7 +212,7 @@ class Trainer:
         """Every trained parameter whole, by the model's own names, on rank 0's CPU; empty on other ranks."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
         state = get_model_state_dict(self.module, options=options)
-        return {name.removeprefix("model."): tensor for name, tensor in state.items()}
+        return {name.removeprefix("model."): cast(Tensor, tensor) for name, tensor in state.items()}
 
     def _loss_sum(self, micro_batch: dict[str, Tensor]) -> Tensor:
         inputs = {name: tensor.to(self.device, non_blocking=True) for name, tensor in micro_batch.items()}
@@ -218,9 +226,9 @@ class Trainer:
         trained each micro-batch is reduced to its shard at once.
         """
         if self.dims.strategy == "ddp" and not last:
-            return self.module.no_sync()
+            return cast(DistributedDataParallel, self.module).no_sync()
         if self.dims.strategy == "fsdp2" and self.method.name == "lora":
-            self.module.set_requires_gradient_sync(last)
+            cast(FSDPModule, self.module).set_requires_gradient_sync(last)
         return nullcontext()
 
 

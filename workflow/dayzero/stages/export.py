@@ -34,8 +34,14 @@ def export(args: argparse.Namespace) -> None:
     import torch
     from transformers import AutoTokenizer, GenerationConfig
 
-    from dayzero.engine.export import DTYPE_TOLERANCE, REFERENCE_TOLERANCE, largest_difference, logits_of, reload
-    from dayzero.engine.export import trained_model
+    from dayzero.engine.export import (
+        DTYPE_TOLERANCE,
+        REFERENCE_TOLERANCE,
+        largest_difference,
+        logits_of,
+        reload,
+        trained_model,
+    )
     from dayzero.engine.model import ModelSource
 
     trust = run.model.trust_remote_code
@@ -105,7 +111,8 @@ def _probe(args: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
 def _require(what: str, difference: float, tolerance: float) -> None:
     if not difference <= tolerance:  # also refuses NaN
         raise ValueError(
-            f"the {what} logits differ by {difference:.3g} of the largest, more than {tolerance:.3g}: nothing is exported"
+            f"the {what} logits differ by {difference:.3g} of the largest, more than {tolerance:.3g}: "
+            "nothing is exported"
         )
 
 
@@ -115,7 +122,8 @@ def model_card(run: RunConfig, args: argparse.Namespace, dtype: str, provenance:
     header = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["dayzero", run.method.name]}
     if licence := base.get("licence"):
         header["license"] = licence
-    git = provenance["git"] or {}
+    git = provenance["git"] or {"commit": "unknown"}
+    modified = ", modified" if git.get("dirty") else ""
     rows = {
         "base model": run.model.source or f"random weights, {(run.model.architecture or {}).get('model_type')}",
         "base revision": base.get("revision"),
@@ -123,7 +131,7 @@ def model_card(run: RunConfig, args: argparse.Namespace, dtype: str, provenance:
         "method": run.method.name,
         "seed": run.seed,
         "weights": dtype,
-        "dayzero": f"{provenance['dayzero']} (commit {git.get('commit', 'unknown')}{', modified' if git.get('dirty') else ''})",
+        "dayzero": f"{provenance['dayzero']} (commit {git['commit']}{modified})",
         "packages": ", ".join(f"{name} {version}" for name, version in provenance["packages"].items()),
         "made": provenance["finished"],
     }

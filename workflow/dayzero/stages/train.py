@@ -7,6 +7,7 @@ processes that torchrun starts do the training.
 from __future__ import annotations
 
 import argparse
+import logging
 import shutil
 import sys
 from pathlib import Path
@@ -84,14 +85,13 @@ def _rank(args: argparse.Namespace) -> None:
 
     with distributed.process_group() as device, errors_reported(distributed.rank()):
         if distributed.rank() != 0:
-            log.handlers.clear()
+            log.handlers = [logging.NullHandler()]
         try:
             _train(args, device)
-        except Interrupted as stop:
-            log.warning("%s", stop)
+        except Interrupted:
             raise SystemExit(EXIT_INTERRUPTED) from None
         except Exception:
-            log.handlers.clear()  # the launching process says it, once for all ranks
+            log.handlers = [logging.NullHandler()]  # the launching process says it, once for all ranks
             raise
 
 

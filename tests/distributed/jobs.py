@@ -1,0 +1,217 @@
+"""What the ranks of a test do: `python -m tests.distributed.jobs FOLDER` under torchrun.
+
+Shapes: B rows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from dayzero.config import Method, Train
+from dayzero.data.loader import TrainBatches, ValidationBatches
+from dayzero.data.tokens import TokenRows
+from dayzero.engine import distributed
+from dayzero.engine.model import ModelSource, build_model
+from dayzero.engine.parallel_dims import ParallelDims
+from dayzero.engine.trainer import Trainer
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
+
+from tests.tiny import ARCHITECTURES, write_rows
+
+STEPS = 10
+
+
+def settings(job: dict[str, Any]) -> tuple[Train, Method]:
+    train = {
+        "max_steps": STEPS,
+        "global_batch_size": 8,
+        "local_batch_size": job.get("local_batch_size", 2),
+        "precision": "fp32",
+        "optimizer": {"lr": 1e-2, "weight_decay": 0.1},
+        "lr_scheduler": {"warmup_steps": 2},
+        "checkpoint": {"every": 4, "keep_last": 2},
+    }
+    return Train(**{**train, **job.get("train", {})}), Method(name=job["method"], **job.get("method_options", {}))
+
+
+def batches_of(job: dict[str, Any], train: Train, start_step: int, dp_rank: int, dp_size: int) -> TrainBatches:
+    return TrainBatches(
+        TokenRows(job["rows"]),
+        global_batch_size=train.global_batch_size,
+        local_batch_size=train.local_batch_size,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        seed=3,
+        max_steps=train.max_steps,
+        num_epochs=train.num_epochs,
+        start_step=start_step,
+        num_workers=train.num_data_workers,
+    )
+
+
+def source_of(job: dict[str, Any]) -> ModelSource:
+    return ModelSource(directory=None, architecture=ARCHITECTURES[job["model"]], random_weights=True)
+
+
+def reference(job: dict[str, Any]) -> dict[str, Any]:
+    """The same training by a plain loop: one process, all logits, one mean over the whole batch, no engine code but
+    the model's construction and the loader."""
+    train, method = settings(job)
+    source = source_of(job)
+    model = build_model(source, source.config(), method, seed=5, meta=False)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    embeddings = {id(model.get_input_embeddings().weight)}
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1 and id(p) not in embeddings], "weight_decay": 0.1},
+        {"params": [p for p in parameters if p.ndim < 2 or id(p) in embeddings], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), foreach=False)
+    losses, norms = [], []
+    whole = Train(**{**train.model_dump(), "local_batch_size": train.global_batch_size})
+    for batch in batches_of(job, whole, 0, 0, 1):
+        step = batch.step + 1
+        lr = 1e-2 * (step / 2 if step <= 2 else 0.5 * (1 + torch.cos(torch.tensor(torch.pi * (step - 2) / 8)).item()))
+        for group in groups:
+            group["lr"] = lr
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = lr
+        (micro,) = batch.micro_batches
+        logits = model(input_ids=micro["input_ids"], position_ids=micro["position_ids"], use_cache=False).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), micro["labels"].flatten(), ignore_index=-100)
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(parameters, 1.0).item())
+        losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"losses": losses, "grad_norms": norms, "weights": dict(model.state_dict())}
+
+
+def make_trainer(job: dict[str, Any], directory: Path) -> Trainer:
+    train, method = settings(job)
+    sizes = {"strategy": job["strategy"], "dp_replicate": job.get("dp_replicate", 1)}
+    sizes["dp_shard"] = distributed.world_size() // sizes["dp_replicate"]
+    return Trainer(
+        source=source_of(job),
+        tokenizer_directory=None,
+        method=method,
+        train=train,
+        dims=ParallelDims(world_size=distributed.world_size(), **sizes),
+        seed=5,
+        max_steps=batches_of(job, train, 0, 0, 1).num_steps,
+        device=distributed.local_device(),
+        directory=directory,
+        identity=job.get("identity", {"job": "test"}),
+    )
+
+
+def all_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    state = get_model_state_dict(trainer.module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return {name.removeprefix("model."): tensor.clone() for name, tensor in state.items()}
+
+
+def replica_spread(trainer: Trainer) -> float:
+    """Largest difference of any parameter between two ranks that should hold the same values."""
+    spread = 0.0
+    for parameter in trainer.module.parameters():
+        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        copies = [torch.empty_like(whole) for _ in range(distributed.world_size())]
+        torch.distributed.all_gather(copies, whole.detach().contiguous())
+        spread = max(spread, *((c - copies[0]).abs().max().item() for c in copies))
+    return spread
+
+
+def train(job: dict[str, Any]) -> dict[str, Any]:
+    """Train with the engine: losses, norms, weights before and after, and the spread between replicas."""
+    trainer = make_trainer(job, Path(job["folder"]))
+    before = all_weights(trainer)
+    share = distributed.rank(), distributed.world_size()
+    trainer.fit(
+        lambda start: batches_of(job, trainer.train, start, *share),
+        (lambda: ValidationBatches(TokenRows(job["rows"]), local_batch_size=2, dp_rank=share[0], dp_size=share[1]))
+        if job.get("validate")
+        else None,
+    )
+    return {
+        "losses": [r["loss"] for r in trainer.metrics.records],
+        "grad_norms": [r["grad_norm"] for r in trainer.metrics.records],
+        "validation_losses": list(trainer.validation_losses.values()),
+        "before": before,
+        "weights": all_weights(trainer),
+        "spread": replica_spread(trainer),
+        "checkpoints": [p.name for p in sorted(trainer.checkpoints.glob("step_*"))],
+    }
+
+
+def resume(job: dict[str, Any]) -> dict[str, Any]:
+    """Continue from whatever is in the job's folder."""
+    trainer = make_trainer(job, Path(job["folder"]))
+    trainer.resume()
+    started_at = trainer.step
+    share = distributed.rank(), distributed.world_size()
+    trainer.fit(lambda start: batches_of(job, trainer.train, start, *share), None)
+    return {
+        "started_at": started_at,
+        "losses": [r["loss"] for r in trainer.metrics.records],
+        "steps": [r["step"] for r in trainer.metrics.records],
+        "weights": all_weights(trainer),
+    }
+
+
+def train_until_killed_in_save(job: dict[str, Any]) -> dict[str, Any]:
+    """Every rank is killed (SIGKILL) when the second checkpoint has been written but not yet renamed."""
+    import os
+    import signal
+
+    from dayzero.engine import checkpoint
+
+    real_save = checkpoint.dcp.save
+
+    def save_and_die(state: Any, checkpoint_id: Path) -> None:
+        real_save(state, checkpoint_id=checkpoint_id)
+        if checkpoint_id.name == "step_8.tmp":
+            torch.distributed.barrier()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoint.dcp.save = save_and_die
+    return train(job)
+
+
+def bad_step(job: dict[str, Any]) -> dict[str, Any]:
+    """Train with one weight set to infinity; the error's text and what the optimizer did."""
+    trainer = make_trainer(job, Path(job["folder"]))
+    with torch.no_grad():
+        next(p for p in trainer.module.parameters() if p.requires_grad).fill_(float("inf"))
+    before = all_weights(trainer)
+    try:
+        trainer.fit(lambda start: batches_of(job, trainer.train, start, distributed.rank(), trainer.dims.dp), None)
+    except ValueError as error:
+        after = all_weights(trainer)
+        same = all(torch.equal(before[k], after[k]) for k in before)
+        return {"error": str(error), "weights_unchanged": same, "type": type(error).__name__}
+    return {"error": None}
+
+
+JOBS = {f.__name__: f for f in (reference, train, resume, train_until_killed_in_save, bad_step)}
+
+
+def main(folder: Path) -> None:
+    torch.use_deterministic_algorithms(True)
+    results = {}
+    with distributed.process_group():
+        for job in json.loads((folder / "jobs.json").read_text()):
+            if distributed.rank() == 0:
+                write_rows(Path(job["rows"]), packed=job["packed"])
+            distributed.barrier()
+            results[job["name"]] = JOBS[job["run"]](job)
+            distributed.barrier()
+        if distributed.rank() == 0:
+            torch.save(results, folder / "results.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

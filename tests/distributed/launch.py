@@ -1,0 +1,36 @@
+"""Run jobs in real torchrun processes (gloo) and hand back what rank 0 recorded. One launch runs many jobs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def run_ranks(world_size: int, jobs: list[dict[str, Any]], folder: Path, timeout: float = 600) -> dict[str, Any]:
+    """Run `jobs` (see jobs.py) one after another on `world_size` ranks; results by the job's name.
+
+    Raises AssertionError with the processes' output when they fail.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    done = subprocess.run(
+        [
+            *[sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"],
+            *["-m", "tests.distributed.jobs", str(folder)],
+        ],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+    return torch.load(folder / "results.pt", weights_only=True)

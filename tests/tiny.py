@@ -1,0 +1,42 @@
+"""Tiny models and token rows that several tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from dayzero.data.tokens import write_token_store
+
+VOCAB_SIZE = 128
+
+_SHAPE = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", **_SHAPE, "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", **_SHAPE, "head_dim": 8, "tie_word_embeddings": False},
+}
+"""Config fields of random models: one with tied embeddings, one with query and key norms and an untied head."""
+
+
+def write_rows(path: Path, *, packed: bool, documents: int = 40, seed: int = 0) -> Path:
+    """Token rows with ragged lengths and label counts: some documents supervise one token, some nearly all."""
+    if (path / "row_offsets.npy").exists():
+        return path
+    rng = np.random.default_rng(seed)
+    made = []
+    for i in range(documents):
+        length = int(rng.integers(4, 30))
+        first_label = length // 2 if i % 3 == 0 else length - 1 if i % 3 == 1 else 1
+        made.append((rng.integers(0, VOCAB_SIZE, length).tolist(), [t >= first_label for t in range(length)]))
+    size = 2 if packed else 1
+    write_token_store(path, made, [list(range(i, i + size)) for i in range(0, documents, size)])
+    return path
