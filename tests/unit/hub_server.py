@@ -20,6 +20,14 @@ class Hub:
     repos: dict[tuple[str, str], dict[str, Path]] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
     url: str = ""
+    server: ThreadingHTTPServer | None = None
+
+    def close(self) -> None:
+        """Go off the air: connections are refused from now on."""
+        if self.server:
+            self.server.shutdown()
+            self.server.server_close()
+            self.server = None
 
     def commit(self, folder: Path) -> str:
         digest = hashlib.sha1()
@@ -53,13 +61,12 @@ def serve() -> Iterator[Hub]:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     hub.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
+    hub.server = server
+    threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield hub
     finally:
-        server.shutdown()
-        server.server_close()
+        hub.close()
 
 
 def _answer(hub: Hub, request: BaseHTTPRequestHandler, body: bool) -> None:

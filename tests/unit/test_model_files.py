@@ -419,9 +419,10 @@ def test_a_hub_data_set(tmp_path: Path, hub_and_user: tuple[Hub, HubUser]) -> No
     assert not (tmp_path / "no").exists()
 
 
-def test_no_hub_is_said_in_one_line(tmp_path: Path) -> None:
-    user = HubUser(Hub(url="http://127.0.0.1:9"), tmp_path / "home")
+def test_no_hub_is_said_in_one_line(tmp_path: Path, hub_and_user: tuple[Hub, HubUser]) -> None:
+    """The last test of the hub: it stays closed."""
+    hub, user = hub_and_user
+    hub.close()
     for stage in ("model", "data"):
         code, last = user.fetch(stage, tmp_path / "out", source="hf:org/name")
         assert (code, f"{stage}.source: cannot reach the hub for hf:org/name" in last) == (1, True), last
-    user.close()

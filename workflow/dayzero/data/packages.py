@@ -7,6 +7,7 @@ wheel pip would run its build script to learn its metadata, so its source archiv
 from __future__ import annotations
 
 import difflib
+import errno
 import fnmatch
 import json
 import re
@@ -53,8 +54,10 @@ def download_package(requirement: str, folder: Path, field: str) -> Path:
     if source.returncode == 0:
         return next(folder.iterdir())
     said = wheel.stderr + source.stderr
+    if "No space left on device" in said:
+        raise OSError(errno.ENOSPC, "no space left", str(folder.parent))
     versions = _versions(source.stdout)
-    if versions:
+    if versions and requirement.partition("==")[2] not in versions:
         raise ConfigError(f"{field}: {requirement} is not in the package index, which has {', '.join(versions[-8:])}")
     if _NO_NETWORK.search(said):
         raise ConfigError(
