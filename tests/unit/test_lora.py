@@ -1,0 +1,78 @@
+"""Adapters: they start at the base model, PEFT reads what we write, and the merge is the adapted model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from dayzero.config import Lora, Method
+from dayzero.engine.lora import inject_lora, save_adapter
+from dayzero.engine.model import ModelSource, build_model
+from dayzero.errors import ConfigError
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from tests.tiny import ARCHITECTURES, VOCAB_SIZE
+
+INPUT = torch.arange(1, 13).unsqueeze(0) % VOCAB_SIZE
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    source = ModelSource(directory=None, architecture=ARCHITECTURES["qwen3"])
+    build_model(source, source.config(), Method(name="full"), seed=0, meta=False).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def adapted(base: Path, lora: Lora) -> torch.nn.Module:
+    source = ModelSource(directory=base)
+    return build_model(source, source.config(), Method(name="lora", lora=lora), seed=3, meta=False).eval()
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=INPUT, use_cache=False).logits
+
+
+def test_step_0_is_the_base_model(base: Path) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    assert torch.equal(logits(adapted(base, Lora(rank=4))), logits(plain))
+
+
+def test_only_adapters_are_trained_and_the_head_has_none(base: Path) -> None:
+    model = adapted(base, Lora(rank=4))
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert trained
+    assert all("lora_" in n for n in trained)
+    assert not any("lm_head" in n for n in trained)
+    assert len(trained) == 3 * 7 * 2  # layers x projections x (A, B)
+
+
+def test_the_seed_decides_the_adapters(base: Path) -> None:
+    one, same = adapted(base, Lora(rank=4)), adapted(base, Lora(rank=4))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), same.parameters(), strict=True))
+
+
+def test_peft_reads_the_adapter_and_the_merge_agrees(base: Path, tmp_path: Path) -> None:
+    lora = Lora(rank=4, alpha=12.0, targets=["q_proj", "down_proj"])
+    model = adapted(base, lora)
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.1)
+    expected = logits(model)
+    save_adapter(tmp_path / "adapter", lora, model.state_dict(), base_model=str(base))
+
+    fresh = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    loaded = PeftModel.from_pretrained(fresh, str(tmp_path / "adapter")).eval()
+    torch.testing.assert_close(logits(loaded), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(loaded.merge_and_unload()), expected, rtol=1e-5, atol=1e-5)
+    assert (expected - logits(AutoModelForCausalLM.from_pretrained(base).eval())).abs().max() > 1e-2
+
+
+def test_targets_that_match_nothing_name_those_that_would(base: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with pytest.raises(ConfigError, match=r"'query'.*match no module.*down_proj.*q_proj"):
+        inject_lora(model, Lora(targets=["query"]))

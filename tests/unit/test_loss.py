@@ -1,0 +1,104 @@
+"""The chunked loss against F.cross_entropy, and packed documents against the same documents alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from dayzero.engine.loss import IGNORE, CausalLMWithLoss
+from dayzero.engine.structure import find_decoder, find_layers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from tests.tiny import ARCHITECTURES, VOCAB_SIZE
+
+_SMALL = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+          "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+# models whose logits are more than head(hidden): scaled (cohere, granite) or capped (gemma2)
+SHAPES = {
+    **ARCHITECTURES,
+    "cohere": {"model_type": "cohere", **_SMALL, "logit_scale": 0.25},
+    "granite": {"model_type": "granite", **_SMALL, "logits_scaling": 4.0},
+    "gemma2": {"model_type": "gemma2", **_SMALL, "head_dim": 8, "final_logit_softcapping": 5.0},
+    "gpt2": {"model_type": "gpt2", "vocab_size": VOCAB_SIZE, "n_embd": 32, "n_layer": 2, "n_head": 4},
+}
+
+
+def tiny(name: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    fields = dict(SHAPES[name])
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    config.use_cache = False
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def batch(supervised: float = 0.4) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
+    input_ids = torch.randint(0, VOCAB_SIZE, (3, 17))
+    labels = torch.where(torch.rand(3, 17) < supervised, torch.randint(0, VOCAB_SIZE, (3, 17)), IGNORE)
+    return input_ids, labels, torch.arange(17).expand(3, 17)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 1000])
+@pytest.mark.parametrize("name", SHAPES)
+def test_chunked_loss_equals_cross_entropy_in_value_and_gradient(name: str, chunk_size: int) -> None:
+    model = tiny(name)
+    input_ids, labels, position_ids = batch()
+    logits = model(input_ids=input_ids, position_ids=position_ids).logits
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+    expected.backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+
+    loss = CausalLMWithLoss(model, loss="chunked", chunk_size=chunk_size)(input_ids, labels, position_ids)
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    assert gradients
+    for n, p in model.named_parameters():
+        if n in gradients:
+            torch.testing.assert_close(p.grad, gradients[n], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["chunked", "cross_entropy"])
+def test_a_batch_without_labels_gives_a_finite_zero_with_gradients(loss: str) -> None:
+    model = tiny("llama")
+    input_ids, labels, position_ids = batch()
+    value = CausalLMWithLoss(model, loss=loss)(input_ids, torch.full_like(labels, IGNORE), position_ids)
+    value.backward()
+    assert value.item() == 0.0
+    for name, parameter in model.named_parameters():  # every rank must reduce every gradient
+        assert parameter.grad is not None, name
+        assert torch.equal(parameter.grad, torch.zeros_like(parameter.grad)), name
+
+
+def test_only_label_positions_pass_the_head() -> None:
+    model = tiny("qwen3")
+    input_ids, labels, position_ids = batch()
+    widths: list[int] = []
+    model.lm_head.register_forward_hook(lambda _, inputs, __: widths.append(inputs[0].shape[:-1].numel()))
+    CausalLMWithLoss(model, loss="chunked", chunk_size=4)(input_ids, labels, position_ids)
+    assert sum(widths) == (labels != IGNORE).sum()
+    assert max(widths) <= 4
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_packed_documents_do_not_see_one_another(name: str) -> None:
+    model = tiny(name)
+    torch.manual_seed(2)
+    first, second = torch.randint(0, VOCAB_SIZE, (1, 9)), torch.randint(0, VOCAB_SIZE, (1, 7))
+    module = CausalLMWithLoss(model)
+    positions = torch.cat([torch.arange(9), torch.arange(7)]).unsqueeze(0)
+    with torch.no_grad():
+        packed = module(torch.cat([first, second], 1), None, positions)
+        alone = [module(d, None, torch.arange(d.shape[1]).unsqueeze(0)) for d in (first, second)]
+        edited = module(torch.cat([(first + 1) % VOCAB_SIZE, second], 1), None, positions)
+    torch.testing.assert_close(packed, torch.cat(alone, 1), rtol=0, atol=1e-5)
+    assert torch.equal(edited[:, 9:], packed[:, 9:])
+    assert not torch.equal(edited[:, :9], packed[:, :9])
+
+
+def test_structure_is_found_without_names() -> None:
+    for name in SHAPES:
+        model = tiny(name)
+        assert find_decoder(model) is model.base_model
+        assert len(find_layers(model)) == len(list(find_layers(model)))
+        assert any(layers is find_layers(model) for layers in model.base_model.children())
