@@ -114,13 +114,16 @@ def write_demo(results: Path, experiment: str = "demo") -> list[Path]:
 
 def _write_shared(shelf: Path, run: RunConfig) -> None:
     split = {"file": "x.parquet", "sha256": "00" * 32}
-    source = {"source": run.data.source[0] if isinstance(run.data.source, list) else run.data.source, "revision": None}
+    source = {
+        "source": run.data.source[0] if isinstance(run.data.source, list) else run.data.source,
+        "revision": "2026.3.23",
+    }
     data = {
         "format": "messages",
         "splits": {
             "train": {**split, "rows": 1580},
             "validation": {**split, "rows": 83},
-            "test": {**split, "rows": 120},
+            "test": {**split, "rows": 120, "questions": 107},
         },
         "sources": [{**source, "sha256": "5b" * 32, "licence": "Apache-2.0", "rows": 1053}],
         "dropped": {"too_long": 211, "duplicate": 17},

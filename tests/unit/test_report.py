@@ -262,8 +262,10 @@ def test_shared_stages_are_counted_once(tmp_path: Path) -> None:
 
 def test_overlap_check_and_config_differences_are_shown(tmp_path: Path) -> None:
     runs = read_runs(write_demo(tmp_path))
-    ((_, table),) = data_tables(runs)
-    assert ["overlap: test train questions", "0"] in table.rows
+    ((_, sources, facts),) = data_tables(runs)
+    assert ["overlap: test train questions", "0"] in facts.rows
+    assert ["split test", "120 rows, 107 different questions"] in facts.rows
+    assert [row[1:] for row in sources.rows] == [["1,053", "Apache-2.0", "2026.3.23", "5b5b5b5b5b5b"]]
     assert differences_table(runs).rows == [["method.name", "none", "lora"]]
 
 

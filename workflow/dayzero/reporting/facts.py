@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,7 +35,6 @@ def runs_table(runs: Sequence[Run]) -> Table:
         ("tokens/s", lambda f: number(f["tokens_per_second"], 0)),
         ("peak GiB", lambda f: number(f["peak_memory_gib"], 2)),
         ("time", lambda f: duration(f["train_seconds"])),
-        ("processes", lambda f: number(f["world_size"])),
     ]
     rows = []
     for run in runs:
@@ -70,24 +69,31 @@ def serving_table(runs: Sequence[Run]) -> Table:
     return Table(header, rows, frozenset({2, 3, 4, 5, 6, 10}))
 
 
-def data_tables(runs: Sequence[Run]) -> list[tuple[str, Table]]:
-    """(title, table) for each data set of the runs: sources, splits, dropped rows, the overlap check."""
+def data_tables(runs: Sequence[Run]) -> list[tuple[str, Table, Table]]:
+    """(title, sources, facts) for each data set of the runs; facts: splits, dropped rows, the overlap check."""
     tables = []
     for key, users in _by_key(runs, "fetch_data").items():
         data = users[0].data
         if data is None:
             continue
-        rows = [["format", text(data.get("format"))]]
-        for source in data.get("sources") or []:
-            facts = [number(source.get("rows")) + " rows", text(source.get("licence")), text(source.get("revision"))]
-            checksum = f"sha256 {source['sha256'][:12]}" if source.get("sha256") else DASH
-            rows.append(["source", text(source.get("source"))])
-            rows.append(["", _facts([*facts, checksum])])
+        sources = [
+            [
+                text(source.get("source")),
+                number(source.get("rows")),
+                text(source.get("licence")),
+                text(source.get("revision")),
+                (source.get("sha256") or DASH)[:12],
+            ]
+            for source in data.get("sources") or []
+        ]
+        facts = [["format", text(data.get("source_format") or data.get("format"))]]
         for split, entry in (data.get("splits") or {}).items():
-            rows.append([f"split {split}", f"{number(entry.get('rows'))} rows"])
-        rows.extend([f"dropped: {words(reason)}", number(n)] for reason, n in (data.get("dropped") or {}).items())
-        rows.extend([f"overlap: {words(name)}", text(value)] for name, value in (data.get("overlap") or {}).items())
-        tables.append((_used_by(key, users, runs), Table(["", ""], rows)))
+            questions = f", {number(entry['questions'])} different questions" if entry.get("questions") else ""
+            facts.append([f"split {split}", f"{number(entry.get('rows'))} rows{questions}"])
+        facts.extend([f"dropped: {words(reason)}", number(n)] for reason, n in (data.get("dropped") or {}).items())
+        facts.extend([f"overlap: {words(name)}", text(value)] for name, value in (data.get("overlap") or {}).items())
+        header = ["source", "rows", "licence", "revision", "sha256"]
+        tables.append((_used_by(key, users, runs), Table(header, sources, frozenset({1})), Table(["", ""], facts)))
     return tables
 
 
@@ -252,11 +258,9 @@ def words(key: str) -> str:
 
 def short_source(source: str) -> str:
     """The last part of a source, which is what tells one from another."""
-    return source.partition("@")[0] if source.startswith("hf:") else source.rstrip("/").rpartition("/")[2]
-
-
-def _facts(parts: Iterable[str]) -> str:
-    return " · ".join(part for part in parts if part != DASH and not part.startswith(DASH))
+    if source.startswith("hf:"):
+        return source.removeprefix("hf:").partition("@")[0]
+    return source.rstrip("/").rpartition("/")[2].removesuffix(".gguf")
 
 
 def _dropped(dropped: dict[str, int] | int | None) -> str:
