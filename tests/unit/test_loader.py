@@ -155,7 +155,7 @@ def test_resumed_equals_uninterrupted_and_workers_change_nothing(store):
     assert torch.equal(torch.get_rng_state(), state), "loading must not move the global random state"
 
 
-def test_padding_is_masked_and_restarts_positions(store):
+def test_padding_is_masked_and_continues_positions(store):
     lengths = TokenRows(store).lengths
     padded = real = 0
     for batch in batches(store, padding=Padding(multiple=4)):
@@ -166,7 +166,8 @@ def test_padding_is_masked_and_restarts_positions(store):
                 length = int((ids != 0).sum())
                 assert (ids[length:] == 0).all()
                 assert (labels[length:] == IGNORE).all()
-                assert positions[length:].tolist() == list(range(len(ids) - length))
+                after = int(positions[length - 1]) + 1
+                assert positions[length:].tolist() == list(range(after, after + len(ids) - length))
                 padded, real = padded + len(ids), real + length
         assert batch.num_tokens == sum(int((m["input_ids"] != 0).sum()) for m in batch.micro_batches)
     assert real / padded > 0.75, "rows of like length share a micro-batch"

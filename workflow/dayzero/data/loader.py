@@ -125,12 +125,15 @@ class _Batches(Dataset[Batch]):
         shape = len(rows), self.padding(max(0 if r is None else len(r.input_ids) for r in rows))  # B, T
         input_ids, labels, position_ids = np.zeros(shape, np.int64), np.full(shape, IGNORE), np.zeros(shape, np.int64)
         for b, row in enumerate(rows):
-            length = 0
+            length = position = 0
             if row is not None:
                 length = len(row.input_ids)
                 input_ids[b, :length], labels[b, :length] = row.input_ids, row.labels
                 position_ids[b, :length] = row.position_ids
-            position_ids[b, length:] = np.arange(shape[1] - length)  # padding is a document of its own
+                position = int(row.position_ids[-1]) + 1
+            # Padding goes on from the last document, which cannot see it. A restart would make transformers take a
+            # row of one document for a packed one and build a mask where plain causal attention does.
+            position_ids[b, length:] = np.arange(position, position + shape[1] - length)
         arrays = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
