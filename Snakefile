@@ -28,4 +28,5 @@ localrules:
 rule all:
     default_target: True
     input:
+        rules.report.input,  # so that a deleted file is missed
         rules.report.output,

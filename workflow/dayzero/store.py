@@ -58,24 +58,25 @@ def tokens_key(run: RunConfig) -> str:
     return _key(_first(run.data.source), tokens_spec(run))
 
 
+_WEIGHTS = ["experiment", "run", "seed", "model", "data", "tokenize", "method", "train", "parallelism"]
 STAGE_SECTIONS = {
-    "train": ["seed", "method", "train", "parallelism"],
-    "export": ["export"],
+    "train": _WEIGHTS,
+    "export": [*_WEIGHTS, "export"],
     "evaluate": ["evaluate"],
     "verify_serving": ["serving"],
 }
-"""The sections of a run's config that a stage reads; changing another one does not rerun it."""
+"""The sections of a run's config that a stage is given; changing another one does not rerun it."""
 
 
-def stage_params(run: RunConfig, stage: str) -> dict[str, Any]:
-    """The part of the config that decides what `stage` makes of its input files."""
+def stage_config(run: RunConfig, stage: str) -> dict[str, Any]:
+    """The part of a run's config that decides what `stage` makes of its input files: all that its job is given."""
     config = run.resolved()
-    params = {section: config[section] for section in STAGE_SECTIONS[stage]}
-    if stage == "train":
-        params["architecture"] = config["model"]["architecture"]
-    if stage == "export":
-        params["chat_template"] = config["model"]["chat_template"]
-    return params
+    sections = STAGE_SECTIONS[stage]
+    if run.method.name == "none" and stage == "export":  # the untouched model: nothing of data and training is in it
+        sections = ["experiment", "run", "model", "method", "export"]
+    if run.method.name != "lora":
+        config["method"] = {"name": run.method.name}
+    return {section: config[section] for section in sections}
 
 
 def _first(source: str | list[str] | None) -> str | None:

@@ -1,4 +1,4 @@
-"""Which files each stage of an experiment reads: what the Snakemake rules ask, so that they hold no logic themselves."""
+"""Which files each stage of an experiment reads: what the Snakemake rules ask, so that they hold no logic."""
 
 from __future__ import annotations
 
@@ -129,9 +129,9 @@ class Wiring:
         shared = [*self.tasks.glob("_*"), *self.tasks.glob("*.py")]
         return [str(path) for path in own + sorted(shared) if path.is_file()]
 
-    def params(self, name: str, stage: str) -> str:
-        """The part of a run's config that decides what `stage` makes of its inputs, as JSON text."""
-        return canonical_json(store.stage_params(self.run(name), stage))
+    def config(self, name: str, stage: str) -> str:
+        """The part of a run's config that `stage` is given, as JSON text."""
+        return canonical_json(store.stage_config(self.run(name), stage))
 
     def resolved(self, name: str) -> str:
         """What a run's config.json says, as JSON text."""
@@ -166,10 +166,10 @@ class Wiring:
 
     def resources(self, stage: str, wildcards: Any) -> StageResources:
         """What a job asks of the machine: by its run, or by the first run that uses its key."""
-        if "run" in wildcards.keys():
-            run = self.run(wildcards.run)
-        elif "key" in wildcards.keys():
-            run = self.of_key(wildcards.key)
+        if name := getattr(wildcards, "run", None):
+            run = self.run(name)
+        elif key := getattr(wildcards, "key", None):
+            run = self.of_key(key)
         else:
             run = next(iter(self.runs.values()))
         return getattr(run.resources, stage)

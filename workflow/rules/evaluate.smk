@@ -1,6 +1,5 @@
 rule evaluate:
     input:
-        config=ancient(f"{RUN}/config.json"),
         model=f"{RUN}/model/manifest.json",
         data=lambda w: f"{WIRING.data(WIRING.run(w.run))}/manifest.json",
         tasks=lambda w: WIRING.task_files(w.run),
@@ -22,19 +21,18 @@ rule evaluate:
         runtime=lambda w: WIRING.resources("evaluate", w).runtime,
         gpu=lambda w: WIRING.resources("evaluate", w).gpu,
     params:
-        config=lambda w: WIRING.params(w.run, "evaluate"),
+        config=lambda w: WIRING.config(w.run, "evaluate"),
         model=subpath(input.model, parent=True),
         data=subpath(input.data, parent=True),
         tasks=WIRING.tasks,
         directory=subpath(output.results, parent=True),
     shell:
-        "python -m dayzero.stages.evaluate --config {input.config:q} --model {params.model:q} --data {params.data:q}"
+        "python -m dayzero.stages.evaluate --config {params.config:q} --model {params.model:q} --data {params.data:q}"
         " --tasks-dir {params.tasks:q} --output {params.directory:q} --log {log:q}"
 
 
 rule verify_serving:
     input:
-        config=ancient(f"{RUN}/config.json"),
         model=f"{RUN}/model/manifest.json",
         tokens=lambda w: f"{WIRING.tokens(WIRING.run(w.run))}/manifest.json",
     output:
@@ -54,10 +52,10 @@ rule verify_serving:
         runtime=lambda w: WIRING.resources("verify_serving", w).runtime,
         gpu=lambda w: WIRING.resources("verify_serving", w).gpu,
     params:
-        config=lambda w: WIRING.params(w.run, "verify_serving"),
+        config=lambda w: WIRING.config(w.run, "verify_serving"),
         model=subpath(input.model, parent=True),
         tokens=subpath(input.tokens, parent=True),
         directory=subpath(output.parity, parent=True),
     shell:
-        "python -m dayzero.stages.verify_serving --config {input.config:q} --model {params.model:q}"
+        "python -m dayzero.stages.verify_serving --config {params.config:q} --model {params.model:q}"
         " --tokens {params.tokens:q} --output {params.directory:q} --log {log:q}"

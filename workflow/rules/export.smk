@@ -1,6 +1,5 @@
 rule export:
     input:
-        config=ancient(f"{RUN}/config.json"),
         start=lambda w: WIRING.start(w.run),
         train=lambda w: WIRING.trained(w.run),
         chat_template=lambda w: WIRING.chat_template(WIRING.run(w.run)),
@@ -16,10 +15,10 @@ rule export:
         runtime=lambda w: WIRING.resources("export", w).runtime,
         gpu=lambda w: WIRING.resources("export", w).gpu,
     params:
-        config=lambda w: WIRING.params(w.run, "export"),
+        config=lambda w: WIRING.config(w.run, "export"),
         start=lambda w: WIRING.start_arguments(w.run),
         train=lambda w: WIRING.trained_arguments(w.run),
         directory=subpath(output.manifest, parent=True),
     shell:
-        "python -m dayzero.stages.export --config {input.config:q} {params.start:q} {params.train:q}"
+        "python -m dayzero.stages.export --config {params.config:q} {params.start:q} {params.train:q}"
         " --output {params.directory:q} --log {log:q}"

@@ -1,6 +1,5 @@
 rule train:
     input:
-        config=ancient(f"{RUN}/config.json"),
         tokens=lambda w: f"{WIRING.tokens(WIRING.run(w.run))}/manifest.json",
         start=lambda w: WIRING.start(w.run),
     output:
@@ -26,10 +25,10 @@ rule train:
         runtime=lambda w: WIRING.resources("train", w).runtime,
         gpu=lambda w: WIRING.resources("train", w).gpu,
     params:
-        config=lambda w: WIRING.params(w.run, "train"),
+        config=lambda w: WIRING.config(w.run, "train"),
         start=lambda w: WIRING.start_arguments(w.run),
         tokens=subpath(input.tokens, parent=True),
         directory=subpath(output.summary, parent=True),
     shell:
-        "python -m dayzero.stages.train --config {input.config:q} --tokens {params.tokens:q} {params.start:q}"
+        "python -m dayzero.stages.train --config {params.config:q} --tokens {params.tokens:q} {params.start:q}"
         " --output {params.directory:q} --set-aside-other-checkpoints --log {log:q}"
