@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
-from dayzero.console import console, log
+from dayzero.console import SECONDS_BETWEEN_LINES, console, log
 from dayzero.errors import ConfigError, DataError
 
 DEFAULT_DTYPE = "bfloat16"
@@ -31,12 +32,15 @@ def convert(file: Path, folder: Path, dtype: str | None) -> None:
 
     Raises ConfigError when transformers does not know its architecture.
     """
+    for noisy in ("torchao", "torch.utils._pytree"):  # they tell of GPU kernels that are not built
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    if not console.is_terminal:
+        os.environ.setdefault("TQDM_MININTERVAL", str(SECONDS_BETWEEN_LINES))  # read when tqdm is imported
     import torch
     import transformers
 
     if not console.is_terminal:
         transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("torchao").setLevel(logging.ERROR)  # it tells of GPU kernels that are not built
     name = dtype or DEFAULT_DTYPE
     log.info("dequantising %s to %s safetensors", file.name, name)
     where: dict[str, Any] = {
