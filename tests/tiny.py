@@ -23,8 +23,16 @@ _SHAPE = {
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", **_SHAPE, "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", **_SHAPE, "head_dim": 8, "tie_word_embeddings": False},
+    "mamba": {
+        "model_type": "mamba",
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 32,
+        "state_size": 4,
+        "num_hidden_layers": 2,
+    },
 }
-"""Config fields of random models: one with tied embeddings, one with query and key norms and an untied head."""
+"""Config fields of random models: one with tied embeddings, one with query and key norms and an untied head, one
+with a state that packed documents would share."""
 
 
 def write_rows(path: Path, *, packed: bool, documents: int = 40, seed: int = 0) -> Path:

@@ -95,18 +95,19 @@ def make_trainer(job: dict[str, Any], directory: Path) -> Trainer:
     train, method = settings(job)
     sizes = {"strategy": job["strategy"], "dp_replicate": job.get("dp_replicate", 1)}
     sizes["dp_shard"] = distributed.world_size() // sizes["dp_replicate"]
-    return Trainer(
+    trainer = Trainer(
         source=source_of(job),
         tokenizer_directory=None,
         method=method,
         train=train,
         dims=ParallelDims(world_size=distributed.world_size(), **sizes),
         seed=5,
-        max_steps=batches_of(job, train, 0, 0, 1).num_steps,
         device=distributed.local_device(),
         directory=directory,
         identity=job.get("identity", {"job": "test"}),
     )
+    trainer.max_steps = batches_of(job, train, 0, 0, 1).num_steps
+    return trainer
 
 
 def all_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -196,7 +197,12 @@ def bad_step(job: dict[str, Any]) -> dict[str, Any]:
     return {"error": None}
 
 
-JOBS = {f.__name__: f for f in (reference, train, resume, train_until_killed_in_save, bad_step)}
+def leak(job: dict[str, Any]) -> dict[str, Any]:
+    """What the packing probe says of a freshly built model."""
+    return {"leak": make_trainer(job, Path(job["folder"])).packing_leak()}
+
+
+JOBS = {f.__name__: f for f in (leak, reference, train, resume, train_until_killed_in_save, bad_step)}
 
 
 def main(folder: Path) -> None:

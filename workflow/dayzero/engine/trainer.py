@@ -28,6 +28,7 @@ from dayzero.engine.lr_scheduler import lr_factor
 from dayzero.engine.metrics import MetricsLog, peak_memory_gib
 from dayzero.engine.model import ModelSource, build_model, count_parameters, load_weights
 from dayzero.engine.optimizer import build_optimizer, clip_grad_norm
+from dayzero.engine.packing import packing_leak
 from dayzero.engine.parallel_dims import ParallelDims
 from dayzero.engine.parallelize import parallelize
 from dayzero.engine.precision import autocast
@@ -75,10 +76,11 @@ class Trainer:
     train: Train
     dims: ParallelDims
     seed: int
-    max_steps: int
     device: torch.device
     directory: Path
     identity: dict[str, Any]
+    max_steps: int = 0
+    """Optimizer steps in all; set before `fit`."""
     step: int = 0
     """Optimizer steps done."""
     validation_losses: dict[int, float] = field(default_factory=dict)
@@ -88,6 +90,7 @@ class Trainer:
         # rank 0 first: a model that cannot be loaded is said once, before any rank waits for another
         values = build_model(self.source, config, self.method, self.seed, meta=False) if self.is_main else None
         model = build_model(self.source, config, self.method, self.seed, meta=True)
+        self.vocab_size = model.get_input_embeddings().weight.shape[0]
         self.trainable_parameters, self.total_parameters = count_parameters(model)
         bare = CausalLMWithLoss(model, loss=self.train.loss, chunk_size=self.train.loss_chunk_size)
         mesh = None if self.dims.strategy == "none" else self.dims.build_mesh(self.device.type)
@@ -199,14 +202,17 @@ class Trainer:
         checkpoint.save_checkpoint(self.checkpoints, self.step, self.module, self.optimizer, trainer, keep)
 
     @torch.no_grad()
-    def logits(self, input_ids: Tensor) -> Tensor:
-        """[B, T] of one document a row -> [B, T, V] on the CPU, float32, as computed in training. All ranks call it."""
+    def logits(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """[B, T] twice -> [B, T, V] on the CPU, float32, as computed in training. All ranks call it together."""
         self.module.eval()
-        position_ids = torch.arange(input_ids.shape[1]).expand_as(input_ids)
         with autocast(self.train.precision, self.dims.strategy, self.device):
             logits = self.module(input_ids.to(self.device), None, position_ids.to(self.device))
         self.module.train()
         return logits.float().cpu()
+
+    def packing_leak(self) -> float | None:
+        """How far packed documents reach into one another in this model, see `packing.py`; None if they do not."""
+        return packing_leak(self.logits, self.vocab_size, self.train.precision)
 
     def trained_weights(self) -> dict[str, Tensor]:
         """Every trained parameter whole, by the model's own names, on rank 0's CPU; empty on other ranks."""

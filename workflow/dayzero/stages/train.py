@@ -107,8 +107,6 @@ def _train(args: argparse.Namespace, device: Any) -> None:
     run = _read_run(args)
     dims = ParallelDims(world_size=distributed.world_size(), **run.parallelism.model_dump())
     dims.grad_accum_steps(run.train.global_batch_size, run.train.local_batch_size)
-    rows = TokenRows(args.tokens / "train", run.tokenize.seq_len)
-    held_out = TokenRows(args.tokens / "validation") if (args.tokens / "validation").is_dir() else None
     share: dict[str, Any] = {
         "local_batch_size": run.train.local_batch_size,
         "dp_rank": distributed.rank(),
@@ -116,7 +114,7 @@ def _train(args: argparse.Namespace, device: Any) -> None:
         "num_workers": run.train.num_data_workers,
     }
 
-    def batches(start_step: int) -> TrainBatches:
+    def batches(start_step: int = 0) -> TrainBatches:
         return TrainBatches(
             rows,
             global_batch_size=run.train.global_batch_size,
@@ -139,18 +137,28 @@ def _train(args: argparse.Namespace, device: Any) -> None:
         train=run.train,
         dims=dims,
         seed=run.seed,
-        max_steps=batches(0).num_steps,
         device=device,
         directory=args.output,
         identity=identity(run, args),
     )
+    leak = trainer.packing_leak() if run.tokenize.packing else None
+    if leak is not None:
+        log.warning(
+            "packed documents of this architecture see one another (logits move by %.2g): training on one document a row",
+            leak,
+        )
+    rows = TokenRows(args.tokens / "train", run.tokenize.seq_len, packed=leak is None)
+    trainer.max_steps = batches().num_steps
     log.info(
         "%s, %d of %d parameters trained, %d ranks (%s), %d rows, %d steps of %d rows",
         run.method.name, trainer.trainable_parameters, trainer.total_parameters, dims.world_size, dims.strategy,
         len(rows), trainer.max_steps, run.train.global_batch_size,
     )  # fmt: skip
+    validation = None
+    if (args.tokens / "validation").is_dir():
+        validation = ValidationBatches(TokenRows(args.tokens / "validation", packed=leak is None), **share)
     trainer.resume()
-    trainer.fit(batches, (lambda: ValidationBatches(held_out, **share)) if held_out else None)
+    trainer.fit(batches, (lambda: validation) if validation else None)
     _write_results(args, run, trainer, rows, clock)
 
 
@@ -164,7 +172,7 @@ def _write_results(args: argparse.Namespace, run: RunConfig, trainer: Any, rows:
     row = rows.row(0)
     first_document = row.position_ids[1:].tolist().index(0) + 1 if 0 in row.position_ids[1:] else len(row.input_ids)
     probe = torch.from_numpy(row.input_ids[: min(first_document, PROBE_TOKENS)]).unsqueeze(0)
-    logits = trainer.logits(probe)
+    logits = trainer.logits(probe, torch.arange(probe.shape[1]).unsqueeze(0))
     weights = trainer.trained_weights() if run.method.name == "lora" else {}
     if not trainer.is_main:
         return
