@@ -62,7 +62,7 @@ def _model(run: RunConfig) -> Iterator[tuple[str, str]]:
         if model.source is None:
             yield (
                 "model.source",
-                f"method.name {run.method.name} needs a model: name one (hf:, package: or a local path)",
+                f"method.name {run.method.name} needs a model: use hf:, package: or a local path",
             )
         return
     if model.source is None and model.architecture is None:

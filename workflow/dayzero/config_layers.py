@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from dayzero.config_keys import KEYS
-from dayzero.strict_yaml import Entry
+from dayzero.config_errors import Problem, unknown_key
+from dayzero.config_keys import KEYS, expected
+from dayzero.strict_yaml import Entry, plain
 
 RECIPE, DEFAULTS, RUN, COMMAND_LINE, COMMAND_LINE_RUN = range(5)
 """Where a setting comes from, in merge order."""
@@ -23,7 +24,44 @@ class Leaf(NamedTuple):
 Tree = dict[str, Any]  # nested; the ends are Leaf
 
 
-def key_path(prefix: str, key: str) -> list[str] | None:
+def read_layer(entries: Mapping[str, Entry], level: int, problems: list[Problem], prefix: str = "") -> Tree:
+    """Entries with nested or dotted keys as one nested tree; what cannot stand where it does is added to `problems`."""
+    tree: Tree = {}
+    for key, entry in entries.items():
+        path = _key_path(prefix, key)
+        if path is None:
+            problems.append(unknown_key(entry.where, prefix + key))
+            continue
+        dotted = ".".join(path)
+        kind = KEYS.get(dotted, "value")
+        value: Any
+        if kind in ("section", "optional_section") and isinstance(entry.value, dict):
+            value = read_layer(entry.value, level, problems, f"{dotted}.")
+        elif kind == "section":
+            problems.append(Problem(entry.where, dotted, f"expected {expected(dotted)}", plain(entry.value)))
+            continue
+        else:
+            value = _leaves(entry, level, split=kind == "open")
+        below = path[prefix.count(".") :]
+        problems += [
+            Problem(entry.where, twice, "said twice in the same place: keep one")
+            for twice in _put(tree, below, value, dotted)
+        ]
+    return tree
+
+
+def _put(tree: Tree, path: list[str], value: Any, dotted: str) -> list[str]:
+    """Put `value` into `tree`; return the keys that were there already."""
+    for part in path[:-1]:
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            return [dotted]
+    twice = list(_doubles(tree[path[-1]], value, dotted)) if path[-1] in tree else []
+    merge(tree, {path[-1]: value})
+    return twice
+
+
+def _key_path(prefix: str, key: str) -> list[str] | None:
     """`prefix` + dotted `key` as a list of names; None where no such key exists."""
     path = prefix.rstrip(".").split(".") if prefix else []
     parts = key.split(".")
@@ -41,13 +79,13 @@ def key_path(prefix: str, key: str) -> list[str] | None:
     return path
 
 
-def leaves(entry: Entry, level: int, *, split: bool) -> Any:
+def _leaves(entry: Entry, level: int, *, split: bool) -> Any:
     """A value, or the tree of an open mapping; `split`: keys may be dotted."""
     if not isinstance(entry.value, dict):
         return Leaf(entry.value, entry.where, level)
     tree: Tree = {}
     for key, below in entry.value.items():
-        value = leaves(below, level, split=split)
+        value = _leaves(below, level, split=split)
         for part in reversed(key.split(".")[1:] if split else []):
             value = {part: value}
         merge(tree, {key.split(".")[0] if split else key: value})
@@ -65,10 +103,10 @@ def merge(tree: Tree, over: Tree) -> None:
             tree[key] = value
 
 
-def doubles(old: Any, new: Any, key: str) -> Iterator[str]:
+def _doubles(old: Any, new: Any, key: str) -> Iterator[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         for name in old.keys() & new.keys():
-            yield from doubles(old[name], new[name], f"{key}.{name}")
+            yield from _doubles(old[name], new[name], f"{key}.{name}")
     else:
         yield key
 

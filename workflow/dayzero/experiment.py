@@ -20,7 +20,7 @@ from dayzero import config_overrides
 from dayzero.config import RunConfig
 from dayzero.config_checks import Finding, impossible, without_effect
 from dayzero.config_errors import ConfigProblems, Problem, nearest, unknown_key, wrong_value
-from dayzero.config_keys import EXPERIMENT_KEYS, KEYS, expected, experiment_schema, run_schema
+from dayzero.config_keys import EXPERIMENT_KEYS, KEYS, experiment_schema, run_schema
 from dayzero.config_layers import (
     COMMAND_LINE,
     COMMAND_LINE_RUN,
@@ -29,11 +29,9 @@ from dayzero.config_layers import (
     RUN,
     Leaf,
     Tree,
-    doubles,
-    key_path,
-    leaves,
     locate,
     merge,
+    read_layer,
     values,
     walk,
 )
@@ -92,7 +90,7 @@ class _Loader:
         self.problems: list[Problem] = []
         self._recipes: dict[str, Tree] = {}
         self._top = self._mapping(root, "the file")
-        for key in self._top.keys() - set(EXPERIMENT_KEYS):
+        for key in (key for key in self._top if key not in EXPERIMENT_KEYS):
             hint = f"put it under defaults: (as {key})" if key in KEYS else ""
             self.problems.append(unknown_key(self._top[key].where, key, EXPERIMENT_KEYS, hint=hint))
         description = self._top.get("description", Entry("", ""))
@@ -105,7 +103,7 @@ class _Loader:
         entries = self._run_entries()
         shared, of_run = self._command_line(overrides, entries)
         recipe = self._recipe(self._top.get("recipe"))
-        defaults = self._layer(self._mapping(self._top.get("defaults"), "defaults"), DEFAULTS)
+        defaults = read_layer(self._mapping(self._top.get("defaults"), "defaults"), DEFAULTS, self.problems)
         runs, settled = {}, []
         for name, entry in entries.items():
             if only is not None and name not in only:
@@ -115,14 +113,14 @@ class _Loader:
                 recipe,
                 self._recipe(own.pop("recipe", None)),
                 defaults,
-                self._layer(own, RUN),
+                read_layer(own, RUN, self.problems),
                 shared,
                 of_run.get(name, {}),
             ]
             merged: Tree = {}
             for layer in layers:
                 merge(merged, layer)
-            run = self._validate(name, entry.where, merged)
+            run = self._validate(name, merged)
             if run:
                 runs[name] = run
                 settled.append((run, merged))
@@ -193,7 +191,7 @@ class _Loader:
             return {}
         entries = self._mapping(read_yaml(path), "the file")
         entries.pop("description", None)
-        return self._layer(entries, RECIPE)
+        return read_layer(entries, RECIPE, self.problems)
 
     def _command_line(self, overrides: Mapping[str, Any], runs: Collection[str]) -> tuple[Tree, dict[str, Tree]]:
         shared: dict[str, Entry] = {}
@@ -210,8 +208,8 @@ class _Loader:
             else:
                 of_run.setdefault(name, {})[rest.removeprefix(f"{name}.")] = config_overrides.entry_of(value)
         return (
-            self._layer(shared, COMMAND_LINE),
-            {name: self._layer(entries, COMMAND_LINE_RUN) for name, entries in of_run.items()},
+            read_layer(shared, COMMAND_LINE, self.problems),
+            {name: read_layer(entries, COMMAND_LINE_RUN, self.problems) for name, entries in of_run.items()},
         )
 
     def _no_such_run(self, where: str, name: str, runs: Collection[str]) -> Problem:
@@ -227,39 +225,7 @@ class _Loader:
             return {}
         return dict(entry.value)
 
-    def _layer(self, entries: Mapping[str, Entry], level: int, prefix: str = "") -> Tree:
-        """Entries with nested or dotted keys as one nested tree; unknown keys become problems."""
-        tree: Tree = {}
-        for key, entry in entries.items():
-            path = key_path(prefix, key)
-            if path is None:
-                self.problems.append(unknown_key(entry.where, prefix + key))
-                continue
-            dotted = ".".join(path)
-            kind = KEYS.get(dotted, "value")
-            value: Any
-            if kind in ("section", "optional_section") and isinstance(entry.value, dict):
-                value = self._layer(entry.value, level, f"{dotted}.")
-            elif kind == "section":
-                self.problems.append(Problem(entry.where, dotted, f"expected {expected(dotted)}", plain(entry.value)))
-                continue
-            else:
-                value = leaves(entry, level, split=kind == "open")
-            below = path[len(prefix.rstrip(".").split(".")) if prefix else 0 :]
-            self._put(tree, below, value, dotted, entry.where)
-        return tree
-
-    def _put(self, tree: Tree, path: list[str], value: Any, dotted: str, where: str) -> None:
-        for part in path[:-1]:
-            tree = tree.setdefault(part, {})
-            if not isinstance(tree, dict):
-                self.problems.append(Problem(where, dotted, "said twice in the same place: keep one"))
-                return
-        for key in doubles(tree.get(path[-1]), value, dotted) if path[-1] in tree else ():
-            self.problems.append(Problem(where, key, "said twice in the same place: keep one"))
-        merge(tree, {path[-1]: value})
-
-    def _validate(self, name: str, where: str, merged: Tree) -> RunConfig | None:
+    def _validate(self, name: str, merged: Tree) -> RunConfig | None:
         problems = [
             Problem(leaf.where, key, "not a finite number", leaf.value)
             for key, leaf in walk(merged)
@@ -274,7 +240,7 @@ class _Loader:
                     problems.append(wrong_value(leaf.where, key, leaf.value, found["msg"]))
             self.problems += problems
             return None
-        findings = [self._finding(name, where, merged, finding) for finding in impossible(run)]
+        findings = [self._finding(name, merged, finding) for finding in impossible(run)]
         ignored = [
             Problem(leaf.where, key, finding.message, leaf.value)
             for finding, key, leaf in _ignored(run, merged)
@@ -283,11 +249,11 @@ class _Loader:
         self.problems += problems + findings + ignored
         return run
 
-    def _finding(self, run: str, where: str, merged: Tree, finding: Finding) -> Problem:
+    def _finding(self, run: str, merged: Tree, finding: Finding) -> Problem:
         key, leaf = locate(merged, finding.key.split("."))
         if key == finding.key:
             return Problem(leaf.where, key, finding.message, leaf.value, run)
-        return Problem(where, finding.key, finding.message, run=run)
+        return Problem(str(self.path), finding.key, finding.message, run=run)
 
     def _ignored_by_all(self, runs: list[tuple[RunConfig, Tree]]) -> None:
         """Shared settings may be without effect in some runs, but not in every run."""

@@ -11,6 +11,7 @@ import yaml
 from dayzero.errors import ConfigError
 
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_PLAIN_TAGS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 _NUMBER_AS_TEXT = re.compile(r"([-+]?)(\d+)(?:\.(\d*))?[eE]([-+]?)(\d+)")
 
 
@@ -94,6 +95,8 @@ def _entry(loader: Any, node: yaml.Node, file: str, parents: tuple[yaml.Node, ..
     where = f"{file}:{node.start_mark.line + 1}"
     if any(node is parent for parent in parents):
         raise ConfigError(f"{where}: an alias that contains itself")
+    if not isinstance(node, yaml.ScalarNode) and node.tag not in _PLAIN_TAGS:
+        raise ConfigError(f"{where}: {node.tag} is not allowed: plain mappings and lists only")
     if isinstance(node, yaml.MappingNode):
         return Entry(_mapping(loader, node, file, (*parents, node)), where)
     if isinstance(node, yaml.SequenceNode):
