@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
-from dayzero.console import SECONDS_BETWEEN_LINES, console, log
+from dayzero.console import console, log
 from dayzero.errors import ConfigError, DataError
 
 DEFAULT_DTYPE = "bfloat16"
@@ -34,8 +33,6 @@ def convert(file: Path, folder: Path, dtype: str | None) -> None:
     """
     for noisy in ("torchao", "torch.utils._pytree"):  # they tell of GPU kernels that are not built
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    if not console.is_terminal:
-        os.environ.setdefault("TQDM_MININTERVAL", str(SECONDS_BETWEEN_LINES))  # read when tqdm is imported
     import torch
     import transformers
 
