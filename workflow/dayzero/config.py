@@ -12,7 +12,6 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 
-
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
@@ -32,7 +31,7 @@ class Model(_Section):
     sha256: str | dict[str, str] | None = None
     """Expected SHA-256 of the source file, or of each named file of a directory. null: recorded, not checked."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Store the weights in this dtype (GGUF weights are dequantised to it; their default is bfloat16). null: as they are."""
+    """Store the weights in this dtype (GGUF weights are dequantised to it, by default bfloat16). null: as they are."""
     architecture: dict[str, Any] | None = None
     """Fields of a transformers config (with `model_type`) for random weights; only with method.name pretrain."""
     tokenizer: TokenizerTraining | None = None

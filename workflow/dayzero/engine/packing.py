@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
-"""Differences that are rounding, as a share of the largest logit. In float32 leaks were seen from 6e-4 upwards and noise
-up to 1.2e-7; in bf16 the second document's own numbers do not change either, but experts may be grouped differently."""
+"""Differences that are rounding, as a share of the largest logit. In float32 leaks were seen from 6e-4 upwards and
+noise up to 1.2e-7; in bf16 experts may be grouped differently, which rounds differently."""
 
 
 def packing_leak(logits: Callable[[Tensor, Tensor], Tensor], vocab_size: int, precision: str) -> float | None:

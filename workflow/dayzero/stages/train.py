@@ -144,7 +144,7 @@ def _train(args: argparse.Namespace, device: Any) -> None:
     leak = trainer.packing_leak() if run.tokenize.packing else None
     if leak is not None:
         log.warning(
-            "packed documents of this architecture see one another (logits move by %.2g): training on one document a row",
+            "packed documents see one another in this architecture (logits move by %.2g): training on one a row",
             leak,
         )
     rows = TokenRows(args.tokens / "train", run.tokenize.seq_len, packed=leak is None)
