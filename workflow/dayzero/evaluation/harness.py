@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 import tempfile
 import time
@@ -49,14 +50,18 @@ def evaluate_model(
 def _run(
     config: Evaluate, names: list[str], model: Path, data: Path, tasks_dir: Path
 ) -> tuple[bool, dict[str, Any], dict[str, bool]]:
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars; ours is the one to show
+    import datasets
     import numpy as np
     import torch
+    import transformers
     from lm_eval import evaluator
-    from transformers import AutoTokenizer
 
     from dayzero.evaluation.model import ExactLM
     from dayzero.evaluation.tasks import load_tasks
 
+    datasets.disable_progress_bars()
+    transformers.logging.disable_progress_bar()
     random.seed(config.seed)
     np.random.seed(config.seed)
     torch.manual_seed(config.seed)
@@ -66,7 +71,7 @@ def _run(
             if task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=0)
             task.set_fewshot_seed(seed=config.seed)
-        chat = AutoTokenizer.from_pretrained(model).chat_template is not None
+        chat = transformers.AutoTokenizer.from_pretrained(model).chat_template is not None
         lm = ExactLM(model, dtype=config.dtype, batch_size=config.batch_size, chat=chat)
         log.info(
             "%s on %s in %s, prompts %s",

@@ -29,6 +29,8 @@ MAX_BATCH = 64
 """Rows in a batch at most; more gain nothing."""
 CPU_SCORING_TOKENS = 4096
 """Tokens in a batch that is only scored, on a CPU: it computes no faster with more, but pads more."""
+CPU_ANSWERS = 24
+"""Prompts answered together on a CPU: larger batches wait for their longest answer and show no progress."""
 MEMORY_SHARE = 0.5
 """Share of the free memory that a batch may take."""
 
@@ -67,7 +69,8 @@ class ExactLM(HFLM):
         windows: list[tuple[None, list[int], list[int]]] = []
         owners: list[int] = []
         for owner, request in enumerate(requests):
-            tokens = self.tok_encode(request.args[0])
+            # the prefix token is the BOS; a tokenizer's own would be scored, and predicted, as text
+            tokens = self.tok_encode(request.args[0], add_special_tokens=False)
             for window in get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1):
                 windows.append((None, *make_disjoint_window(window)))
                 owners.append(owner)
@@ -186,8 +189,9 @@ class ExactLM(HFLM):
                 size = self._rows
             else:
                 size = max(1, min(MAX_BATCH, int(free // self._row_bytes(len(rows[0]), new_tokens))))
-                if new_tokens is None and self.device.type == "cpu":
-                    size = max(1, min(size, CPU_SCORING_TOKENS // max(1, len(rows[0]))))
+                if self.device.type == "cpu":
+                    most = CPU_ANSWERS if new_tokens else max(1, CPU_SCORING_TOKENS // max(1, len(rows[0])))
+                    size = min(size, most)
             yield rows[:size]
             rows = rows[size:]
 

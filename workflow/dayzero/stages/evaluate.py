@@ -38,7 +38,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     results, samples = evaluate_model(config, args.model, args.data, args.tasks_dir)
     with atomic_file(args.output / "samples.jsonl") as temporary, open(temporary, "w", encoding="utf-8") as f:
         for sample in samples:
-            f.write(json.dumps(sample, ensure_ascii=False) + "\n")
+            f.write(json.dumps(sample) + "\n")
     results["samples_sha256"] = sha256_file(args.output / "samples.jsonl")
     results["provenance"] = clock.provenance(seed=config.seed)
     write_json(args.output / "results.json", results)
