@@ -11,9 +11,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
-"""Differences that are rounding, as a share of the largest logit. In float32 leaks were seen from 6e-4 upwards and
-noise up to 1.2e-7; in bf16 experts may be grouped differently, which rounds differently."""
+EDITED = {"fp32": 1e-5, "bf16": 1e-3}
+"""Rounding, as a share of the largest logit, when only another document's tokens change: shapes and kernels stay the
+same, so what is kept apart stays the same to the bit but for experts that are grouped differently. In float32 leaks
+were seen from 6e-4 upwards and noise up to 1.2e-7."""
+
+ALONE = {"fp32": 1e-4, "bf16": 0.1}
+"""Rounding when the other document goes away: other shapes take other kernels. Finds models that keep documents apart
+from one another's tokens but not from one another's presence."""
 
 
 def packing_leak(logits: Callable[[Tensor, Tensor], Tensor], vocab_size: int, precision: str) -> float | None:
@@ -29,5 +34,8 @@ def packing_leak(logits: Callable[[Tensor, Tensor], Tensor], vocab_size: int, pr
     edited = logits(torch.cat([other, second], dim=1), positions)[:, 12:]
     standalone = logits(second, alone)
     scale = standalone.abs().max().clamp(min=1e-6)
-    leak = max(((packed - edited).abs().max() / scale).item(), ((packed - standalone).abs().max() / scale).item())
-    return leak if not leak <= TOLERANCE[precision] else None
+    moved_by_edit = ((packed - edited).abs().max() / scale).item()
+    moved_by_removal = ((packed - standalone).abs().max() / scale).item()
+    if moved_by_edit <= EDITED[precision] and moved_by_removal <= ALONE[precision]:
+        return None
+    return max(moved_by_edit, moved_by_removal)
