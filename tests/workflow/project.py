@@ -64,7 +64,7 @@ class Project:
 
     def store(self, kind: str) -> Path:
         """The only directory of one kind in the store."""
-        (directory,) = (self.path / "results/store" / kind).iterdir()
+        (directory,) = (path for path in (self.path / "results/store" / kind).iterdir() if path.is_dir())
         return directory
 
     @contextmanager

@@ -1,0 +1,164 @@
+"""Every stage for real on a tiny model: an untouched model, LoRA on two processes, and pretraining with a tokenizer."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from dayzero.files import read_json
+
+from tests.tiny_tokenizer import tiny_tokenizer
+from tests.workflow.project import Project, make_project
+
+pytestmark = [pytest.mark.workflow, pytest.mark.end_to_end]
+
+EXPERIMENT = """
+description: every stage on a tiny model
+defaults:
+  model.source: local/llama
+  data: {source: local/rows.jsonl, format: text, validation_size: 8, test_size: 8}
+  tokenize: {seq_len: 64}
+  train:
+    max_steps: 6
+    global_batch_size: 8
+    local_batch_size: 2
+    precision: fp32
+    optimizer.lr: 1.0e-2
+    validate_every: 3
+    checkpoint.every: 3
+  evaluate: {tasks: [text_perplexity], batch_size: 8}
+  serving: {num_prompts: 2, max_new_tokens: 4}
+  resources:
+    tokenize.threads: 1
+    export.threads: 1
+    evaluate.threads: 1
+    verify_serving.threads: 1
+runs:
+  base: {method.name: none}
+  lora: {parallelism.dp_shard: 2, method.lora.rank: 4}
+  pretrain:
+    method.name: pretrain
+    model:
+      source: null
+      architecture: {model_type: llama, hidden_size: 64, intermediate_size: 128, num_hidden_layers: 2,
+                     num_attention_heads: 2, num_key_value_heads: 1, head_dim: 32, max_position_embeddings: 128}
+      tokenizer.vocab_size: 320
+    parallelism.strategy: none
+"""
+
+
+def tiny_llama(path: Path) -> None:
+    """A random Llama with its tokenizer, small enough for seconds and with a head size that vLLM serves."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tiny_tokenizer(path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=128,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """The experiment, finished."""
+    project = make_project(tmp_path_factory.mktemp("end"), EXPERIMENT)
+    tiny_llama(project.path / "local/llama")
+    rows = [
+        {"text": f"Row {i}: the answer to {i} + {i + 1} is {2 * i + 1}, and the fox jumps {i} times."}
+        for i in range(80)
+    ]
+    (project.path / "local/rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--config", "experiment=tiny"]
+    finished = subprocess.run(
+        command, cwd=project.path, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert finished.returncode == 0, finished.stdout[-8000:]
+    return project
+
+
+def test_every_run_has_its_row(done: Project) -> None:
+    scores = pd.read_csv(done.path / "results/tiny/report/results.csv")
+    assert set(scores["run"]) == {"base", "lora", "pretrain"}
+    value = scores[scores["metric"] == "bits_per_byte"].set_index("run")["value"]
+    assert value["lora"] < value["base"]  # six steps help a random model
+    page = (done.path / "results/tiny/report/index.html").read_text()
+    assert all(text in page for text in ("base", "lora", "pretrain", "text_perplexity", "<svg"))
+
+
+def test_training_went_down_and_left_a_checkpoint(done: Project) -> None:
+    for run, ranks in {"lora": 2, "pretrain": 1}.items():
+        folder = done.path / f"results/tiny/{run}/train"
+        losses = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        summary = read_json(folder / "summary.json")
+        assert len(losses) == 6
+        assert losses[-1] < losses[0]
+        assert (summary["loss"], summary["world_size"]) == (losses[-1], ranks)
+        assert (folder / summary["checkpoint"]).is_dir()
+
+
+def test_served_models_agree(done: Project) -> None:
+    for run in ("base", "lora", "pretrain"):
+        assert read_json(done.path / f"results/tiny/{run}/serve/parity.json")["verdict"] == "pass"
+
+
+def test_exported_models_load(done: Project) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    for run in ("base", "lora", "pretrain"):
+        folder = done.path / f"results/tiny/{run}/model"
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        assert len(tokenizer) <= model.config.vocab_size
+        assert (folder / "README.md").is_file()
+
+
+def test_everything_carries_its_provenance_and_its_log(done: Project) -> None:
+    written = [
+        path
+        for pattern in (
+            "store/*/*/manifest.json",
+            "*/*/train/summary.json",
+            "*/*/model/manifest.json",
+            "*/*/eval/results.json",
+            "*/*/serve/parity.json",
+        )
+        for path in (done.path / "results").glob(pattern)
+    ]
+    assert len(written) == 5 + 2 + 3 * 3  # data, model, tokenizer and two of tokens; two trained of three runs
+    for path in written:
+        assert read_json(path)["provenance"]["packages"], path
+    for stage in ("train", "export", "evaluate", "verify_serving"):
+        assert (done.path / f"results/tiny/lora/logs/{stage}.log").stat().st_size
+
+
+def test_nothing_is_left_to_do(done: Project) -> None:
+    assert done.planned() == set()
+
+
+def test_a_stage_alone_from_the_shell(done: Project, tmp_path: Path) -> None:
+    """With the run's config.json, as a person would start it."""
+    command = [sys.executable, "-m", "dayzero.stages.export", "--config", "results/tiny/base/config.json"]
+    command += ["--model", str(done.store("models").relative_to(done.path)), "--output", str(tmp_path / "model")]
+    finished = subprocess.run(command, cwd=done.path, text=True, capture_output=True)
+    assert finished.returncode == 0, finished.stderr
+    of_workflow = read_json(done.path / "results/tiny/base/model/manifest.json")
+    assert read_json(tmp_path / "model/manifest.json")["files"] == of_workflow["files"]
