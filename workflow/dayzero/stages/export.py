@@ -127,7 +127,7 @@ def model_card(run: RunConfig, args: argparse.Namespace, dtype: str, provenance:
     rows = {
         "base model": run.model.source or f"random weights, {(run.model.architecture or {}).get('model_type')}",
         "base revision": base.get("revision"),
-        "data": json.dumps(run.data.source),
+        "data": json.dumps(run.data.source) if args.train else None,
         "method": run.method.name,
         "seed": run.seed,
         "weights": dtype,
@@ -142,7 +142,7 @@ def model_card(run: RunConfig, args: argparse.Namespace, dtype: str, provenance:
     front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in header.items())
     return (
         f"---\n{front}\n---\n\n# {run.experiment}/{run.run}\n\n| | |\n|---|---|\n{table}\n\n"
-        f"The full configuration:\n\n```json\n{json.dumps(run.resolved(), indent=2)}\n```\n"
+        f"The full configuration:\n\n```json\n{json.dumps(read_config(args.config), indent=2)}\n```\n"
     )
 
 
