@@ -74,6 +74,15 @@ def steps_of(num_rows: int, global_batch_size: int, *, max_steps: int | None, nu
     return max_steps or math.ceil(_samples(num_rows, num_epochs) / global_batch_size)
 
 
+def check_rows(rows: TokenRows, dp_size: int) -> None:
+    """Raise ConfigError where there are fewer rows than data-parallel ranks."""
+    if len(rows) < dp_size:
+        raise ConfigError(
+            f"{dp_size} data-parallel ranks for only {len(rows)} row(s) of tokens in {rows.path}: use fewer ranks "
+            "(parallelism.dp_shard, dp_replicate), more data, or a smaller tokenize.seq_len"
+        )
+
+
 class _Batches(Dataset[Batch]):
     """What training and validation share: `self[step]` is this rank's batch; iterating walks `steps`."""
 
@@ -175,11 +184,7 @@ class TrainBatches(_Batches):
     ) -> None:
         super().__init__(rows, local_batch_size, dp_rank, dp_size, padding, num_workers)
         assert global_batch_size % (local_batch_size * dp_size) == 0
-        if len(rows) < dp_size:
-            raise ConfigError(
-                f"{dp_size} data-parallel ranks for only {len(rows)} row(s) of tokens in {rows.path}: use fewer ranks "
-                "(parallelism.dp_shard, dp_replicate), more data, or a smaller tokenize.seq_len"
-            )
+        check_rows(rows, dp_size)
         self.global_batch_size, self.seed = global_batch_size, seed
         self.num_steps = steps_of(len(rows), global_batch_size, max_steps=max_steps, num_epochs=num_epochs)
         """Steps of the whole run."""

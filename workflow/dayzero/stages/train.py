@@ -54,6 +54,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _launch(args: argparse.Namespace, arguments: list[str]) -> None:
+    from dayzero.data.loader import check_rows
+    from dayzero.data.tokens import TokenRows
     from dayzero.engine import checkpoint
     from dayzero.engine.launch import EXIT_INTERRUPTED, run_torchrun
     from dayzero.engine.parallel_dims import ParallelDims
@@ -62,6 +64,7 @@ def _launch(args: argparse.Namespace, arguments: list[str]) -> None:
     sizes = run.parallelism.model_dump()
     dims = ParallelDims(world_size=run.parallelism.world_size, **sizes)
     dims.grad_accum_steps(run.train.global_batch_size, run.train.local_batch_size)
+    check_rows(TokenRows(args.tokens / "train", run.tokenize.seq_len), dims.dp)  # before any process is started
     directory = args.output / "checkpoints"
     if found := checkpoint.checkpoints(directory):
         try:
