@@ -216,3 +216,35 @@ def test_a_missing_model_is_refused_in_one_line(tmp_path, data):
     code, _, _ = run(tmp_path, tmp_path / "nowhere", data, {"tasks": ["function_calling"]})
     assert code == 1
     assert "run the export stage first" in last_line(tmp_path)
+
+
+def test_likelihoods_that_ride_along_with_answers_are_the_same(tmp_path, scored, model, data):
+    """Scored on their own (nothing is answered here), in small batches, they are what they were beside the answers."""
+    _, _, alone = run(tmp_path, model, data, {"tasks": ["function_calling_nll"], "batch_size": 1})
+    beside = [s for s in scored[2] if s["task"] == "function_calling_nll"]
+    assert len(alone) == len(beside) == 6
+    for one, other in zip(alone, beside, strict=True):
+        assert one["metrics"]["answer_nll"] == pytest.approx(other["metrics"]["answer_nll"], rel=1e-5)
+        assert one["answer"][1] == other["answer"][1]
+
+
+@pytest.mark.parametrize("length", [1, 5])
+@pytest.mark.parametrize("key_heads", [1, 2, 6])
+def test_attention_without_copies_is_the_same_attention(length, key_heads):
+    import torch
+    from dayzero.evaluation.attention import _attention
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    generator = torch.Generator().manual_seed(0)
+    batch, heads, seen, width = 3, 6, 9, 8
+    query = torch.randn(batch, heads, length, width, generator=generator)
+    key, value = (torch.randn(batch, key_heads, seen, width, generator=generator) for _ in range(2))
+    mask = torch.ones(batch, 1, length, seen, dtype=torch.bool)
+    mask[1, :, :, :4] = False
+    module = torch.nn.Module()
+    module.num_key_value_groups = heads // key_heads
+    for attention_mask in (mask, None):
+        expected, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=0.3)
+        result, _ = _attention(module, query, key, value, attention_mask, scaling=0.3)
+        assert result.shape == (batch, length, heads, width)
+        torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)

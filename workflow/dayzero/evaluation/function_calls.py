@@ -40,16 +40,13 @@ def score_answer(answer: str, accepted: Mapping[str, Mapping[str, list[Any]]]) -
     valid_json: the answer is one JSON object. right_function: its `name` is an accepted function.
     correct_call: moreover it holds exactly `name` and `arguments`, and every argument is within the accepted values.
     """
-    call = parse_answer(answer)
-    name = call.get("name") if call is not None else None
-    right = isinstance(name, str) and name in accepted
-    correct = (
-        call is not None
-        and right
-        and call.keys() == {"name", "arguments"}
-        and _object(call["arguments"], accepted[name])
-    )
-    return {"correct_call": float(correct), "right_function": float(right), "valid_json": float(call is not None)}
+    answered = parse_answer(answer)
+    call = answered or {}
+    name = call.get("name")
+    arguments = accepted.get(name) if isinstance(name, str) else None
+    right = arguments is not None
+    correct = arguments is not None and call.keys() == {"name", "arguments"} and _object(call["arguments"], arguments)
+    return {"correct_call": float(correct), "right_function": float(right), "valid_json": float(answered is not None)}
 
 
 def process_call(doc: Mapping[str, Any], results: list[str]) -> dict[str, float]:

@@ -39,7 +39,7 @@ def evaluate_model(
         results["chat_template"], outcome, truncated = _run(config, names, model, data, tasks_dir)
         for task, items in outcome["samples"].items():
             samples += [_sample(task, item, truncated) for item in items]
-        for task in outcome["results"]:
+        for task in sorted(outcome["results"], key=lambda name: names.index(name) if name in names else len(names)):
             results["tasks"][task] = _task(task, outcome, [s for s in samples if s["task"] == task])
     else:
         log.info("evaluate.tasks is empty: nothing to score")
@@ -72,7 +72,11 @@ def _run(
                 task.set_config(key="num_fewshot", value=0)
             task.set_fewshot_seed(seed=config.seed)
         chat = transformers.AutoTokenizer.from_pretrained(model).chat_template is not None
+        # answers first: likelihoods of the same prompts are then nearly free
+        order = sorted(tasks["tasks"].items(), key=lambda item: item[1].OUTPUT_TYPE != "generate_until")
+        tasks["tasks"] = dict(order)
         lm = ExactLM(model, dtype=config.dtype, batch_size=config.batch_size, chat=chat)
+        lm.tasks = list(tasks["tasks"].values())
         log.info(
             "%s on %s in %s, prompts %s",
             ", ".join(tasks["tasks"]),

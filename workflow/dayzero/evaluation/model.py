@@ -21,20 +21,24 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.models.utils_hf import stop_sequences_criteria
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from dayzero.console import ProgressBar, log
+from dayzero.evaluation.attention import decode_without_copies
 from dayzero.evaluation.memory import available_memory
 
 MAX_BATCH = 64
 """Rows in a batch at most; more gain nothing."""
 CPU_SCORING_TOKENS = 4096
 """Tokens in a batch that is only scored, on a CPU: it computes no faster with more, but pads more."""
-CPU_ANSWERS = 24
+CPU_ANSWERS = 32
 """Prompts answered together on a CPU: larger batches wait for their longest answer and show no progress."""
 MEMORY_SHARE = 0.5
 """Share of the free memory that a batch may take."""
 
 Score = tuple[float, bool]
+Tokens = tuple[int, ...]
 
 
 class ExactLM(HFLM):
@@ -42,6 +46,8 @@ class ExactLM(HFLM):
 
     def __init__(self, directory: Path, *, dtype: str, batch_size: int | str, chat: bool) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cpu":
+            decode_without_copies()
         # a chat template writes its own BOS, if it wants one
         super().__init__(
             str(directory), backend="causal", device=device, dtype=dtype, add_bos_token=False if chat else None
@@ -50,6 +56,9 @@ class ExactLM(HFLM):
         self._keeps_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         self.truncated: dict[str, bool] = {}
         """For each prompt whether the answer was cut off at `max_gen_toks`."""
+        self.tasks: list[Any] = []
+        """lm-eval's tasks of this run: what they want scored after a prompt is scored when that prompt is answered."""
+        self._known: dict[tuple[Tokens, Tokens], Score] = {}
 
     # -- likelihoods -------------------------------------------------------------------------------------------------
 
@@ -84,9 +93,11 @@ class ExactLM(HFLM):
     ) -> list[Score]:
         """Scores of (_, context tokens, continuation tokens); requests with the same input share one forward pass."""
         results: list[Score] = [(0.0, True)] * len(requests)
-        inputs: dict[tuple[int, ...], list[int]] = {}
+        inputs: dict[Tokens, list[int]] = {}
         for index, (_, context, continuation) in enumerate(requests):
-            if continuation:  # an empty one has probability 1
+            if known := self._known.get((tuple(context), tuple(continuation))):
+                results[index] = known
+            elif continuation:  # an empty one has probability 1
                 tokens = (context + continuation)[-(self.max_length + 1) :]
                 inputs.setdefault(tuple(tokens[:-1]), []).append(index)
 
@@ -100,10 +111,10 @@ class ExactLM(HFLM):
                     for index in inputs[row]:
                         continuation = requests[index][2][-len(row) :]
                         results[index] = _score(logits[end - len(continuation) : end], continuation)
-                        bar.advance()
+                bar.advance(sum(len(inputs[row]) for row in batch))
         return results
 
-    def _logits(self, rows: Sequence[tuple[int, ...]], keep: int) -> torch.Tensor:
+    def _logits(self, rows: Sequence[Tokens], keep: int) -> torch.Tensor:
         """Logits [B, keep, V] of the last `keep` positions of the rows, padded on the right."""
         longest = max(map(len, rows))
         pad = self.tokenizer.pad_token_id or 0
@@ -118,13 +129,14 @@ class ExactLM(HFLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """The answer to each (context, generation arguments), up to a stop sequence, end of turn or `max_gen_toks`."""
         results = [""] * len(requests)
+        wanted = self._wanted()
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             groups.setdefault(repr(request.args[1]), []).append(index)
         with ProgressBar("answering", len(requests)) as bar:
             for group in groups.values():
                 arguments = normalize_gen_kwargs(requests[group[0]].args[1], self.max_gen_toks)
-                by_prompt: dict[tuple[int, ...], list[int]] = {}
+                by_prompt: dict[Tokens, list[int]] = {}
                 for index in group:
                     tokens = self.tok_encode(requests[index].args[0])
                     room = self.max_length - arguments["max_gen_toks"]
@@ -134,14 +146,16 @@ class ExactLM(HFLM):
                         )
                     by_prompt.setdefault(tuple(tokens[-room:]), []).append(index)
                 for batch in self._batches(list(by_prompt), new_tokens=arguments["max_gen_toks"]):
-                    for prompt, (answer, cut) in zip(batch, self._answers(batch, arguments), strict=True):
+                    for prompt, (answer, cut) in zip(batch, self._answers(batch, arguments, wanted), strict=True):
                         for index in by_prompt[prompt]:
                             results[index] = answer
                             self.truncated[requests[index].args[0]] = cut
-                            bar.advance()
+                    bar.advance(sum(len(by_prompt[prompt]) for prompt in batch))
         return results
 
-    def _answers(self, rows: Sequence[tuple[int, ...]], arguments: dict[str, Any]) -> Iterator[tuple[str, bool]]:
+    def _answers(
+        self, rows: Sequence[Tokens], arguments: dict[str, Any], wanted: dict[Tokens, list[Tokens]]
+    ) -> Iterator[tuple[str, bool]]:
         """(text, cut off) for each prompt, generated in one batch padded on the left."""
         options = dict(arguments)
         limit, until = options.pop("max_gen_toks"), options.pop("until", None)
@@ -161,13 +175,55 @@ class ExactLM(HFLM):
                 pad_token_id=pad,
                 eos_token_id=ends,
                 stopping_criteria=stop_sequences_criteria(self.tokenizer, stops, longest, len(rows)),
+                return_dict_in_generate=True,
                 **options,
             )
-        for tokens in output[:, longest:].tolist():
+            self._score_after_prompts(rows, wanted, getattr(output, "past_key_values", None), mask)
+        for tokens in output.sequences[:, longest:].tolist():
             end = next((i for i, token in enumerate(tokens) if token in ends), None)
             text = self.tok_decode(tokens[:end])
             answer = postprocess_generated_text(text, stops, None)
             yield answer, end is None and answer == text and len(tokens) >= limit
+
+    def _wanted(self) -> dict[Tokens, list[Tokens]]:
+        """The continuations whose likelihood the run's tasks want, by prompt."""
+        wanted: dict[Tokens, list[Tokens]] = {}
+        for task in self.tasks:
+            for request in task.instances:
+                if request.request_type == "loglikelihood" and request.args[0]:
+                    prompt, continuation = map(tuple, self._encode_pair(*request.args))
+                    if continuation and len(prompt) + len(continuation) <= self.max_length:
+                        wanted.setdefault(prompt, []).append(continuation)
+        return wanted
+
+    def _score_after_prompts(
+        self, rows: Sequence[Tokens], wanted: dict[Tokens, list[Tokens]], cache: Any, mask: torch.Tensor
+    ) -> None:
+        """Score wanted continuations on the keys and values that answering has left of the prompts.
+
+        Left out (and scored in the ordinary way later) for caches that cannot be cut back to the prompt.
+        """
+        if type(cache) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in cache.layers):
+            return
+        longest = mask.shape[1]
+        for turn in range(max(len(wanted.get(row, ())) for row in rows)):
+            # rows with nothing (more) to score go along with their last prompt token alone
+            scored = [wanted[row][turn] if turn < len(wanted.get(row, ())) else () for row in rows]
+            width = max(1, *map(len, scored))
+            cache.crop(longest - 1)
+            inputs = [[row[-1], *ids[:-1]] for row, ids in zip(rows, scored, strict=True)]
+            batch = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in inputs], device=self.device)
+            steps = torch.arange(width, device=self.device)
+            logits = self.model(
+                batch,
+                attention_mask=torch.cat([mask, mask.new_ones(len(rows), width - 1)], dim=1),
+                position_ids=mask.sum(dim=1, keepdim=True) - 1 + steps,
+                past_key_values=cache,
+                use_cache=True,
+            ).logits  # [B, C, V]
+            for row, ids, own in zip(rows, scored, logits, strict=True):
+                if ids:
+                    self._known[row, ids] = _score(own[: len(ids)], list(ids))
 
     def _end_tokens(self) -> list[int]:
         """Token ids that end a turn: the tokenizer's EOS and those of the model's generation config."""
@@ -177,7 +233,7 @@ class ExactLM(HFLM):
 
     # -- batches -----------------------------------------------------------------------------------------------------
 
-    def _batches(self, rows: list[tuple[int, ...]], new_tokens: int | None) -> Iterator[list[tuple[int, ...]]]:
+    def _batches(self, rows: list[Tokens], new_tokens: int | None) -> Iterator[list[Tokens]]:
         """Rows sorted by length (little padding, the largest batch first) and cut into batches.
 
         `new_tokens`: tokens to be generated for each row; None when rows are only scored.
@@ -205,7 +261,7 @@ class ExactLM(HFLM):
         if new_tokens is None:
             return activations + length * config.vocab_size * (item + 4)
         cache = (length + new_tokens) * 4 * width * getattr(config, "num_hidden_layers", 32) * item
-        return activations + cache + 8 * config.vocab_size * 4
+        return activations + cache + (new_tokens * item + 32) * config.vocab_size
 
 
 def _score(logits: torch.Tensor, continuation: list[int]) -> Score:

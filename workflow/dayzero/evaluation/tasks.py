@@ -56,7 +56,8 @@ def _fill(source: Path, target: Path, values: dict[str, str]) -> None:
         text = path.read_text(encoding="utf-8")
         for key, value in values.items():
             # not {{data}}, which is Jinja; escaped as the placeholders stand in double quotes
-            text = re.sub(rf"(?<!\{{)\{{{key}\}}(?!\}})", lambda _, v=value: json.dumps(v)[1:-1], text)
+            escaped = json.dumps(value)[1:-1].replace("\\", r"\\")
+            text = re.sub(rf"(?<!\{{)\{{{key}\}}(?!\}})", escaped, text)
         path.write_text(text, encoding="utf-8")
 
 

@@ -19,6 +19,7 @@ def generate(job: dict[str, Any]) -> dict[str, Any]:
     """Greedy tokens and log probabilities by vLLM; raises whatever vLLM raises."""
     import vllm
     from vllm import LLM, SamplingParams
+    from vllm.inputs import TokensPrompt
 
     llm = LLM(
         model=job["model"],
@@ -37,16 +38,18 @@ def generate(job: dict[str, Any]) -> dict[str, Any]:
         prompt_logprobs=0,
         detokenize=False,
     )
-    outputs = llm.generate([{"prompt_token_ids": ids} for ids in job["prompts"]], sampling, use_tqdm=False)
+    outputs = llm.generate([TokensPrompt(prompt_token_ids=ids) for ids in job["prompts"]], sampling, use_tqdm=False)
     answers = []
     for ids, output in zip(job["prompts"], outputs, strict=True):
         completion = output.outputs[0]
         tokens = list(completion.token_ids)
+        own: list[Any] = list(completion.logprobs or [])
+        prompt: list[Any] = list(output.prompt_logprobs or [])
         answers.append(
             {
                 "tokens": tokens,
-                "token_logprobs": [p[t].logprob for p, t in zip(completion.logprobs, tokens, strict=True)],
-                "prompt_logprobs": [p[t].logprob for p, t in zip(output.prompt_logprobs[1:], ids[1:], strict=True)],
+                "token_logprobs": [p[t].logprob for p, t in zip(own, tokens, strict=True)],
+                "prompt_logprobs": [p[t].logprob for p, t in zip(prompt[1:], ids[1:], strict=True)],
             }
         )
     return {"vllm": vllm.__version__, "device": vllm.platforms.current_platform.device_type, "answers": answers}

@@ -1,0 +1,202 @@
+"""vLLM against transformers: the verdict, the prompts, and the real thing on a tiny model."""
+
+import copy
+import json
+import os
+import socket
+import subprocess
+import sys
+import urllib.request
+
+import numpy as np
+import pytest
+from dayzero.data.tokens import write_token_store
+from dayzero.errors import ConfigError, DataError
+from dayzero.serving.parity import choose_prompts, judge, write_verdict
+from dayzero.stages import serve, verify_serving
+
+from tests.exported import tiny_export
+
+PROMPTS = [[5, 6, 7], [8, 9]]
+SERVED = [
+    {"tokens": [1, 2], "token_logprobs": [-0.1, -0.2], "prompt_logprobs": [-1.0, -2.0]},
+    {"tokens": [3, 4], "token_logprobs": [-0.3, -0.4], "prompt_logprobs": [-3.0]},
+]
+REFERENCE = [
+    {
+        "best": answer["tokens"],
+        "best_logprobs": answer["token_logprobs"],
+        "token_logprobs": answer["token_logprobs"],
+        "prompt_logprobs": answer["prompt_logprobs"],
+    }
+    for answer in SERVED
+]
+
+
+def judged(tolerance=1e-3, **changes):
+    """The verdict when transformers' second prompt differs in the given fields."""
+    reference = copy.deepcopy(REFERENCE)
+    reference[1].update(changes)
+    return judge(PROMPTS, SERVED, reference, tolerance)
+
+
+def test_equal_tokens_and_logprobs_pass():
+    result = judged()
+    assert (result["verdict"], result["tokens_compared"], result["token_mismatches"]) == ("pass", 4, 0)
+    assert result["max_logprob_difference"] == 0
+
+
+def test_prompt_logprobs_are_held_against_the_tolerance():
+    assert judged(prompt_logprobs=[-3.0009])["verdict"] == "pass"
+    far = judged(prompt_logprobs=[-3.002])
+    assert far["verdict"] == "fail"
+    assert far["max_logprob_difference"] == pytest.approx(0.002)
+
+
+def test_another_token_fails_unless_the_two_are_nearly_tied():
+    near = judged(best=[3, 99], best_logprobs=[-0.3, -0.3996])
+    assert (near["verdict"], near["near_ties"], near["token_mismatches"]) == ("pass", 1, 0)
+    assert near["prompts"][1]["near_ties"] == [{"position": 1, "transformers": 99, "gap": pytest.approx(0.0004)}]
+    far = judged(best=[3, 99], best_logprobs=[-0.3, -0.35])
+    assert (far["verdict"], far["near_ties"], far["token_mismatches"]) == ("fail", 0, 1)
+    assert far["prompts"][1]["mismatches"][0]["vllm"] == 4
+
+
+def test_a_logprob_that_is_no_number_is_an_error():
+    with pytest.raises(DataError, match="not finite"):
+        judged(prompt_logprobs=[float("nan")])
+
+
+def test_a_failed_verdict_leaves_no_parity_file(tmp_path):
+    path = tmp_path / "serve" / "parity.json"
+    write_verdict(path, {**judged(), "dtype": "float32"})
+    assert json.loads(path.read_text())["verdict"] == "pass"
+    with pytest.raises(DataError, match=r"1 of 4 greedy tokens differ.*parity\.failed\.json"):
+        write_verdict(path, {**judged(best=[3, 99], best_logprobs=[-0.3, -0.35]), "dtype": "float32"})
+    assert not path.exists()
+    assert json.loads(path.with_suffix(".failed.json").read_text())["verdict"] == "fail"
+    write_verdict(path, {**judged(), "dtype": "float32"})
+    assert [p.name for p in path.parent.iterdir()] == ["parity.json"]
+
+
+def store(path, documents):
+    write_token_store(path, documents, [[d] for d in range(len(documents))])
+    return path.parent
+
+
+def test_prompts_end_where_supervision_begins(tmp_path):
+    chat = [([10 + d, 11, 12, 13, 14], [False, False, False, True, True]) for d in range(9)]
+    tokens = store(tmp_path / "train", chat)
+    assert choose_prompts(tokens, 3, 256) == [[10, 11, 12], [14, 11, 12], [18, 11, 12]]
+    assert choose_prompts(tokens, 1, 2) == [[11, 12]]
+    assert len(choose_prompts(tokens, 50, 256)) == 9
+
+    text = list(range(100))
+    store(tmp_path / "validation", [(text, [True] * 100), (text[:7], [True] * 7)])  # preferred, where there is one
+    assert choose_prompts(tokens, 2, 256) == [text[:32], text[:7]]
+
+
+def test_a_store_without_tokens_is_refused(tmp_path):
+    with pytest.raises(DataError, match="run the tokenize stage first"):
+        choose_prompts(tmp_path, 4, 256)
+    folder = tmp_path / "train"
+    folder.mkdir()
+    for name, value in {"input_ids": np.zeros(0, np.int32), "loss_mask": np.zeros(0, bool)}.items():
+        np.save(folder / f"{name}.npy", value)
+    np.save(folder / "document_offsets.npy", np.zeros(1, np.int64))
+    with pytest.raises(DataError, match="holds no documents"):
+        choose_prompts(tmp_path, 4, 256)
+
+
+def test_serving_refuses_a_missing_model_and_a_taken_port(tmp_path, capfd):
+    assert serve.main(["--model", str(tmp_path)]) == 1
+    assert "run the export stage first" in capfd.readouterr().err
+    (tmp_path / "config.json").write_text("{}")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert serve.main(["--model", str(tmp_path), "--port", str(port)]) == 1
+    assert f"cannot listen on 127.0.0.1:{port}" in capfd.readouterr().err
+
+
+def test_too_many_new_tokens_for_the_context_is_refused(tmp_path):
+    from dayzero.config import Serving
+    from dayzero.serving.parity import compare
+
+    model = tiny_export(tmp_path / "model")
+    with pytest.raises(ConfigError, match=r"serving.max_new_tokens = 511 leaves no room"):
+        compare(Serving(max_new_tokens=511), model, tmp_path)
+
+
+@pytest.mark.end_to_end
+def test_vllm_agrees_with_transformers_and_notices_other_weights(tmp_path):
+    """The stage with real engines passes; against weights that are a little off, the same answers fail."""
+    model = tiny_export(tmp_path / "run" / "model")
+    rng = np.random.default_rng(0)
+    documents = [(rng.integers(3, 250, 40).tolist(), [t >= 20 + d for t in range(40)]) for d in range(6)]
+    tokens = store(tmp_path / "tokens" / "validation", documents)
+    out, log = tmp_path / "serve", tmp_path / "log"
+    arguments = ["--model", str(model), "--tokens", str(tokens), "--output", str(out), "--log", str(log)]
+    assert verify_serving.main(["--config", "{}", *arguments]) == 0, log.read_text()
+    parity = json.loads((out / "parity.json").read_text())
+    assert (parity["verdict"], parity["num_prompts"], parity["tokens_compared"]) == ("pass", 4, 64)
+    assert parity["token_mismatches"] == 0
+    assert parity["max_logprob_difference"] < 1e-4
+    assert parity["max_token_logprob_difference"] < 1e-4
+
+    import torch
+    from dayzero.serving.parity import _transformers
+    from transformers import LlamaForCausalLM
+
+    other = LlamaForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        other.model.layers[1].mlp.down_proj.weight.mul_(1.05)
+    other.save_pretrained(tmp_path / "other")
+    prompts, answers = choose_prompts(tokens, 4, 256), [p["tokens"] for p in parity["prompts"]]
+    own, changed = (_transformers(path, prompts, answers, "float32") for path in (model, tmp_path / "other"))
+    served = [{**record, "tokens": answer} for record, answer in zip(own, answers, strict=True)]
+    assert judge(prompts, served, own, 1e-3)["verdict"] == "pass"
+    assert judge(prompts, served, changed, 1e-3)["verdict"] == "fail"
+
+
+@pytest.mark.end_to_end
+def test_a_head_size_vllm_lacks_is_one_line(tmp_path):
+    model = tiny_export(tmp_path / "run" / "model", head_dim=24)
+    tokens = store(tmp_path / "tokens" / "train", [(list(range(3, 30)), [t >= 9 for t in range(27)])])
+    out, log = tmp_path / "serve", tmp_path / "log"
+    arguments = ["--model", str(model), "--tokens", str(tokens), "--output", str(out), "--log", str(log)]
+    assert verify_serving.main(["--config", "{}", *arguments]) == 1
+    line = next(text for text in reversed(log.read_text().splitlines()) if "error:" in text)
+    assert "vLLM cannot serve" in line
+    assert "head size" in line
+    assert not (out / "parity.json").exists()
+
+
+@pytest.mark.end_to_end
+def test_the_server_answers_a_chat_request_and_ends_cleanly(tmp_path):
+    model = tiny_export(tmp_path / "lora" / "model")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "dayzero.stages.serve", "--model", str(model), "--port", str(port)]
+    log = tmp_path / "log"
+    process = subprocess.Popen([*command, "--log", str(log)], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        while "ready. Ask it with" not in (log.read_text() if log.exists() else ""):
+            with pytest.raises(subprocess.TimeoutExpired):  # it must not end by itself
+                process.wait(1)
+        body = {"model": "lora", "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 8}
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/v1/chat/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=120) as response:
+            answer = json.load(response)
+        assert answer["model"] == "lora"
+        assert answer["choices"][0]["message"]["role"] == "assistant"
+        assert 1 <= answer["usage"]["completion_tokens"] <= 8
+    finally:
+        process.terminate()
+        assert process.wait(60) == 0
