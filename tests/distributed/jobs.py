@@ -94,7 +94,8 @@ def reference(job: dict[str, Any]) -> dict[str, Any]:
 def make_trainer(job: dict[str, Any], directory: Path) -> Trainer:
     train, method = settings(job)
     sizes = {"strategy": job["strategy"], "dp_replicate": job.get("dp_replicate", 1)}
-    sizes["dp_shard"] = distributed.world_size() // sizes["dp_replicate"]
+    sizes |= {name: job[name] for name in ("tp", "sequence_parallel") if name in job}
+    sizes["dp_shard"] = distributed.world_size() // sizes["dp_replicate"] // sizes.get("tp", 1)
     trainer = Trainer(
         source=source_of(job),
         tokenizer_directory=None,
@@ -108,6 +109,11 @@ def make_trainer(job: dict[str, Any], directory: Path) -> Trainer:
     )
     trainer.max_steps = batches_of(job, train, 0, 0, 1).num_steps
     return trainer
+
+
+def share_of(trainer: Trainer) -> tuple[int, int]:
+    """(data-parallel rank, data-parallel size) of this process."""
+    return trainer.dims.dp_rank(distributed.rank()), trainer.dims.dp
 
 
 def all_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -130,7 +136,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     """Train with the engine: losses, norms, weights before and after, and the spread between replicas."""
     trainer = make_trainer(job, Path(job["folder"]))
     before = all_weights(trainer)
-    share = distributed.rank(), distributed.world_size()
+    share = share_of(trainer)
     trainer.fit(
         lambda start: batches_of(job, trainer.train, start, *share),
         (lambda: ValidationBatches(TokenRows(job["rows"]), local_batch_size=2, dp_rank=share[0], dp_size=share[1]))
@@ -153,7 +159,7 @@ def resume(job: dict[str, Any]) -> dict[str, Any]:
     trainer = make_trainer(job, Path(job["folder"]))
     trainer.resume()
     started_at = trainer.step
-    share = distributed.rank(), distributed.world_size()
+    share = share_of(trainer)
     trainer.fit(lambda start: batches_of(job, trainer.train, start, *share), None)
     return {
         "started_at": started_at,

@@ -72,6 +72,12 @@ def two(folder: Path) -> Results:
         for model in ("llama", "qwen3")
         for method in ("full", "lora")
     ]
+    jobs += [
+        job("train", "qwen3", "full", "packed", folder, strategy="fsdp2", local_batch_size=2, tp=2),
+        job("train", "llama", "lora", "padded", folder, strategy="fsdp2", local_batch_size=4, tp=2),
+        job("train", "qwen3", "lora", "padded", folder, strategy="fsdp2", tp=2, sequence_parallel=True),
+        job("train", "llama", "full", "packed", folder, strategy="fsdp2", tp=2, sequence_parallel=True),
+    ]
     return run_ranks(2, jobs, folder / "two")
 
 
@@ -82,6 +88,10 @@ def four(folder: Path) -> Results:
         job("train", "qwen3", "lora", "packed", folder, strategy="fsdp2", local_batch_size=1),
         job("train", "qwen3", "full", "padded", folder, strategy="ddp", local_batch_size=1, dp_replicate=4),
         job("train", "llama", "lora", "packed", folder, strategy="fsdp2", local_batch_size=2, dp_replicate=2),
+    ]
+    jobs += [
+        job("train", "qwen3", "full", "padded", folder, strategy="fsdp2", local_batch_size=2, tp=2),
+        job("train", "llama", "lora", "packed", folder, strategy="fsdp2", tp=2, sequence_parallel=True),
     ]
     return run_ranks(4, jobs, folder / "four")
 
@@ -109,11 +119,11 @@ def test_one_process_equals_the_plain_loop(one: Results) -> None:
 
 
 def test_two_ranks_equal_the_plain_loop(two: Results, one: Results) -> None:
-    check(two, one, len(CASES) + 4)
+    check(two, one, len(CASES) + 8)
 
 
 def test_four_ranks_equal_the_plain_loop(four: Results, one: Results) -> None:
-    check(four, one, 4)
+    check(four, one, 6)
 
 
 def test_training_lowers_the_loss(one: Results) -> None:

@@ -132,7 +132,7 @@ runs:
         "exp.yaml:13: runs.A: differs from runs.a only in case: rename one",
         "exp.yaml:5: data.validation_siez: unknown key; did you mean data.validation_size?",
         "exp.yaml:6: train.lr: unknown key; did you mean train.optimizer.lr?",
-        "exp.yaml:8: parallelism = 4: expected a mapping with keys of strategy, dp_replicate, dp_shard",
+        "exp.yaml:8: parallelism = 4: expected a mapping with keys of strategy, dp_replicate, dp_shard, tp, sequence_parallel",
         "exp.yaml:6: train.max_steps = '1e3': expected an integer above 0 or null; YAML reads 1e3 as text: write 1000",
         "exp.yaml:10: train.num_epochs = '2': expected a number above 0 or null; it is quoted, so it is text: leave the quotes out",
         "exp.yaml:6: train.compile = 'yes': expected true or false",
@@ -145,8 +145,8 @@ COMBINATIONS = {
     "train.num_epochs: 2": "train.max_steps = 10: and train.num_epochs = 2 both say how long to train: set one of them to null",
     "train.max_steps: null": "train.max_steps = None: nothing says how long to train: set train.max_steps or train.num_epochs",
     "{train.global_batch_size: 12, parallelism.dp_shard: 2}": "train.global_batch_size = 12: global_batch_size 12 % "
-    "(local_batch_size 4 * world_size 2) = 4, must be 0: use 8 or 16, or another local_batch_size",
-    "train.global_batch_size: 2": "train.global_batch_size = 2: global_batch_size 2 % (local_batch_size 4 * world_size 1) "
+    "(local_batch_size 4 * dp 2) = 4, must be 0: use 8 or 16, or another local_batch_size",
+    "train.global_batch_size: 2": "train.global_batch_size = 2: global_batch_size 2 % (local_batch_size 4 * dp 1) "
     "= 2, must be 0: use 4, or another local_batch_size",
     "{parallelism: {strategy: none, dp_shard: 2}}": "parallelism.strategy = 'none': none is one process, but dp_replicate 1 "
     "* dp_shard 2 = 2: use fsdp2 or ddp, or sizes of 1",

@@ -105,7 +105,7 @@ def test_command_line_overrides(tiny: Project) -> None:
         (
             ["set=train.global_batch_size=6"],
             [
-                "global_batch_size 6 % (local_batch_size 4 * world_size 1) = 2, must be 0: use 4 or 8, or another "
+                "global_batch_size 6 % (local_batch_size 4 * dp 1) = 2, must be 0: use 4 or 8, or another "
                 "local_batch_size (runs low, high)"
             ],
         ),

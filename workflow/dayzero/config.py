@@ -187,11 +187,20 @@ class Parallelism(_Section):
     """Data-parallel replicas (all of them for ddp; HSDP when dp_shard > 1 too)."""
     dp_shard: PositiveInt = 1
     """Ranks that share one copy of weights, gradients and optimizer state (FSDP2)."""
+    tp: PositiveInt = 1
+    """Ranks that split each attention and MLP matrix (tensor parallelism); must divide the numbers of heads. 1: off."""
+    sequence_parallel: bool = False
+    """With tp > 1: each rank keeps only its share of the tokens between the split matrices."""
+
+    @property
+    def dp(self) -> int:
+        """Number of processes that see different rows."""
+        return self.dp_replicate * self.dp_shard
 
     @property
     def world_size(self) -> int:
         """Number of training processes."""
-        return self.dp_replicate * self.dp_shard
+        return self.dp * self.tp
 
 
 class Export(_Section):

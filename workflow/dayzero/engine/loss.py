@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from dayzero.engine.structure import find_decoder
 
@@ -29,9 +30,9 @@ class CausalLMWithLoss(nn.Module):
     (embedding, LM head) are gathered.
     """
 
-    def __init__(self, model: nn.Module, *, loss: str = "chunked", chunk_size: int = 1024) -> None:
+    def __init__(self, model: PreTrainedModel, *, loss: str = "chunked", chunk_size: int = 1024) -> None:
         super().__init__()
-        self.model = model
+        self.model: PreTrainedModel = model
         self._loss = LOSSES[loss]
         self._chunk_size = chunk_size
 

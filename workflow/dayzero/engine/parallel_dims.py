@@ -24,12 +24,14 @@ class ParallelDims:
     world_size: int
     dp_replicate: int = 1
     dp_shard: int = 1
+    tp: int = 1
+    sequence_parallel: bool = False
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
             raise ConfigError(f"parallelism.strategy {self.strategy!r} is unknown: use one of {', '.join(STRATEGIES)}")
-        product = self.dp_replicate * self.dp_shard
-        equation = f"dp_replicate {self.dp_replicate} x dp_shard {self.dp_shard} = {product}"
+        product = self.dp * self.tp
+        equation = f"dp_replicate {self.dp_replicate} x dp_shard {self.dp_shard} x tp {self.tp} = {product}"
         if product != self.world_size:
             raise ConfigError(
                 f"parallelism: {equation}, but the world size is {self.world_size}: "
@@ -39,11 +41,19 @@ class ParallelDims:
             raise ConfigError(f"parallelism: strategy none is one bare process, but {equation}: use fsdp2 or ddp")
         if self.strategy == "ddp" and self.dp_shard != 1:
             raise ConfigError(f"parallelism: ddp shards nothing, but {equation}: set dp_replicate instead of dp_shard")
+        if self.strategy == "ddp" and self.tp != 1:
+            raise ConfigError(f"parallelism: ddp copies whole models, but {equation}: use strategy fsdp2 with tp")
+        if self.sequence_parallel and self.tp == 1:
+            raise ConfigError("parallelism.sequence_parallel is on, but tp is 1: set tp, or turn it off")
 
     @property
     def dp(self) -> int:
         """Ranks that see different rows."""
         return self.dp_replicate * self.dp_shard
+
+    def dp_rank(self, rank: int) -> int:
+        """Which share of the rows `rank` sees; the ranks of a tp group, which are neighbours, see the same."""
+        return rank // self.tp
 
     def grad_accum_steps(self, global_batch_size: int, local_batch_size: int) -> int:
         """Micro-batches of one rank in an optimizer step. Raises `ConfigError` when they do not divide."""
@@ -56,12 +66,22 @@ class ParallelDims:
         return global_batch_size // rows
 
     def build_mesh(self, device_type: str) -> DeviceMesh:
-        """The device mesh: (dp_shard), for HSDP (dp_replicate, dp_shard), for ddp (dp_replicate)."""
+        """The device mesh with axes (dp_replicate, dp_shard, tp), those left out that the strategy does not use.
+
+        tp is innermost: it talks most, so its ranks are neighbours on one node.
+        """
         from torch.distributed.device_mesh import init_device_mesh
 
-        axes = {"dp_replicate": self.dp_replicate, "dp_shard": self.dp_shard}
+        axes = {"dp_replicate": self.dp_replicate, "dp_shard": self.dp_shard, "tp": self.tp}
         if self.strategy == "ddp":
             del axes["dp_shard"]
         elif self.dp_replicate == 1:
             del axes["dp_replicate"]  # a replicate axis, even of size 1, costs an all-reduce for each gradient
+        if self.tp == 1:
+            del axes["tp"]
         return init_device_mesh(device_type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+
+    def data_mesh(self, mesh: DeviceMesh) -> DeviceMesh:
+        """The axes of `mesh` over which parameters are sharded or copied."""
+        names = tuple(name for name in mesh.mesh_dim_names or () if name.startswith("dp"))
+        return mesh[names]

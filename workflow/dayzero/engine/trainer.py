@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dayzero.config import Method, Train
 from dayzero.console import ProgressBar, log
 from dayzero.engine import checkpoint, distributed
-from dayzero.engine.loss import CausalLMWithLoss
+from dayzero.engine.loss import IGNORE, CausalLMWithLoss
 from dayzero.engine.lr_scheduler import lr_factor
 from dayzero.engine.metrics import MetricsLog, peak_memory_gib
 from dayzero.engine.model import ModelSource, build_model, count_parameters, load_weights
@@ -33,6 +33,7 @@ from dayzero.engine.parallel_dims import ParallelDims
 from dayzero.engine.parallelize import parallelize
 from dayzero.engine.precision import autocast
 from dayzero.engine.signals import StopRequest
+from dayzero.engine.tensor_parallel import pad_tokens, sum_partial_gradients
 
 
 class Batch(Protocol):
@@ -90,12 +91,12 @@ class Trainer:
         # rank 0 first: a model that cannot be loaded is said once, before any rank waits for another
         values = build_model(self.source, config, self.method, self.seed, meta=False) if self.is_main else None
         model = build_model(self.source, config, self.method, self.seed, meta=True)
-        self.vocab_size = model.get_input_embeddings().weight.shape[0]
+        self.vocab_size: int = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
         self.trainable_parameters, self.total_parameters = count_parameters(model)
         bare = CausalLMWithLoss(model, loss=self.train.loss, chunk_size=self.train.loss_chunk_size)
-        mesh = None if self.dims.strategy == "none" else self.dims.build_mesh(self.device.type)
-        self.module = parallelize(
-            bare, self.dims, mesh, self.train, load=lambda: load_weights(bare, model, values, self.device)
+        self.mesh = None if self.dims.strategy == "none" else self.dims.build_mesh(self.device.type)
+        self.module, self.partial = parallelize(
+            bare, self.dims, self.mesh, self.train, load=lambda: load_weights(bare, model, values, self.device)
         )
         self.optimizer = build_optimizer(self.module, self.train.optimizer)
         self.metrics = MetricsLog(self.checkpoints / "metrics.jsonl", enabled=self.is_main)
@@ -156,13 +157,11 @@ class Trainer:
         """One optimizer step; returns its record and whether any rank was asked to stop."""
         step = batch.step + 1
         # every step has its own seed, so a resumed run needs no saved RNG state
-        torch.manual_seed((self.seed * 1_000_003 + step) * 1_009 + distributed.rank())
+        torch.manual_seed((self.seed * 1_000_003 + step) * 1_009 + self.dims.dp_rank(distributed.rank()))
         lr = self.train.optimizer.lr * lr_factor(step, self.max_steps, self.train.lr_scheduler)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        num_labels, num_tokens, stops = distributed.all_reduce_sum(
-            [batch.num_label_tokens, batch.num_tokens, stop], self.device
-        )
+        num_labels, num_tokens, stops = self._sum_over_rows([batch.num_label_tokens, batch.num_tokens, stop])
         # FSDP2 and DDP average gradients over ranks; the loss is a sum over ranks
         scale = self.dims.dp / max(num_labels, 1)
         loss_sum = 0.0
@@ -171,7 +170,10 @@ class Trainer:
                 loss = self._loss_sum(micro_batch)
                 (loss * scale).backward()
             loss_sum += loss.item()
-        loss_value = distributed.all_reduce_sum([loss_sum], self.device)[0] / max(num_labels, 1)
+        loss_value = self._sum_over_rows([loss_sum])[0] / max(num_labels, 1)
+        if self.partial:
+            assert self.mesh is not None
+            sum_partial_gradients(self.partial, self.mesh.get_group("tp"))
         grad_norm = clip_grad_norm(self.module.parameters(), self.train.max_grad_norm)
         if not (math.isfinite(loss_value) and math.isfinite(grad_norm)):
             raise NonFiniteLoss(
@@ -192,7 +194,7 @@ class Trainer:
             loss_sum += sum(self._loss_sum(m).item() for m in batch.micro_batches)
             num_labels += batch.num_label_tokens
         self.module.train()
-        loss_sum, num_labels = distributed.all_reduce_sum([loss_sum, num_labels], self.device)
+        loss_sum, num_labels = self._sum_over_rows([loss_sum, num_labels])
         return loss_sum / max(num_labels, 1)
 
     def save(self) -> None:
@@ -205,8 +207,7 @@ class Trainer:
     def logits(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """[B, T] twice -> [B, T, V] on the CPU, float32, as computed in training. All ranks call it together."""
         self.module.eval()
-        with autocast(self.train.precision, self.dims.strategy, self.device):
-            logits = self.module(input_ids.to(self.device), None, position_ids.to(self.device))
+        logits = self._forward(input_ids, None, position_ids)
         self.module.train()
         return logits.float().cpu()
 
@@ -220,10 +221,26 @@ class Trainer:
         state = get_model_state_dict(self.module, options=options)
         return {name.removeprefix("model."): cast(Tensor, tensor) for name, tensor in state.items()}
 
+    def _sum_over_rows(self, values: list[float]) -> list[float]:
+        """Sum over the ranks that see different rows."""
+        copies = self.dims.world_size // self.dims.dp
+        return [value / copies for value in distributed.all_reduce_sum(values, self.device)]
+
     def _loss_sum(self, micro_batch: dict[str, Tensor]) -> Tensor:
-        inputs = {name: tensor.to(self.device, non_blocking=True) for name, tensor in micro_batch.items()}
+        return self._forward(micro_batch["input_ids"], micro_batch["labels"], micro_batch["position_ids"])
+
+    def _forward(self, input_ids: Tensor, labels: Tensor | None, position_ids: Tensor) -> Tensor:
+        """Summed loss, or without labels logits [B, T, V], of rows on any device."""
+        multiple = self.dims.tp if self.dims.sequence_parallel else 1
+        padded = (
+            pad_tokens(input_ids, multiple, 0),
+            None if labels is None else pad_tokens(labels, multiple, IGNORE),
+            pad_tokens(position_ids, multiple, None),
+        )
+        inputs = [None if x is None else x.to(self.device, non_blocking=True) for x in padded]
         with autocast(self.train.precision, self.dims.strategy, self.device):
-            return self.module(**inputs)
+            output = self.module(*inputs)
+        return output if labels is not None else output[:, : input_ids.shape[1]]
 
     def _gradient_sync(self, *, last: bool) -> Any:
         """Reduce gradients over ranks in the last micro-batch only.

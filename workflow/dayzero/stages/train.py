@@ -17,7 +17,7 @@ from typing import Any
 from dayzero.config import RunConfig
 from dayzero.console import log
 from dayzero.errors import ConfigError
-from dayzero.files import atomic_directory, atomic_file, write_json
+from dayzero.files import atomic_directory, atomic_file, read_json, write_json
 from dayzero.provenance import Clock
 from dayzero.stages.base import read_config, run_stage, stage_parser
 
@@ -65,6 +65,7 @@ def _launch(args: argparse.Namespace, arguments: list[str]) -> None:
     dims = ParallelDims(world_size=run.parallelism.world_size, **sizes)
     dims.grad_accum_steps(run.train.global_batch_size, run.train.local_batch_size)
     check_rows(TokenRows(args.tokens / "train", run.tokenize.seq_len), dims.dp)  # before any process is started
+    _check_fit(run, args)
     directory = args.output / "checkpoints"
     if found := checkpoint.checkpoints(directory):
         try:
@@ -79,6 +80,37 @@ def _launch(args: argparse.Namespace, arguments: list[str]) -> None:
     if not run_torchrun("dayzero.stages.train", arguments, run.parallelism.world_size):
         log.warning("stopped as asked with a checkpoint in %s: start the stage again to continue", directory)
         raise SystemExit(EXIT_INTERRUPTED)
+
+
+def _check_fit(run: RunConfig, args: argparse.Namespace) -> None:
+    """Hold the token rows against the model: its context and its vocabulary. Raises `ConfigError`."""
+    from dayzero.data.model_files import context_length
+    from dayzero.data.tokens import TokenRows
+
+    config = _source(run, args).config(args.tokenizer)
+    longest, context = int(TokenRows(args.tokens / "train").lengths.max()), context_length(config)
+    if context is not None and longest > context:
+        raise ConfigError(
+            f"tokenize.seq_len {run.tokenize.seq_len}: {args.tokens} has rows of {longest} tokens, but the model's "
+            f"context is {context}: set it to {context} or less"
+        )
+    largest, vocab_size = read_json(args.tokens / "manifest.json")["max_token_id"], config.get_text_config().vocab_size
+    if largest >= vocab_size:
+        raise ConfigError(
+            f"{args.tokens} has the token id {largest}, but the model's vocab_size is {vocab_size}: use the model's own "
+            "tokenizer, or a larger model.architecture.vocab_size"
+        )
+
+
+def _source(run: RunConfig, args: argparse.Namespace) -> Any:
+    from dayzero.engine.model import ModelSource
+
+    return ModelSource(
+        directory=args.model,
+        architecture=run.model.architecture,
+        random_weights=run.method.name == "pretrain",
+        trust_remote_code=run.model.trust_remote_code,
+    )
 
 
 def _rank(args: argparse.Namespace) -> None:
@@ -102,7 +134,6 @@ def _train(args: argparse.Namespace, device: Any) -> None:
     from dayzero.data.loader import TrainBatches, ValidationBatches
     from dayzero.data.tokens import TokenRows
     from dayzero.engine import distributed
-    from dayzero.engine.model import ModelSource
     from dayzero.engine.parallel_dims import ParallelDims
     from dayzero.engine.trainer import Trainer
 
@@ -112,7 +143,7 @@ def _train(args: argparse.Namespace, device: Any) -> None:
     dims.grad_accum_steps(run.train.global_batch_size, run.train.local_batch_size)
     share: dict[str, Any] = {
         "local_batch_size": run.train.local_batch_size,
-        "dp_rank": distributed.rank(),
+        "dp_rank": dims.dp_rank(distributed.rank()),
         "dp_size": dims.dp,
         "num_workers": run.train.num_data_workers,
     }
@@ -129,12 +160,7 @@ def _train(args: argparse.Namespace, device: Any) -> None:
         )
 
     trainer = Trainer(
-        source=ModelSource(
-            directory=args.model,
-            architecture=run.model.architecture,
-            random_weights=run.method.name == "pretrain",
-            trust_remote_code=run.model.trust_remote_code,
-        ),
+        source=_source(run, args),
         tokenizer_directory=args.tokenizer,
         method=run.method,
         train=run.train,
