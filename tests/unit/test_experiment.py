@@ -132,7 +132,7 @@ runs:
         "exp.yaml:13: runs.A: differs from runs.a only in case: rename one",
         "exp.yaml:5: data.validation_siez: unknown key; did you mean data.validation_size?",
         "exp.yaml:6: train.lr: unknown key; did you mean train.optimizer.lr?",
-        "exp.yaml:8: parallelism = 4: expected a mapping with keys of strategy, dp_replicate, dp_shard, tp, sequence_parallel",
+        "exp.yaml:8: parallelism = 4: expected a mapping with keys of strategy, dp_replicate, dp_shard, tp, sequence_parallel, cp, cp_method",
         "exp.yaml:6: train.max_steps = '1e3': expected an integer above 0 or null; YAML reads 1e3 as text: write 1000",
         "exp.yaml:10: train.num_epochs = '2': expected a number above 0 or null; it is quoted, so it is text: leave the quotes out",
         "exp.yaml:6: train.compile = 'yes': expected true or false",
@@ -181,6 +181,12 @@ COMBINATIONS = {
     "data: {source: [a, b], sha256: abc}": "data.sha256 = 'abc': one sum for 2 sources: give a mapping of source to sum",
     "evaluate: {tasks: [x], extra_tasks: [x]}": "evaluate.tasks = ['x']: x is named twice (in tasks and extra_tasks together)",
     "export.max_shard_size: big": "export.max_shard_size = 'big': write a number and a unit, e.g. 5GB",
+    "{method.name: pretrain, tokenize.seq_len: 512, model: {source: null, tokenizer.vocab_size: 300, architecture: {model_type: gpt2, "
+    "n_positions: 256}}}": "tokenize.seq_len = 512: longer than the context of the new model, model.architecture.n_positions "
+    "256: lower the one or raise the other",
+    "method.lora.targets: '(('": "method.lora.targets = '((': no regular expression: missing ), unterminated subpattern at position 1",
+    "method.lora.targets: []": "method.lora.targets = []: names no module: use all-linear, module names or a regular "
+    "expression",
     "train.optimizer.betas: [0.9, 1.0]": "train.optimizer.betas = [0.9, 1.0]: both must be at least 0 and below 1",
 }
 

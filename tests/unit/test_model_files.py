@@ -280,6 +280,25 @@ def test_bad_models_give_one_line_and_leave_nothing(
     assert [p.name for p in (tmp_path / "store").iterdir()] == [".out.lock"]
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_hidden_layers": 3}, "its weights lack model.layers.2."),
+        ({"intermediate_size": 52}, "do not fit its config.json (model.layers.0.mlp.down_proj.weight is ["),
+    ],
+)
+def test_weights_that_do_not_fit_their_config(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, int], said: str
+) -> None:
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, **change}))
+    assert _main(tmp_path / "out", source) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith(f"fetch_model: error: model.source {source}: its weights ")
+    assert said in last
+    assert not (tmp_path / "out").exists()
+
+
 def test_other_files_are_no_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "weights.safetensors").write_bytes(b"x")
     assert _main(tmp_path / "out", tmp_path / "weights.safetensors") == 1

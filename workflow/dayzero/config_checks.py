@@ -8,6 +8,16 @@ from typing import NamedTuple
 
 from dayzero.config import RunConfig
 
+CONTEXT_LENGTHS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_sequence_length",
+    "max_seq_len",
+    "seq_length",
+    "n_ctx",
+)
+"""What the configs of transformers call the longest sequence a model takes."""
+
 _SIZE = re.compile(r"\d+(\.\d+)?\s?[KMGT]i?B", re.IGNORECASE)
 _PACKAGE = re.compile(r"package:[A-Za-z0-9][A-Za-z0-9._-]*==[^/=\s]+/[^\s].*")
 _HUB = re.compile(r"hf:[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
@@ -23,7 +33,7 @@ class Finding(NamedTuple):
 
 def impossible(run: RunConfig) -> list[Finding]:
     """Every impossible combination of a run's values."""
-    checks = (_model, _sources, _data, _training, _parallelism, _other)
+    checks = (_model, _sources, _data, _lora, _training, _parallelism, _other)
     return [Finding(*found) for check in checks for found in check(run)]
 
 
@@ -74,6 +84,13 @@ def _model(run: RunConfig) -> Iterator[tuple[str, str]]:
             yield (
                 "model.tokenizer",
                 "pretraining needs a tokenizer: train one (model.tokenizer.vocab_size) or take that of a model.source",
+            )
+        context = next((n for n in CONTEXT_LENGTHS if isinstance(model.architecture.get(n), int)), None)
+        if context and run.tokenize.seq_len > model.architecture[context]:
+            yield (
+                "tokenize.seq_len",
+                f"longer than the context of the new model, model.architecture.{context} "
+                f"{model.architecture[context]}: lower the one or raise the other",
             )
         if model.tokenizer is not None and model.source is not None:
             yield (
@@ -130,6 +147,19 @@ def _data(run: RunConfig) -> Iterator[tuple[str, str]]:
         )
 
 
+def _lora(run: RunConfig) -> Iterator[tuple[str, str]]:
+    targets = run.method.lora.targets
+    if run.method.name != "lora":
+        return
+    if not targets:
+        yield "method.lora.targets", "names no module: use all-linear, module names or a regular expression"
+    elif isinstance(targets, str):
+        try:
+            re.compile(targets)
+        except re.error as error:
+            yield "method.lora.targets", f"no regular expression: {error}"
+
+
 def _training(run: RunConfig) -> Iterator[tuple[str, str]]:
     if run.method.name == "none":
         return
@@ -148,15 +178,15 @@ def _training(run: RunConfig) -> Iterator[tuple[str, str]]:
             yield "train.lr_scheduler.warmup_steps", f"{sum_text} is more than train.max_steps {train.max_steps}"
     if not all(0 <= beta < 1 for beta in train.optimizer.betas):
         yield "train.optimizer.betas", "both must be at least 0 and below 1"
-    world_size = run.parallelism.world_size
-    rows = train.local_batch_size * world_size
+    dp = run.parallelism.dp
+    rows = train.local_batch_size * dp
     if train.global_batch_size % rows:
         below = train.global_batch_size // rows * rows
         near = f"{below} or {below + rows}" if below else str(rows)
         yield (
             "train.global_batch_size",
-            f"global_batch_size {train.global_batch_size} % (local_batch_size {train.local_batch_size} * world_size "
-            f"{world_size}) = {train.global_batch_size % rows}, must be 0: use {near}, or another local_batch_size",
+            f"global_batch_size {train.global_batch_size} % (local_batch_size {train.local_batch_size} * dp "
+            f"{dp}) = {train.global_batch_size % rows}, must be 0: use {near}, or another local_batch_size",
         )
 
 

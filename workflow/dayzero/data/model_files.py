@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from dayzero.config import Model
+from dayzero.config_checks import CONTEXT_LENGTHS
 from dayzero.console import log
 from dayzero.data import gguf_files, weights
 from dayzero.data.sources import (
@@ -36,14 +37,6 @@ SIDE_FILES = re.compile(
     r"|merges\.txt|[\w.-]+\.(model|tiktoken)|chat_template\.(jinja|json)|additional_chat_templates/[\w.-]+\.jinja"
     r"|(LICEN[CS]E|NOTICE|COPYING|README)[\w.-]*",
     re.IGNORECASE,
-)
-CONTEXT_LENGTHS = (
-    "max_position_embeddings",
-    "n_positions",
-    "max_sequence_length",
-    "max_seq_len",
-    "seq_length",
-    "n_ctx",
 )
 
 
@@ -74,7 +67,7 @@ def fetch_model(model: Model, output: Path, clock: Clock) -> dict[str, Any]:
             "revision": fetched.revision,
             **({"moved_from": moved} if moved else {}),
             **record,
-            **_describe(folder, model.trust_remote_code),
+            **_describe(folder, f"{KEY} {source.text}", model.trust_remote_code),
             "files": {str(f.relative_to(folder)): sha256_file(f) for f in sorted(folder.rglob("*")) if f.is_file()},
             "provenance": clock.provenance(),
         }
@@ -169,6 +162,9 @@ def _check_config(path: Path, text: str, model: Model) -> dict[str, Any]:
         raise DataError(f"{file}: not valid JSON ({error}): fetch the model again") from error
     tokenizer_file = path / "tokenizer_config.json"
     tokenizer = read_json(tokenizer_file) if tokenizer_file.is_file() else {}
+    for read, content in ((file, config), (tokenizer_file, tokenizer)):
+        if not isinstance(content, dict):
+            raise DataError(f"{read}: not a JSON object: fetch the model again")
     for name, content in (("config.json", config), ("tokenizer_config.json", tokenizer)):
         code = content.get("auto_map")
         if not code:
@@ -184,7 +180,7 @@ def _check_config(path: Path, text: str, model: Model) -> dict[str, Any]:
         parsed = transformers.AutoConfig.from_pretrained(
             path, trust_remote_code=model.trust_remote_code, local_files_only=True
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # each config class has its own checks, with their own errors
         known = config.get("model_type") in transformers.CONFIG_MAPPING
         why = " ".join(str(error).split())[:160] if known else "transformers does not know it: install a newer version"
         raise _not_usable(text, config, why) from error
@@ -220,14 +216,24 @@ def _is_side_file(name: str, code: bool) -> bool:
     return bool(SIDE_FILES.fullmatch(name)) or (code and name.endswith(".py") and "/" not in name)
 
 
-def _describe(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
-    """What the stored files are, from the files themselves; raises ConfigError when the tokenizer cannot be loaded."""
+def _describe(folder: Path, what: str, trust_remote_code: bool) -> dict[str, Any]:
+    """What the stored files are, from the files themselves.
+
+    Raises ConfigError when the tokenizer cannot be loaded, DataError when the weights do not fit the config.
+    """
     import torch
     import transformers
 
+    from dayzero.pretrained import load_causal_lm
+
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    model: Any
+    if getattr(config, "quantization_config", None):  # loading needs the quantiser, and perhaps its GPU
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    else:
+        transformers.logging.disable_progress_bar()
+        model = load_causal_lm(folder, what, config=config, device_map="meta", trust_remote_code=trust_remote_code)
     dtypes: Counter[torch.dtype] = Counter()
     for file in folder.glob("*.safetensors"):
         dtypes.update(weights.tensor_dtypes(file))

@@ -11,18 +11,9 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from dayzero.config_checks import CONTEXT_LENGTHS
 from dayzero.console import log
 from dayzero.errors import ConfigError
-
-_CONTEXT_LENGTH = (
-    "max_position_embeddings",
-    "n_positions",
-    "max_sequence_length",
-    "max_seq_len",
-    "seq_length",
-    "n_ctx",
-)
-"""What the configs of transformers call the longest sequence a model takes."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +96,7 @@ def check_model_limits(path: str | Path, *, seq_len: int | None = None, max_toke
     Raises ConfigError naming both numbers.
     """
     config = _model_config(path)
-    context = next((config[name] for name in _CONTEXT_LENGTH if isinstance(config.get(name), int)), None)
+    context = next((config[name] for name in CONTEXT_LENGTHS if isinstance(config.get(name), int)), None)
     if seq_len is not None and context is not None and seq_len > context:
         raise ConfigError(
             f"tokenize.seq_len {seq_len} exceeds the context length {context} of the model in {path}: "

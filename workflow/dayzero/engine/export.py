@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dayzero.config import Method
 from dayzero.engine.model import ModelSource, build_model
+from dayzero.errors import ConfigError
 
 REFERENCE_TOLERANCE = {"fp32": 1e-5, "bf16": 3e-2}
 """Largest difference of reloaded and in-training logits, as a share of the largest logit. Training in bf16 rounds each
@@ -30,6 +31,8 @@ def trained_model(
     `train` is the train stage's folder, with `adapter/` for LoRA and its last checkpoint for other methods.
     """
     plain = Method(name="none")
+    if train is not None and not (train / "summary.json").is_file():
+        raise ConfigError(f"--train {train} has no summary.json: finish the train stage first")
     config = source.config(tokenizer)
     model = build_model(source, config, plain, seed, meta=False).eval()
     if train is None:

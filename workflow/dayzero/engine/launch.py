@@ -25,8 +25,8 @@ EXIT_INTERRUPTED = 75
 _ERRORS = "DAYZERO_ERROR_DIR"
 
 
-class RankFailed(RuntimeError):
-    """A training process failed; the message is that rank's own last line."""
+class RankFailed(ValueError):
+    """A training process failed; the message is that rank's own last line (a ValueError: it is said as it is)."""
 
 
 def is_worker() -> bool:

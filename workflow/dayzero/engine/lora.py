@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -32,20 +33,29 @@ def peft_config(config: Lora) -> LoraConfig:
 def inject_lora(model: PreTrainedModel, config: Lora) -> None:
     """Put adapters into `model` in place and freeze all else. Before FSDP2: after it the ranks would diverge.
 
-    Raises `ConfigError` when `targets` match no module, naming those that would.
+    Raises `ConfigError` when `targets`, or one name among them, match no module, naming those that would.
     """
+    names = [name for name, _ in model.named_modules()]
+    for target in config.targets if isinstance(config.targets, list) else ():
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise _no_match(model, target)
     try:
         inject_adapter_in_model(peft_config(config), model, adapter_name=ADAPTER)
     except ValueError as error:
         if "arget modules" not in str(error):
             raise
-        names = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
-        raise ConfigError(
-            f"method.lora.targets {config.targets!r} match no module: "
-            f"this model's linear modules are {', '.join(names)}"
-        ) from error
+        raise _no_match(model, config.targets) from error
+    except re.error as error:
+        raise ConfigError(f"method.lora.targets {config.targets!r} is no regular expression: {error}") from error
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
+
+
+def _no_match(model: PreTrainedModel, targets: str | list[str]) -> ConfigError:
+    names = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+    return ConfigError(
+        f"method.lora.targets {targets!r} match no module: this model's linear modules are {', '.join(names)}"
+    )
 
 
 def save_adapter(directory: Path, config: Lora, state: Mapping[str, Tensor], base_model: str) -> None:

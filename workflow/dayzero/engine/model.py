@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from dayzero.config import Method
 from dayzero.engine.distributed import rank
 from dayzero.engine.lora import inject_lora
 from dayzero.errors import ConfigError
+from dayzero.pretrained import load_causal_lm, require_causal_lm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +35,14 @@ class ModelSource:
     def config(self, tokenizer_directory: Path | None = None) -> PretrainedConfig:
         """The model's config; one from `architecture` takes vocabulary and special ids from the tokenizer.
 
-        Raises `ConfigError` for an unknown model_type or field.
+        Raises `ConfigError` for a directory without a model, a model that is not a causal LM, an unknown model_type or
+        field.
         """
         if self.directory is not None:
+            if not (self.directory / "config.json").is_file():
+                raise ConfigError(f"{self.directory} holds no model (no config.json): run the fetch_model stage first")
             config = AutoConfig.from_pretrained(self.directory, trust_remote_code=self.trust_remote_code)
+            require_causal_lm(config, str(self.directory))
         else:
             config = _config_from_fields(self.architecture or {}, tokenizer_directory)
         config.use_cache = False  # a cache in training costs memory, and packed documents would see one another
@@ -47,7 +54,8 @@ def build_model(
 ) -> PreTrainedModel:
     """The model in float32 with its adapters, parameters to train marked; on the meta device without any values.
 
-    With values it is the same for the same seed, however many ranks there are.
+    With values it is the same for the same seed, however many ranks there are. Raises `DataError` where a directory
+    lacks some of its weights.
     """
     torch.manual_seed(seed)
     options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": source.trust_remote_code}
@@ -57,7 +65,7 @@ def build_model(
     elif source.random_weights or source.directory is None:
         model = AutoModelForCausalLM.from_config(config, **options)
     else:
-        model = AutoModelForCausalLM.from_pretrained(source.directory, config=config, **options)
+        model = load_causal_lm(source.directory, config=config, **options)
     if method.name == "lora":
         torch.manual_seed(seed)
         with torch.device("meta" if meta else "cpu"):
@@ -117,11 +125,20 @@ def _config_from_fields(fields: dict[str, Any], tokenizer_directory: Path | None
             )
     try:
         config = AutoConfig.for_model(model_type, **fields)
-    except ValueError as error:
-        raise ConfigError(f"model.architecture: {error}") from error
-    unknown = sorted(set(fields) - set(type(config)().to_dict()))
-    if unknown:
-        raise ConfigError(
-            f"model.architecture: {model_type} has no field {', '.join(unknown)}: see its transformers config"
-        )
+    except Exception as error:  # each config class has its own checks, with their own errors
+        if model_type not in CONFIG_MAPPING:
+            hint = _did_you_mean(model_type, CONFIG_MAPPING) or ": give a model_type that transformers has"
+            raise ConfigError(f"model.architecture.model_type {model_type!r} is unknown{hint}") from error
+        said = " ".join(str(error).split())[:300]
+        raise ConfigError(f"model.architecture: {model_type} cannot have these values: {said}") from error
+    require_causal_lm(config, "model.architecture")
+    known = {*type(config)().to_dict(), *config.attribute_map}
+    if unknown := sorted(set(fields) - known):
+        named = ", ".join(name + _did_you_mean(name, known) for name in unknown)
+        raise ConfigError(f"model.architecture: {model_type} has no field {named}: see its transformers config")
     return config
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""

@@ -6,6 +6,7 @@ carry what they saw into the next document. No table of architectures: the loade
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -36,6 +37,8 @@ def packing_leak(logits: Callable[[Tensor, Tensor], Tensor], vocab_size: int, pr
     scale = standalone.abs().max().clamp(min=1e-6)
     moved_by_edit = ((packed - edited).abs().max() / scale).item()
     moved_by_removal = ((packed - standalone).abs().max() / scale).item()
+    if math.isnan(moved_by_edit + moved_by_removal):
+        return None  # broken weights: the first step says so
     if moved_by_edit <= EDITED[precision] and moved_by_removal <= ALONE[precision]:
         return None
     return max(moved_by_edit, moved_by_removal)

@@ -30,6 +30,10 @@ def export(args: argparse.Namespace) -> None:
     run = RunConfig.model_validate_json(json.dumps(read_config(args.config)))
     if (run.method.name != "none") != (args.train is not None):
         raise ConfigError(f"method.name is {run.method.name}: --train belongs to trained runs, and only to those")
+    if args.model is None and run.model.architecture is None:
+        raise ConfigError("--model is missing: give store/models/KEY")
+    if args.model is None and args.tokenizer is None:
+        raise ConfigError("--tokenizer is missing: give store/tokenizers/KEY (or store/models/KEY, where it has one)")
 
     import torch
     from transformers import AutoTokenizer, GenerationConfig

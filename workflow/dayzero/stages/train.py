@@ -94,11 +94,12 @@ def _check_fit(run: RunConfig, args: argparse.Namespace) -> None:
             f"tokenize.seq_len {run.tokenize.seq_len}: {args.tokens} has rows of {longest} tokens, but the model's "
             f"context is {context}: set it to {context} or less"
         )
-    largest, vocab_size = read_json(args.tokens / "manifest.json")["max_token_id"], config.get_text_config().vocab_size
-    if largest >= vocab_size:
+    largest = read_json(args.tokens / "manifest.json")["max_token_id"]
+    vocab_size = getattr(config.get_text_config(decoder=True), "vocab_size", None)
+    if vocab_size is not None and largest >= vocab_size:
         raise ConfigError(
-            f"{args.tokens} has the token id {largest}, but the model's vocab_size is {vocab_size}: use the model's own "
-            "tokenizer, or a larger model.architecture.vocab_size"
+            f"{args.tokens} has the token id {largest}, but the model's vocab_size is {vocab_size}: use the model's "
+            "own tokenizer, or a larger model.architecture.vocab_size"
         )
 
 

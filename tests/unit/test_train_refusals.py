@@ -1,0 +1,191 @@
+"""What training and export refuse before, or while, they load a model: each in one line that names the thing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dayzero.config import Lora, Method, RunConfig
+from dayzero.engine.lora import inject_lora
+from dayzero.engine.model import ModelSource, build_model
+from dayzero.engine.packing import packing_leak
+from dayzero.errors import ConfigError, DataError
+from dayzero.files import read_json, write_json
+from dayzero.stages import export, train
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests.tiny import ARCHITECTURES, write_rows
+
+FULL = Method(name="full")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("base") / "model"
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**ARCHITECTURES["llama"])).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def copy(base: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(base, tmp_path / "model")
+
+
+def _weights(path: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    weights = load_file(path / "model.safetensors")
+    change(weights)
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def _build(path: Path) -> Any:
+    source = ModelSource(directory=path)
+    return build_model(source, source.config(), FULL, 0, meta=False)
+
+
+def test_missing_weights_are_never_random(copy: Path) -> None:
+    _weights(copy, lambda w: w.pop("model.layers.1.mlp.up_proj.weight"))
+    with pytest.raises(DataError, match=r"model: its weights lack model\.layers\.1\.mlp\.up_proj\.weight, which its"):
+        _build(copy)
+
+
+def test_weights_of_another_shape(copy: Path) -> None:
+    _weights(copy, lambda w: w.update({"model.norm.weight": torch.ones(5)}))
+    with pytest.raises(DataError, match=r"model\.norm\.weight do not fit .* is \[5\], the config says \[32\]"):
+        _build(copy)
+
+
+def test_weights_without_a_place_are_said(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("dayzero.pretrained.log.warning", lambda text, *values: said.append(text % values))
+    _weights(copy, lambda w: w.update({"model.layers.9.extra.weight": torch.ones(5)}))
+    _build(copy)
+    assert len(said) == 1
+    assert "no place for the weights model.layers.9.extra.weight" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"num_hiden_layers": 3}, r"llama has no field num_hiden_layers \(did you mean num_hidden_layers\?\)"),
+        ({"model_type": "lama"}, r"model_type 'lama' is unknown \(did you mean llama\?\)"),
+        ({"model_type": "t5"}, "'t5' is not a causal language model: choose one"),
+        ({"hidden_size": "abc"}, "llama cannot have these values: .*'hidden_size' expected int, got str"),
+        ({"num_attention_heads": 5}, "llama cannot have these values: .*not a multiple"),
+    ],
+)
+def test_architectures(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^model\.architecture.*{said}") as refused:
+        ModelSource(directory=None, architecture={**ARCHITECTURES["llama"], **fields}).config()
+    assert len(str(refused.value)) < 500
+    assert "\n" not in str(refused.value)
+
+
+def test_a_field_may_go_by_its_common_name() -> None:
+    config = ModelSource(directory=None, architecture={"model_type": "gpt2", "hidden_size": 48, "n_head": 4}).config()
+    assert config.n_embd == 48
+
+
+def test_directories_without_a_causal_model(copy: Path) -> None:
+    write_json(copy / "config.json", {**read_json(copy / "config.json"), "model_type": "t5"})
+    with pytest.raises(ConfigError, match="model: model_type 't5' is not a causal language model"):
+        _build(copy)
+    (copy / "config.json").unlink()
+    with pytest.raises(ConfigError, match=r"holds no model \(no config\.json\): run the fetch_model stage first"):
+        _build(copy)
+
+
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [
+        (["foo"], "targets 'foo' match no module: this model's linear modules are down_proj"),
+        (["q_proj", "v_porj"], "targets 'v_porj' match no module"),
+        (r".*\.nothing", "match no module: this model's"),
+        ("((", "is no regular expression"),
+    ],
+)
+def test_lora_targets(base: Path, targets: Any, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        inject_lora(_build(base), Lora(targets=targets))
+
+
+def test_broken_weights_are_not_taken_for_a_leak() -> None:
+    def broken(ids: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        return torch.full((*ids.shape, 8), float("nan"))
+
+    assert packing_leak(broken, 8, "fp32") is None
+
+
+# the stages' own lines
+def _config(path: Path, **sections: Any) -> str:
+    run = {"experiment": "tiny", "run": "one", "train": {"max_steps": 2, "global_batch_size": 4}, **sections}
+    file = path / "config.json"
+    write_json(file, RunConfig.model_validate_json(json.dumps(run)).resolved())
+    return str(file)
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> Path:
+    write_rows(tmp_path / "tokens/train", packed=True)
+    write_json(tmp_path / "tokens/manifest.json", {"max_token_id": 127})
+    return tmp_path / "tokens"
+
+
+def _last_line(capsys: pytest.CaptureFixture[str]) -> str:
+    printed = capsys.readouterr().err
+    assert "Traceback" not in printed
+    return printed.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"max_position_embeddings": 16}, "but the model's context is 16: set it to 16 or less"),
+        ({"vocab_size": 100}, "has the token id 127, but the model's vocab_size is 100: use the model's own tokenizer"),
+        ({"model_type": "t5"}, "model_type 't5' is not a causal language model"),
+    ],
+)
+def test_rows_that_do_not_fit_the_model(
+    changed: dict[str, Any], said: str, copy: Path, tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_json(copy / "config.json", {**read_json(copy / "config.json"), **changed})
+    config = _config(tmp_path, method={"name": "full"})
+    arguments = ["--config", config, "--model", str(copy), "--tokens", str(tokens), "--output", str(tmp_path / "out")]
+    assert train.main(arguments) == 1
+    last = _last_line(capsys)
+    assert last.startswith("train: error: ")
+    assert said in last
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_default_context_of_a_new_architecture(
+    tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fields = {**ARCHITECTURES["llama"], "max_position_embeddings": 16}
+    config = _config(tmp_path, method={"name": "pretrain"}, model={"architecture": fields})
+    assert train.main(["--config", config, "--tokens", str(tokens), "--output", str(tmp_path / "out")]) == 1
+    assert "tokenize.seq_len 1024: " in (last := _last_line(capsys))
+    assert "the model's context is 16" in last
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "said"),
+    [
+        ("lora", [], "--train belongs to trained runs, and only to those"),
+        ("none", [], "--model is missing: give store/models/KEY"),
+        ("none", ["--model", "nowhere"], "nowhere holds no model (no config.json): run the fetch_model stage first"),
+        ("lora", ["--model", "nowhere", "--train", "nothing"], "--train nothing has no summary.json: finish the train"),
+    ],
+)
+def test_export(
+    method: str, arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = _config(tmp_path, method={"name": method})
+    assert export.main(["--config", config, *arguments, "--output", str(tmp_path / "out")]) == 1
+    assert said in _last_line(capsys)
+    assert not (tmp_path / "out").exists()
