@@ -135,6 +135,15 @@ def test_rules_and_stand_ins_name_the_report_s_plots() -> None:
     assert f"PLOTS = [{names}]" in (ROOT / "workflow/rules/common.smk").read_text()
 
 
+def test_results_that_are_no_folder(tmp_path: Path) -> None:
+    project = make_project(tmp_path, TINY)
+    (project.path / "file").write_text("")
+    done = typed(project, "--cores", "1", "--config", "experiment=tiny", "results_dir=file/results")
+    assert done.returncode != 0
+    assert "file is not a folder: set results_dir to one" in done.stdout
+    assert "Traceback" not in done.stdout
+
+
 def test_a_failing_stage_leaves_no_output(tmp_path: Path) -> None:
     """For real, without stand-ins: the data file is empty."""
     project = make_project(tmp_path, TINY)

@@ -26,6 +26,7 @@ def setup_logging(stage: str, log_file: str | Path | None = None) -> None:
     log.setLevel(logging.DEBUG)
     log.handlers.clear()
     log.propagate = False
+    logging.raiseExceptions = False  # a log file on a full disk: the error that matters is the stage's own
     terminal: logging.Handler
     if console.is_terminal:
         terminal = RichHandler(console=console, show_path=False, show_time=False, show_level=False, markup=False)

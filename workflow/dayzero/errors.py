@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 
+from pydantic import ValidationError
+
 
 class ConfigError(ValueError):
     """A configured value cannot be used. The message names the field, its value and the remedy, in one line."""
@@ -21,6 +23,11 @@ def one_line(error: Exception) -> str:
     where = (error.filename if isinstance(error, OSError) else None) or "the results folder"
     if code in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in message:
         return f"no space left on the disk of {where}: free some, or set results_dir to a larger disk"
+    if isinstance(error, FileNotFoundError) and error.filename:
+        return f"{error.filename} does not exist: correct the path, or run the stage that makes it first"
     if code in (errno.EROFS, errno.EACCES, errno.EPERM):
         return f"cannot write {where}: make it writable, or set results_dir to a folder that is"
+    if isinstance(error, ValidationError):
+        found = {".".join(str(part) for part in e["loc"]): f"{e['input']!r}: {e['msg']}" for e in error.errors()}
+        return "the config has " + "; ".join(f"{key} = {said}" for key, said in found.items())
     return message if isinstance(error, ValueError) and message else f"{type(error).__name__}: {message}"

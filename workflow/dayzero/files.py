@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dayzero.errors import ConfigError, DataError, one_line
+
 
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
@@ -60,8 +62,28 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """Read a JSON file."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    """Read a JSON file; raises DataError where it is none."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: not valid JSON ({error}): delete it, or what made it, and run that again") from error
+
+
+def check_folder(directory: str | Path) -> None:
+    """Raise ConfigError where `directory` is, or would lie below, something that is not a folder."""
+    for path in (Path(directory), *Path(directory).parents):
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"{path} is not a folder: set results_dir to one")
+
+
+def check_writable(directory: str | Path) -> None:
+    """Raise ConfigError where no file can be made in `directory` (which need not exist yet)."""
+    check_folder(directory)
+    try:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        raise ConfigError(one_line(error)) from error
 
 
 def sha256_file(path: str | Path) -> str:

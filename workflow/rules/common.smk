@@ -9,6 +9,7 @@ from dayzero.config_overrides import config_overrides, override_arguments
 from dayzero.wiring import Wiring
 from dayzero.errors import ConfigError
 from dayzero.experiment import experiment_path, load_experiment
+from dayzero.files import check_folder, check_writable
 from dayzero.store import RUN_NAME
 
 # jobs run the `python` that runs Snakemake; a conda environment, where one is activated, still comes first
@@ -26,6 +27,7 @@ try:
     EXPERIMENT = load_experiment(EXPERIMENT_FILE, OVERRIDES)
     WIRING = Wiring(EXPERIMENT, RESULTS)
     WIRING.check_local_files()
+    check_folder(RESULTS)
 except ConfigError as error:
     raise WorkflowError(str(error)) from None
 
@@ -33,6 +35,13 @@ RUN = f"{RESULTS}/{EXPERIMENT.name}/{{run}}"
 STORE = f"{RESULTS}/store"
 REPORT = f"{RESULTS}/{EXPERIMENT.name}/report"
 PLOTS = ["loss", "scores", "throughput", "memory", "stage_time"]
+
+
+onstart:
+    try:
+        check_writable(RESULTS)
+    except ConfigError as error:
+        raise WorkflowError(str(error)) from None
 
 
 wildcard_constraints:

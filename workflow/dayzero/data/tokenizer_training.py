@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -66,7 +67,11 @@ def training_texts(data: Path) -> Iterator[str]:
     """All texts of a data directory's training split, behind a progress bar; DataError where there are none."""
     manifest: dict[str, Any] = read_json(data / "manifest.json")
     columns = COLUMNS[manifest["format"]]
-    file = pq.ParquetFile(data / manifest["splits"]["train"]["file"], memory_map=True)
+    source = data / manifest["splits"]["train"]["file"]
+    try:
+        file = pq.ParquetFile(source, memory_map=True)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"cannot read {source} ({error}): fetch the data again") from error
     if not file.metadata.num_rows:
         raise DataError(f"{data}: no rows to train a tokenizer on: check data.source")
     rows = (row for batch in file.iter_batches(batch_size=256, columns=columns) for row in batch.to_pylist())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import traceback
@@ -10,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from dayzero.console import log, setup_logging
-from dayzero.errors import one_line
+from dayzero.errors import ConfigError, one_line
 from dayzero.files import read_json
 
 EXIT_ERROR = 1
@@ -25,10 +26,16 @@ def stage_parser(stage: str, description: str | None) -> argparse.ArgumentParser
 
 
 def read_config(text_or_path: str) -> dict[str, Any]:
-    """The config as a dict, from a file or from JSON text."""
+    """The config as a dict, from a file or from JSON text; raises ConfigError where it is none."""
     import json
 
-    return json.loads(text_or_path) if text_or_path.lstrip().startswith("{") else read_json(text_or_path)
+    try:
+        config = json.loads(text_or_path) if text_or_path.lstrip().startswith("{") else read_json(text_or_path)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"--config: not valid JSON ({error}): give a run's config.json") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"--config {text_or_path}: not a JSON object: give a run's config.json")
+    return config
 
 
 def run_stage(
@@ -45,12 +52,12 @@ def run_stage(
     """
     args = parser.parse_args(argv)
     stage = parser.prog.rpartition(".")[2]
-    setup_logging(stage, args.log)
     if not network:
         for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS"):
             os.environ[name] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
+        setup_logging(stage, args.log)
         body(args)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else EXIT_ERROR
@@ -66,7 +73,8 @@ def run_stage(
 def _report(error: Exception, log_file: str | None) -> None:
     """The traceback goes to the log file (or, for unforeseen errors without one, to stderr); one line comes last."""
     if log_file:
-        with open(log_file, "a", encoding="utf-8") as f:
+        # the log may lie on the very disk that is full or read-only
+        with contextlib.suppress(OSError), open(log_file, "a", encoding="utf-8") as f:
             traceback.print_exception(error, file=f)
     elif not isinstance(error, ValueError | OSError):
         traceback.print_exception(error, file=sys.stderr)

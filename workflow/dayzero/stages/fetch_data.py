@@ -29,7 +29,7 @@ def body(args: argparse.Namespace) -> None:
     from dayzero.provenance import Clock
 
     clock = Clock()
-    fetch_data(Data.model_validate(read_config(args.config)["data"]), args.output, clock)
+    fetch_data(Data.model_validate(read_config(args.config).get("data") or {}), args.output, clock)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def body(args: argparse.Namespace) -> None:
     from dayzero.provenance import Clock
 
     clock = Clock()
-    fetch_model(Model.model_validate(read_config(args.config)["model"]), args.output, clock)
+    fetch_model(Model.model_validate(read_config(args.config).get("model") or {}), args.output, clock)
 
 
 if __name__ == "__main__":
