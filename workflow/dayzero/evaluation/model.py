@@ -210,7 +210,7 @@ class ExactLM(HFLM):
             # rows with nothing (more) to score go along with their last prompt token alone
             scored = [wanted[row][turn] if turn < len(wanted.get(row, ())) else () for row in rows]
             width = max(1, *map(len, scored))
-            cache.crop(longest - 1)
+            cache.crop(longest - 1 - cache.get_seq_length())  # negative: so many tokens less
             inputs = [[row[-1], *ids[:-1]] for row, ids in zip(rows, scored, strict=True)]
             batch = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in inputs], device=self.device)
             steps = torch.arange(width, device=self.device)

@@ -161,7 +161,8 @@ def _transformers(model: Path, prompts: list[list[int]], answers: list[list[int]
     from transformers import AutoModelForCausalLM
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    network: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).to(device).eval()
+    network: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
+    network = network.to(device).eval()
     results = []
     for prompt, answer in track(list(zip(prompts, answers, strict=True)), "transformers reads"):
         ids = torch.tensor([prompt + answer], device=device)
