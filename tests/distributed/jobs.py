@@ -94,8 +94,9 @@ def reference(job: dict[str, Any]) -> dict[str, Any]:
 def make_trainer(job: dict[str, Any], directory: Path) -> Trainer:
     train, method = settings(job)
     sizes = {"strategy": job["strategy"], "dp_replicate": job.get("dp_replicate", 1)}
-    sizes |= {name: job[name] for name in ("tp", "sequence_parallel") if name in job}
-    sizes["dp_shard"] = distributed.world_size() // sizes["dp_replicate"] // sizes.get("tp", 1)
+    sizes |= {name: job[name] for name in ("tp", "sequence_parallel", "cp", "cp_method") if name in job}
+    rows = distributed.world_size() // sizes.get("tp", 1) // sizes.get("cp", 1)
+    sizes["dp_shard"] = rows // sizes["dp_replicate"]
     trainer = Trainer(
         source=source_of(job),
         tokenizer_directory=None,

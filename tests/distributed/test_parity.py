@@ -77,6 +77,10 @@ def two(folder: Path) -> Results:
         job("train", "llama", "lora", "padded", folder, strategy="fsdp2", local_batch_size=4, tp=2),
         job("train", "qwen3", "lora", "padded", folder, strategy="fsdp2", tp=2, sequence_parallel=True),
         job("train", "llama", "full", "packed", folder, strategy="fsdp2", tp=2, sequence_parallel=True),
+        job("train", "llama", "full", "packed", folder, strategy="fsdp2", cp=2, cp_method="allgather"),
+        job("train", "qwen3", "lora", "padded", folder, strategy="fsdp2", cp=2, cp_method="allgather"),
+        job("train", "qwen3", "full", "packed", folder, strategy="fsdp2", cp=2, cp_method="ulysses"),
+        job("train", "llama", "lora", "packed", folder, strategy="fsdp2", cp=2, cp_method="ring"),
     ]
     return run_ranks(2, jobs, folder / "two")
 
@@ -92,6 +96,8 @@ def four(folder: Path) -> Results:
     jobs += [
         job("train", "qwen3", "full", "padded", folder, strategy="fsdp2", local_batch_size=2, tp=2),
         job("train", "llama", "lora", "packed", folder, strategy="fsdp2", tp=2, sequence_parallel=True),
+        job("train", "qwen3", "full", "packed", folder, strategy="fsdp2", cp=2, cp_method="ring"),
+        job("train", "llama", "lora", "packed", folder, strategy="fsdp2", cp=4, cp_method="ulysses"),
     ]
     return run_ranks(4, jobs, folder / "four")
 
@@ -119,11 +125,11 @@ def test_one_process_equals_the_plain_loop(one: Results) -> None:
 
 
 def test_two_ranks_equal_the_plain_loop(two: Results, one: Results) -> None:
-    check(two, one, len(CASES) + 8)
+    check(two, one, len(CASES) + 12)
 
 
 def test_four_ranks_equal_the_plain_loop(four: Results, one: Results) -> None:
-    check(four, one, 6)
+    check(four, one, 8)
 
 
 def test_training_lowers_the_loss(one: Results) -> None:

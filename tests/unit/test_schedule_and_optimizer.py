@@ -60,10 +60,10 @@ def test_clipping_scales_all_gradients_by_one_factor() -> None:
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"strategy": "fsdp2", "dp_shard": 3}, r"dp_replicate 1 x dp_shard 3 x tp 1 = 3, but the world size is 2"),
+        ({"strategy": "fsdp2", "dp_shard": 3}, r"dp_shard 3 x cp 1 x tp 1 = 3, but the world size is 2"),
         ({"strategy": "none", "dp_shard": 2}, r"strategy none is one bare process, but .* = 2"),
         ({"strategy": "ddp", "dp_shard": 2}, r"ddp shards nothing"),
-        ({"strategy": "ddp", "dp_replicate": 1, "tp": 2}, r"ddp copies whole models, but .* tp 2 = 2"),
+        ({"strategy": "ddp", "dp_replicate": 1, "tp": 2}, r"ddp splits only rows, but .* tp 2 = 2"),
         ({"strategy": "fsdp2", "dp_shard": 2, "sequence_parallel": True}, r"sequence_parallel is on, but tp is 1"),
         ({"strategy": "zero"}, r"strategy 'zero' is unknown"),
     ],

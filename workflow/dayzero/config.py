@@ -191,6 +191,10 @@ class Parallelism(_Section):
     """Ranks that split each attention and MLP matrix (tensor parallelism); must divide the numbers of heads. 1: off."""
     sequence_parallel: bool = False
     """With tp > 1: each rank keeps only its share of the tokens between the split matrices."""
+    cp: PositiveInt = 1
+    """Ranks that split the tokens of each row (context parallelism), for long rows. 1: off."""
+    cp_method: Literal["allgather", "ulysses", "ring"] = "allgather"
+    """How attention reaches the other ranks' tokens: keys gathered, heads exchanged, or keys passed round."""
 
     @property
     def dp(self) -> int:
@@ -200,7 +204,7 @@ class Parallelism(_Section):
     @property
     def world_size(self) -> int:
         """Number of training processes."""
-        return self.dp * self.tp
+        return self.dp * self.cp * self.tp
 
 
 class Export(_Section):

@@ -26,12 +26,15 @@ class ParallelDims:
     dp_shard: int = 1
     tp: int = 1
     sequence_parallel: bool = False
+    cp: int = 1
+    cp_method: str = "allgather"
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
             raise ConfigError(f"parallelism.strategy {self.strategy!r} is unknown: use one of {', '.join(STRATEGIES)}")
-        product = self.dp * self.tp
-        equation = f"dp_replicate {self.dp_replicate} x dp_shard {self.dp_shard} x tp {self.tp} = {product}"
+        product = self.dp * self.cp * self.tp
+        sizes = {"dp_replicate": self.dp_replicate, "dp_shard": self.dp_shard, "cp": self.cp, "tp": self.tp}
+        equation = " x ".join(f"{name} {size}" for name, size in sizes.items()) + f" = {product}"
         if product != self.world_size:
             raise ConfigError(
                 f"parallelism: {equation}, but the world size is {self.world_size}: "
@@ -41,8 +44,8 @@ class ParallelDims:
             raise ConfigError(f"parallelism: strategy none is one bare process, but {equation}: use fsdp2 or ddp")
         if self.strategy == "ddp" and self.dp_shard != 1:
             raise ConfigError(f"parallelism: ddp shards nothing, but {equation}: set dp_replicate instead of dp_shard")
-        if self.strategy == "ddp" and self.tp != 1:
-            raise ConfigError(f"parallelism: ddp copies whole models, but {equation}: use strategy fsdp2 with tp")
+        if self.strategy == "ddp" and self.tp * self.cp != 1:
+            raise ConfigError(f"parallelism: ddp splits only rows, but {equation}: use strategy fsdp2 with tp and cp")
         if self.sequence_parallel and self.tp == 1:
             raise ConfigError("parallelism.sequence_parallel is on, but tp is 1: set tp, or turn it off")
 
@@ -52,8 +55,13 @@ class ParallelDims:
         return self.dp_replicate * self.dp_shard
 
     def dp_rank(self, rank: int) -> int:
-        """Which share of the rows `rank` sees; the ranks of a tp group, which are neighbours, see the same."""
-        return rank // self.tp
+        """Which share of the rows `rank` sees; the ranks of a cp and tp group, which are neighbours, see the same."""
+        return rank // (self.cp * self.tp)
+
+    @property
+    def token_multiple(self) -> int:
+        """A row's length must be a multiple of this: cp splits it in 2 cp pieces, sequence parallelism each of them."""
+        return (2 * self.cp if self.cp > 1 else 1) * (self.tp if self.sequence_parallel else 1)
 
     def grad_accum_steps(self, global_batch_size: int, local_batch_size: int) -> int:
         """Micro-batches of one rank in an optimizer step. Raises `ConfigError` when they do not divide."""
@@ -66,13 +74,14 @@ class ParallelDims:
         return global_batch_size // rows
 
     def build_mesh(self, device_type: str) -> DeviceMesh:
-        """The device mesh with axes (dp_replicate, dp_shard, tp), those left out that the strategy does not use.
+        """The mesh of the weights, with axes (dp_replicate, dp_shard, tp); some strategies leave some out.
 
-        tp is innermost: it talks most, so its ranks are neighbours on one node.
+        Ranks that split a row hold the same weights, so cp counts into dp_shard here. tp is innermost: it talks most,
+        so its ranks are neighbours on one node.
         """
         from torch.distributed.device_mesh import init_device_mesh
 
-        axes = {"dp_replicate": self.dp_replicate, "dp_shard": self.dp_shard, "tp": self.tp}
+        axes = {"dp_replicate": self.dp_replicate, "dp_shard": self.dp_shard * self.cp, "tp": self.tp}
         if self.strategy == "ddp":
             del axes["dp_shard"]
         elif self.dp_replicate == 1:
@@ -80,6 +89,12 @@ class ParallelDims:
         if self.tp == 1:
             del axes["tp"]
         return init_device_mesh(device_type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+
+    def build_cp_mesh(self, device_type: str) -> DeviceMesh:
+        """The one-dimensional mesh of the ranks that split this rank's rows."""
+        from torch.distributed.device_mesh import init_device_mesh
+
+        return init_device_mesh(device_type, (self.dp, self.cp, self.tp), mesh_dim_names=("dp", "cp", "tp"))["cp"]
 
     def data_mesh(self, mesh: DeviceMesh) -> DeviceMesh:
         """The axes of `mesh` over which parameters are sharded or copied."""

@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dayzero.config import Method, Train
 from dayzero.console import ProgressBar, log
 from dayzero.engine import checkpoint, distributed
+from dayzero.engine.context_parallel import ContextParallel, use_context_parallel
 from dayzero.engine.loss import IGNORE, CausalLMWithLoss
 from dayzero.engine.lr_scheduler import lr_factor
 from dayzero.engine.metrics import MetricsLog, peak_memory_gib
@@ -93,6 +94,10 @@ class Trainer:
         model = build_model(self.source, config, self.method, self.seed, meta=True)
         self.vocab_size: int = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
         self.trainable_parameters, self.total_parameters = count_parameters(model)
+        self.context: ContextParallel | None = None
+        if self.dims.cp > 1:
+            use_context_parallel(model, self.dims.cp, self.dims.cp_method)
+            self.context = ContextParallel(self.dims.build_cp_mesh(self.device.type).get_group(), self.dims.cp_method)
         bare = CausalLMWithLoss(model, loss=self.train.loss, chunk_size=self.train.loss_chunk_size)
         self.mesh = None if self.dims.strategy == "none" else self.dims.build_mesh(self.device.type)
         self.module, self.partial = parallelize(
@@ -163,14 +168,14 @@ class Trainer:
             group["lr"] = lr
         num_labels, num_tokens, stops = self._sum_over_rows([batch.num_label_tokens, batch.num_tokens, stop])
         # FSDP2 and DDP average gradients over ranks; the loss is a sum over ranks
-        scale = self.dims.dp / max(num_labels, 1)
+        scale = self.dims.dp * self.dims.cp / max(num_labels, 1)
         loss_sum = 0.0
         for index, micro_batch in enumerate(batch.micro_batches):
             with self._gradient_sync(last=index == len(batch.micro_batches) - 1):
                 loss = self._loss_sum(micro_batch)
                 (loss * scale).backward()
             loss_sum += loss.item()
-        loss_value = self._sum_over_rows([loss_sum])[0] / max(num_labels, 1)
+        loss_value = self._sum_over_tokens(loss_sum) / max(num_labels, 1)
         if self.partial:
             assert self.mesh is not None
             sum_partial_gradients(self.partial, self.mesh.get_group("tp"))
@@ -194,8 +199,7 @@ class Trainer:
             loss_sum += sum(self._loss_sum(m).item() for m in batch.micro_batches)
             num_labels += batch.num_label_tokens
         self.module.train()
-        loss_sum, num_labels = self._sum_over_rows([loss_sum, num_labels])
-        return loss_sum / max(num_labels, 1)
+        return self._sum_over_tokens(loss_sum) / max(self._sum_over_rows([num_labels])[0], 1)
 
     def save(self) -> None:
         """Write a checkpoint of the present step."""
@@ -226,21 +230,30 @@ class Trainer:
         copies = self.dims.world_size // self.dims.dp
         return [value / copies for value in distributed.all_reduce_sum(values, self.device)]
 
+    def _sum_over_tokens(self, value: float) -> float:
+        """Sum over the ranks that see different tokens."""
+        return distributed.all_reduce_sum([value], self.device)[0] / self.dims.tp
+
     def _loss_sum(self, micro_batch: dict[str, Tensor]) -> Tensor:
         return self._forward(micro_batch["input_ids"], micro_batch["labels"], micro_batch["position_ids"])
 
     def _forward(self, input_ids: Tensor, labels: Tensor | None, position_ids: Tensor) -> Tensor:
-        """Summed loss, or without labels logits [B, T, V], of rows on any device."""
-        multiple = self.dims.tp if self.dims.sequence_parallel else 1
-        padded = (
+        """[B, T] rows, on any device -> this rank's summed loss, or without labels all logits [B, T, V]."""
+        multiple, tokens = self.dims.token_multiple, input_ids.shape[1]
+        inputs = [
             pad_tokens(input_ids, multiple, 0),
             None if labels is None else pad_tokens(labels, multiple, IGNORE),
             pad_tokens(position_ids, multiple, None),
-        )
-        inputs = [None if x is None else x.to(self.device, non_blocking=True) for x in padded]
+        ]
+        if self.context:
+            self.context.enter(cast(Tensor, inputs[2]).to(self.device))
+            inputs = [None if x is None else self.context.split(x) for x in inputs]
+        inputs = [None if x is None else x.to(self.device, non_blocking=True) for x in inputs]
         with autocast(self.train.precision, self.dims.strategy, self.device):
             output = self.module(*inputs)
-        return output if labels is not None else output[:, : input_ids.shape[1]]
+        if labels is not None:
+            return output
+        return (self.context.join(output) if self.context else output)[:, :tokens]
 
     def _gradient_sync(self, *, last: bool) -> Any:
         """Reduce gradients over ranks in the last micro-batch only.

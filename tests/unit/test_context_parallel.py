@@ -1,0 +1,53 @@
+"""What context parallelism cannot do is refused; rows are split so that every rank has equal causal work."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from dayzero.config import Method
+from dayzero.engine.context_parallel import ContextParallel, use_context_parallel
+from dayzero.engine.model import ModelSource, build_model
+from dayzero.engine.parallel_dims import ParallelDims
+from dayzero.errors import ConfigError
+
+from tests.tiny import ARCHITECTURES
+
+
+def empty(name: str):
+    source = ModelSource(directory=None, architecture=ARCHITECTURES[name])
+    return build_model(source, source.config(), Method(name="full"), seed=0, meta=True)
+
+
+def test_heads_that_ulysses_cannot_split_are_refused_with_the_equation() -> None:
+    with pytest.raises(ConfigError, match=r"ulysses splits num_attention_heads 4 / 3 = 1.333: use a divisor of 4"):
+        use_context_parallel(empty("llama"), 3, "ulysses")
+    use_context_parallel(empty("llama"), 3, "ring")
+
+
+def test_a_model_without_replaceable_attention_is_refused() -> None:
+    with pytest.raises(ConfigError, match="cp 2: the attention of MambaForCausalLM cannot be replaced"):
+        use_context_parallel(empty("mamba"), 2, "ring")
+
+
+@pytest.fixture
+def group(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_every_token_goes_to_one_rank_and_all_have_equal_causal_work(group) -> None:
+    context = ContextParallel(group, "ring")
+    context.size = 4
+    places = context._places(32)
+    assert torch.cat(places).sort().values.tolist() == list(range(32))
+    work = [int((p + 1).sum()) for p in places]  # keys that the tokens of a rank may see
+    assert len(set(work)) == 1
+
+
+def test_rows_are_padded_to_what_the_sizes_need() -> None:
+    sizes = {"strategy": "fsdp2", "world_size": 4, "cp": 2, "tp": 2}
+    assert ParallelDims(**sizes).token_multiple == 4
+    assert ParallelDims(**sizes, sequence_parallel=True).token_multiple == 8
+    assert ParallelDims(strategy="fsdp2", world_size=4, dp_shard=4).token_multiple == 1

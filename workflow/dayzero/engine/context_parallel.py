@@ -1,0 +1,234 @@
+"""Context parallelism: the tokens of a row are split over the cp axis; only attention looks beyond a rank's own tokens.
+
+Every rank holds one piece of the row's head and one of its tail, so that under causal attention all have equal work.
+Whatever the order of tokens, who may see whom follows from two numbers a token has: its document and its place.
+
+- allgather: every rank collects all keys and values. One collective; memory for the whole row's keys and values.
+- ulysses: an all-to-all turns "all heads of some tokens" into "all tokens of some heads" and back (Jacobs et al. 2023,
+  https://arxiv.org/abs/2309.14509). cp must divide the attention heads.
+- ring: keys and values travel round the ranks while each adds up its softmax (Liu et al. 2023,
+  https://arxiv.org/abs/2310.01889). Only one other rank's keys and values are held at a time.
+
+Shapes: B rows, T tokens of the whole row, L = T / cp tokens of this rank, H query heads, K key and value heads, E head
+width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_gather_tensor_autograd, all_to_all_single_autograd
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+
+from dayzero.errors import ConfigError
+
+NAME = "dayzero_context_parallel"
+METHODS = ("allgather", "ulysses", "ring")
+_REFUSED = ("softcap", "s_aux", "sinks")
+"""What some attentions add to the scores and these do not compute."""
+
+
+@dataclass
+class _State:
+    """What the attention of the present forward pass must know of the whole row."""
+
+    group: dist.ProcessGroup
+    method: str
+    order: list[Tensor]
+    """For each rank the places [L] of its tokens in the row."""
+    documents: Tensor
+    """[B, T] which document each token of the row belongs to."""
+
+
+@dataclass(frozen=True)
+class _Score:
+    """What an attention layer asks for."""
+
+    scale: float
+    dropout: float
+    window: int | None
+    """Sliding window in tokens."""
+
+
+_state: _State | None = None
+
+
+def use_context_parallel(model: PreTrainedModel, cp: int, method: str) -> None:
+    """Let `model` attend through this module.
+
+    Raises `ConfigError` where the model's attention cannot be replaced, or ulysses cannot split its heads.
+    """
+    if not getattr(model, "_supports_attention_backend", False):
+        raise ConfigError(
+            f"parallelism.cp {cp}: the attention of {type(model).__name__} cannot be replaced: use dp_shard or tp"
+        )
+    heads = model.config.get_text_config().num_attention_heads
+    if method == "ulysses" and heads % cp:
+        raise ConfigError(
+            f"parallelism.cp {cp}: ulysses splits num_attention_heads {heads} / {cp} = {heads / cp:.4g}: "
+            f"use a divisor of {heads}, or cp_method ring or allgather"
+        )
+    model.set_attn_implementation(NAME)
+
+
+class ContextParallel:
+    """Splits rows over the ranks of `group` and lets attention find the rest of them."""
+
+    def __init__(self, group: dist.ProcessGroup, method: str) -> None:
+        self.group, self.method = group, method
+        self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
+
+    def split(self, tensor: Tensor) -> Tensor:
+        """[B, T] -> this rank's [B, L]; T must be a multiple of 2 cp."""
+        return tensor[:, self._places(tensor.shape[1])[self.rank].to(tensor.device)]
+
+    def join(self, local: Tensor) -> Tensor:
+        """[B, L, ...] of every rank -> [B, T, ...] in the row's order, without gradient."""
+        pieces = [torch.empty_like(local) for _ in range(self.size)]
+        dist.all_gather(pieces, local.contiguous(), group=self.group)
+        whole = torch.cat(pieces, dim=1)
+        return whole[:, torch.cat(self._places(whole.shape[1])).argsort().to(local.device)]
+
+    def enter(self, position_ids: Tensor) -> None:
+        """Tell attention of the row that comes next. position_ids [B, T] restart with each document."""
+        global _state
+        order = [places.to(position_ids.device) for places in self._places(position_ids.shape[1])]
+        _state = _State(self.group, self.method, order, (position_ids == 0).cumsum(dim=1))
+
+    def _places(self, tokens: int) -> list[Tensor]:
+        pieces = torch.arange(tokens).chunk(2 * self.size)
+        return [torch.cat([pieces[r], pieces[2 * self.size - 1 - r]]) for r in range(self.size)]
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention signature: query [B, H, L, E], key and value [B, K, L, E] -> [B, L, H, E].
+
+    Raises `ConfigError` for attention that adds something to the scores that is not computed here.
+    """
+    assert _state is not None
+    assert attention_mask is None
+    for option in _REFUSED:
+        if options.get(option) is not None:
+            raise ConfigError(
+                f"parallelism.cp: this model's attention uses {option}, which cp cannot: use tp or dp_shard"
+            )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    score = _Score(scale, dropout, options.get("sliding_window"))
+    output = _METHODS[_state.method](_state, query, key, value, score)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _allgather(state: _State, query: Tensor, key: Tensor, value: Tensor, score: _Score) -> Tensor:
+    keys, values = (all_gather_tensor_autograd(x.contiguous(), 2, state.group) for x in (key, value))
+    rank = dist.get_rank(state.group)
+    mask = _visible(state, state.order[rank], torch.cat(state.order), score.window)
+    return _attend(query, keys, values, mask, score)
+
+
+def _ulysses(state: _State, query: Tensor, key: Tensor, value: Tensor, score: _Score) -> Tensor:
+    cp = dist.get_world_size(state.group)
+    if key.shape[1] % cp:  # fewer key heads than ranks: each query head gets its own copy
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    q, k, v = (_heads_to_tokens(x, state.group, cp) for x in (query, key, value))
+    places = torch.cat(state.order)
+    mask = _visible(state, places, places, score.window)
+    return _tokens_to_heads(_attend(q, k, v, mask, score), state.group, cp)
+
+
+def _ring(state: _State, query: Tensor, key: Tensor, value: Tensor, score: _Score) -> Tensor:
+    if score.dropout:
+        raise ConfigError("parallelism.cp_method ring has no attention dropout: use allgather or ulysses, or dropout 0")
+    cp, rank = dist.get_world_size(state.group), dist.get_rank(state.group)
+    repeat = query.shape[1] // key.shape[1]
+    block = torch.stack([key, value])
+    outputs, weights = [], []
+    for turn in range(cp):
+        k, v = (x.repeat_interleave(repeat, dim=1) for x in block)
+        mask = _visible(state, state.order[rank], state.order[(rank - turn) % cp], score.window)
+        scores = (query.float() @ k.float().transpose(-1, -2)) * score.scale
+        scores = scores.masked_fill(~mask, torch.finfo(torch.float32).min)  # finite: a block may be hidden altogether
+        outputs.append(scores.softmax(dim=-1) @ v.float())
+        weights.append(scores.logsumexp(dim=-1, keepdim=True))
+        if turn < cp - 1:
+            block = _Shift.apply(block, state.group)
+    share = torch.stack(weights).softmax(dim=0)  # of each block in the whole softmax
+    return (torch.stack(outputs) * share).sum(dim=0).to(query.dtype)
+
+
+_METHODS = {"allgather": _allgather, "ulysses": _ulysses, "ring": _ring}
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, score: _Score) -> Tensor:
+    grouped = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=score.dropout, scale=score.scale, enable_gqa=grouped
+    )
+
+
+def _visible(state: _State, queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
+    """[B, 1, queries, keys]: the same document, not later, and within the sliding window if there is one."""
+    distance = queries[:, None] - keys[None, :]
+    seen = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+    same = state.documents[:, queries, None] == state.documents[:, None, keys]
+    return (same & seen).unsqueeze(1)
+
+
+def _heads_to_tokens(x: Tensor, group: dist.ProcessGroup, cp: int) -> Tensor:
+    """[B, H, L, E] -> [B, H / cp, T, E], tokens in the ranks' order."""
+    b, h, tokens, e = x.shape
+    by_target = x.view(b, cp, h // cp, tokens, e).transpose(0, 1).contiguous()
+    got = all_to_all_single_autograd(by_target, None, None, group).view(cp, b, h // cp, tokens, e)
+    return got.permute(1, 2, 0, 3, 4).reshape(b, h // cp, cp * tokens, e)
+
+
+def _tokens_to_heads(x: Tensor, group: dist.ProcessGroup, cp: int) -> Tensor:
+    """[B, H / cp, T, E] -> [B, H, L, E]: the way back."""
+    b, h, tokens, e = x.shape
+    by_target = x.view(b, h, cp, tokens // cp, e).permute(2, 0, 1, 3, 4).contiguous()
+    got = all_to_all_single_autograd(by_target, None, None, group).view(cp, b, h, tokens // cp, e)
+    return got.transpose(0, 1).reshape(b, cp * h, tokens // cp, e)
+
+
+class _Shift(torch.autograd.Function):
+    """Give a tensor to the next rank of the ring and take the previous one's; gradients go the other way."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _exchange(tensor, group, 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _exchange(gradient, ctx.group, -1), None
+
+
+def _exchange(tensor: Tensor, group: dist.ProcessGroup, step: int) -> Tensor:
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    received = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    to, source = ((rank + s) % size for s in (step, -step))
+    transfers = [
+        dist.P2POp(dist.isend, tensor.contiguous(), dist.get_global_rank(group, to), group),
+        dist.P2POp(dist.irecv, received, dist.get_global_rank(group, source), group),
+    ]
+    for transfer in dist.batch_isend_irecv(transfers):
+        transfer.wait()
+    return received
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, lambda *_, **__: None)
