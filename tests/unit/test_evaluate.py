@@ -192,6 +192,7 @@ def test_a_task_of_ones_own_with_multiple_choice(tmp_path, model, data):
     ("tasks", "words"),
     [
         (["function_caling"], ["function_caling", "did you mean function_calling"]),
+        (["hellaswag"], ["its data is not on this machine", "load_dataset('Rowan/hellaswag')"]),
         (["text_prompts"], ["column 'passage'", "choose a task"]),
         (["no_file"], ["elsewhere.parquet", "data.test_size"]),
     ],

@@ -39,7 +39,7 @@ def load_tasks(names: Sequence[str], tasks_dir: Path, data: Path, work_dir: Path
         try:
             part = manager.load([name])
         except Exception as error:
-            raise _unloadable(name, error, name in local_names) from error
+            raise _unloadable(name, error, name in local_names, manager.task_index[name].cfg or {}) from error
         for kind in loaded:
             loaded[kind].update(part[kind])
         if name in local_names:
@@ -96,14 +96,15 @@ def _check_columns(name: str, task: Any, data: Path) -> None:
             )
 
 
-def _unloadable(name: str, error: Exception, is_local: bool) -> Exception:
+def _unloadable(name: str, error: Exception, is_local: bool, config: dict[str, Any]) -> Exception:
     """One line for a task that does not load; missing data of a built-in task is the usual reason."""
     text = " ".join(str(error).split())
     if is_local:
         return ConfigError(f"evaluate.tasks: {name!r} does not load: {type(error).__name__}: {text}")
     if isinstance(error, ConnectionError | FileNotFoundError) or "ffline" in text or "hub" in text.lower():
+        source = ", ".join(repr(config[key]) for key in ("dataset_path", "dataset_name") if config.get(key))
         return ConfigError(
             f"evaluate.tasks: {name!r} is built into lm-eval, but its data is not on this machine and this stage works "
-            f"offline: load it once where there is a network (`lm_eval ls` and datasets.load_dataset) ({text[:200]})"
+            f"offline: where there is a network, run datasets.load_dataset({source}) once, or leave the task out"
         )
     return ConfigError(f"evaluate.tasks: lm-eval's {name!r} does not load: {type(error).__name__}: {text[:300]}")
