@@ -61,11 +61,14 @@ def test_clipping_scales_all_gradients_by_one_factor() -> None:
     ("sizes", "message"),
     [
         ({"strategy": "fsdp2", "dp_shard": 3}, r"dp_shard 3 x cp 1 x tp 1 = 3, but the world size is 2"),
-        ({"strategy": "none", "dp_shard": 2}, r"strategy none is one bare process, but .* = 2"),
-        ({"strategy": "ddp", "dp_shard": 2}, r"ddp shards nothing"),
+        ({"strategy": "none", "dp_shard": 2}, r"strategy: none is one process, but .* = 2"),
+        (
+            {"strategy": "ddp", "dp_shard": 2},
+            r"ddp keeps whole copies, but .* dp_shard 2 .*use dp_replicate 2",
+        ),
         ({"strategy": "ddp", "dp_replicate": 1, "tp": 2}, r"ddp splits only rows, but .* tp 2 = 2"),
-        ({"strategy": "fsdp2", "dp_shard": 2, "sequence_parallel": True}, r"sequence_parallel is on, but tp is 1"),
-        ({"strategy": "zero"}, r"strategy 'zero' is unknown"),
+        ({"strategy": "fsdp2", "dp_shard": 2, "sequence_parallel": True}, r"sequence_parallel: is on, but tp is 1"),
+        ({"strategy": "zero"}, r"strategy: 'zero' is unknown"),
     ],
 )
 def test_impossible_products_are_refused_with_the_equation(sizes: dict, message: str) -> None:
@@ -76,5 +79,5 @@ def test_impossible_products_are_refused_with_the_equation(sizes: dict, message:
 def test_global_batch_that_does_not_divide_is_refused_with_the_equation() -> None:
     dims = ParallelDims(strategy="fsdp2", world_size=2, dp_shard=2)
     assert dims.grad_accum_steps(16, 2) == 4
-    with pytest.raises(ConfigError, match=r"12 is not a multiple of local_batch_size 4 x dp 2 = 8"):
+    with pytest.raises(ConfigError, match=r"12 % \(local_batch_size 4 \* dp 2\) = 4, must be 0: use 8 or 16"):
         dims.grad_accum_steps(12, 4)

@@ -197,14 +197,9 @@ class Parallelism(_Section):
     """How attention reaches the other ranks' tokens: keys gathered, heads exchanged, or keys passed round."""
 
     @property
-    def dp(self) -> int:
-        """Number of processes that see different rows."""
-        return self.dp_replicate * self.dp_shard
-
-    @property
     def world_size(self) -> int:
         """Number of training processes."""
-        return self.dp * self.cp * self.tp
+        return self.dp_replicate * self.dp_shard * self.cp * self.tp
 
 
 class Export(_Section):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from dayzero.config import RunConfig
+from dayzero.engine.parallel_dims import ParallelDims, SizeError
 
 CONTEXT_LENGTHS = (
     "max_position_embeddings",
@@ -178,33 +179,16 @@ def _training(run: RunConfig) -> Iterator[tuple[str, str]]:
             yield "train.lr_scheduler.warmup_steps", f"{sum_text} is more than train.max_steps {train.max_steps}"
     if not all(0 <= beta < 1 for beta in train.optimizer.betas):
         yield "train.optimizer.betas", "both must be at least 0 and below 1"
-    dp = run.parallelism.dp
-    rows = train.local_batch_size * dp
-    if train.global_batch_size % rows:
-        below = train.global_batch_size // rows * rows
-        near = f"{below} or {below + rows}" if below else str(rows)
-        yield (
-            "train.global_batch_size",
-            f"global_batch_size {train.global_batch_size} % (local_batch_size {train.local_batch_size} * dp "
-            f"{dp}) = {train.global_batch_size % rows}, must be 0: use {near}, or another local_batch_size",
-        )
 
 
 def _parallelism(run: RunConfig) -> Iterator[tuple[str, str]]:
-    parallelism = run.parallelism
     if run.method.name == "none":
         return
-    if parallelism.strategy == "none" and parallelism.world_size != 1:
-        yield (
-            "parallelism.strategy",
-            f"none is one process, but dp_replicate {parallelism.dp_replicate} * dp_shard {parallelism.dp_shard} = "
-            f"{parallelism.world_size}: use fsdp2 or ddp, or sizes of 1",
-        )
-    if parallelism.strategy == "ddp" and parallelism.dp_shard > 1:
-        yield (
-            "parallelism.dp_shard",
-            f"ddp keeps whole copies: use dp_replicate {parallelism.world_size} and dp_shard 1, or strategy fsdp2",
-        )
+    try:
+        dims = ParallelDims(world_size=run.parallelism.world_size, **run.parallelism.model_dump())
+        dims.grad_accum_steps(run.train.global_batch_size, run.train.local_batch_size)
+    except SizeError as error:
+        yield error.key, error.reason
 
 
 def _other(run: RunConfig) -> Iterator[tuple[str, str]]:

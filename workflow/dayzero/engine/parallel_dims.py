@@ -13,11 +13,19 @@ if TYPE_CHECKING:
 STRATEGIES = ("fsdp2", "ddp", "none")
 
 
+class SizeError(ConfigError):
+    """Sizes that contradict each other; `key` is the config key to change."""
+
+    def __init__(self, key: str, reason: str) -> None:
+        super().__init__(f"{key}: {reason}")
+        self.key, self.reason = key, reason
+
+
 @dataclass(frozen=True, kw_only=True)
 class ParallelDims:
     """Sizes of the mesh axes. Their product is the world size; each error prints the equation with its values.
 
-    Raises `ConfigError` when the sizes contradict each other or the world.
+    Raises `SizeError` when the sizes contradict each other or the world.
     """
 
     strategy: str
@@ -31,23 +39,27 @@ class ParallelDims:
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
-            raise ConfigError(f"parallelism.strategy {self.strategy!r} is unknown: use one of {', '.join(STRATEGIES)}")
+            raise SizeError("parallelism.strategy", f"{self.strategy!r} is unknown: use one of {', '.join(STRATEGIES)}")
         product = self.dp * self.cp * self.tp
         sizes = {"dp_replicate": self.dp_replicate, "dp_shard": self.dp_shard, "cp": self.cp, "tp": self.tp}
         equation = " x ".join(f"{name} {size}" for name, size in sizes.items()) + f" = {product}"
         if product != self.world_size:
-            raise ConfigError(
-                f"parallelism: {equation}, but the world size is {self.world_size}: "
-                f"start {product} processes or change the sizes so that their product is {self.world_size}"
+            raise SizeError(
+                "parallelism",
+                f"{equation}, but the world size is {self.world_size}: start {product} processes, or change the sizes "
+                f"so that their product is {self.world_size}",
             )
         if self.strategy == "none" and self.world_size != 1:
-            raise ConfigError(f"parallelism: strategy none is one bare process, but {equation}: use fsdp2 or ddp")
+            raise SizeError("parallelism.strategy", f"none is one process, but {equation}: use fsdp2, or sizes of 1")
         if self.strategy == "ddp" and self.dp_shard != 1:
-            raise ConfigError(f"parallelism: ddp shards nothing, but {equation}: set dp_replicate instead of dp_shard")
+            raise SizeError(
+                "parallelism.dp_shard",
+                f"ddp keeps whole copies, but {equation}: use dp_replicate {self.dp} and dp_shard 1, or strategy fsdp2",
+            )
         if self.strategy == "ddp" and self.tp * self.cp != 1:
-            raise ConfigError(f"parallelism: ddp splits only rows, but {equation}: use strategy fsdp2 with tp and cp")
+            raise SizeError("parallelism.strategy", f"ddp splits only rows, but {equation}: use fsdp2 with tp and cp")
         if self.sequence_parallel and self.tp == 1:
-            raise ConfigError("parallelism.sequence_parallel is on, but tp is 1: set tp, or turn it off")
+            raise SizeError("parallelism.sequence_parallel", "is on, but tp is 1: set tp, or turn it off")
 
     @property
     def dp(self) -> int:
@@ -64,12 +76,15 @@ class ParallelDims:
         return (2 * self.cp if self.cp > 1 else 1) * (self.tp if self.sequence_parallel else 1)
 
     def grad_accum_steps(self, global_batch_size: int, local_batch_size: int) -> int:
-        """Micro-batches of one rank in an optimizer step. Raises `ConfigError` when they do not divide."""
+        """Micro-batches of one rank in an optimizer step. Raises `SizeError` when they do not divide."""
         rows = local_batch_size * self.dp
-        if global_batch_size % rows:
-            raise ConfigError(
-                f"train.global_batch_size {global_batch_size} is not a multiple of local_batch_size {local_batch_size} "
-                f"x dp {self.dp} = {rows}: use a multiple of {rows}, or a smaller local_batch_size"
+        if left := global_batch_size % rows:
+            below = global_batch_size - left
+            near = f"{below} or {below + rows}" if below else str(rows)
+            raise SizeError(
+                "train.global_batch_size",
+                f"global_batch_size {global_batch_size} % (local_batch_size {local_batch_size} * dp {self.dp}) = "
+                f"{left}, must be 0: use {near}, or another local_batch_size",
             )
         return global_batch_size // rows
 

@@ -183,7 +183,7 @@ class Trainer:
         if not (math.isfinite(loss_value) and math.isfinite(grad_norm)):
             raise NonFiniteLoss(
                 f"loss {loss_value} and gradient norm {grad_norm} at step {step}, source rows {batch.row_ids}: inspect "
-                "those rows, lower the learning rate, or train in fp32; the last checkpoint is kept"
+                "those rows, lower the learning rate, or train in fp32; earlier checkpoints are kept"
             )
         self.optimizer.step()
         self.optimizer.zero_grad()
