@@ -149,7 +149,7 @@ COMBINATIONS = {
     "train.global_batch_size: 2": "train.global_batch_size = 2: global_batch_size 2 % (local_batch_size 4 * dp 1) "
     "= 2, must be 0: use 4, or another local_batch_size",
     "{parallelism: {strategy: none, dp_shard: 2}}": "parallelism.strategy = 'none': none is one process, but dp_replicate 1 "
-    "* dp_shard 2 = 2: use fsdp2 or ddp, or sizes of 1",
+    "x dp_shard 2 x cp 1 x tp 1 = 2: use fsdp2, or sizes of 1",
     "{parallelism: {strategy: ddp, dp_shard: 2}}": "parallelism.dp_shard = 2: ddp keeps whole copies, but dp_replicate 1 x dp_shard 2 x cp 1 x tp 1 = 2: use dp_replicate 2 "
     "and dp_shard 1, or strategy fsdp2",
     "model.source: null": "model.source = None: method.name lora needs a model: use hf:, package: or a local path",
