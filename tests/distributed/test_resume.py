@@ -153,12 +153,12 @@ def losses(stage: dict[str, Any]) -> list[float]:
     return [json.loads(line)["loss"] for line in (stage["output"] / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_the_stage_saves_when_asked_to_stop_and_continues(stage: dict[str, Any], number: signal.Signals) -> None:
+def stop_after(stage: dict[str, Any], steps: int, number: signal.Signals) -> int:
+    """Start the stage, send `number` once `steps` steps are recorded, and return the step it stopped at."""
     process = start(stage)
     live = stage["output"] / "checkpoints" / "metrics.jsonl"
     deadline = time.monotonic() + 120
-    while not (live.exists() and live.read_text().count("\n") >= 3):
+    while not (live.exists() and live.read_text().count("\n") >= steps):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -168,20 +168,23 @@ def test_the_stage_saves_when_asked_to_stop_and_continues(stage: dict[str, Any],
     assert "start the stage again to continue" in errors.splitlines()[-1]
     assert not (stage["output"] / "summary.json").exists()
     assert not (stage["output"] / "metrics.jsonl").exists()
-    (saved,) = (stage["output"] / "checkpoints").glob("step_*")
-    stopped_at = int(saved.name.removeprefix("step_"))
-    assert 3 <= stopped_at < 60
+    newest = max(int(p.name.removeprefix("step_")) for p in (stage["output"] / "checkpoints").glob("step_*"))
+    assert steps <= newest < 60
+    return newest
 
-    process = start(stage)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    assert f"continuing from {saved}" in stage["log"].read_text()
-    resumed = losses(stage)
+
+def test_the_stage_saves_when_asked_to_stop_and_continues(stage: dict[str, Any]) -> None:
+    first = stop_after(stage, 3, signal.SIGTERM)
+    second = stop_after(stage, first + 3, signal.SIGUSR1)
+    for last in (second, None):
+        process = start(stage)
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        if last:
+            assert f"step_{last}" in stage["log"].read_text().rpartition("continuing from")[2]
+            resumed = losses(stage)
+            shutil.rmtree(stage["output"])  # then once more, never interrupted
     assert len(resumed) == 60
-    shutil.rmtree(stage["output"])
-    process = start(stage)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
     assert losses(stage) == resumed
 
 
