@@ -5,10 +5,8 @@ RUN ?= lora
 HOST ?= 127.0.0.1
 PORT ?= 8000
 PYTEST_ARGS ?=
-# GiB, without a GPU
-VLLM_CPU_KVCACHE_SPACE ?= 1
 
-export PYTHON TORCH_INDEX_URL VLLM_CPU_KVCACHE_SPACE
+export PYTHON TORCH_INDEX_URL
 
 BIN := .venv/bin
 RESULTS := results/$(EXPERIMENT)
@@ -46,8 +44,7 @@ lint: env
 
 serve: env
 	$(SNAKEMAKE) $(RESULTS)/$(RUN)/model/manifest.json
-	HF_HUB_OFFLINE=1 $(BIN)/python -m vllm.entrypoints.openai.api_server --model $(RESULTS)/$(RUN)/model \
-		--served-model-name $(RUN) --host $(HOST) --port $(PORT)
+	$(BIN)/python -m dayzero.stages.serve --model $(RESULTS)/$(RUN)/model --host $(HOST) --port $(PORT)
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build workflow/*.egg-info

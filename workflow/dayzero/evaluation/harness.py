@@ -59,6 +59,7 @@ def _run(
 
     from dayzero.evaluation.model import ExactLM
     from dayzero.evaluation.tasks import load_tasks
+    from dayzero.pretrained import load_causal_lm
 
     datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()
@@ -75,6 +76,7 @@ def _run(
         # answers first: likelihoods of the same prompts are then nearly free
         order = sorted(tasks["tasks"].items(), key=lambda item: item[1].OUTPUT_TYPE != "generate_until")
         tasks["tasks"] = dict(order)
+        load_causal_lm(model, device_map="meta")  # lm-eval would fill missing weights with random values and go on
         lm = ExactLM(model, dtype=config.dtype, batch_size=config.batch_size, chat=chat)
         lm.tasks = list(tasks["tasks"].values())
         log.info(

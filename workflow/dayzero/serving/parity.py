@@ -158,10 +158,11 @@ def write_verdict(path: Path, result: dict[str, Any]) -> None:
 def _transformers(model: Path, prompts: list[list[int]], answers: list[list[int]], dtype: str) -> list[dict[str, Any]]:
     """Log probabilities of prompt and answer tokens by transformers, and its own greedy choices."""
     import torch
-    from transformers import AutoModelForCausalLM
+
+    from dayzero.pretrained import load_causal_lm
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    network: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
+    network: Any = load_causal_lm(model, dtype=getattr(torch, dtype))
     network = network.to(device).eval()
     results = []
     for prompt, answer in track(list(zip(prompts, answers, strict=True)), "transformers reads"):
