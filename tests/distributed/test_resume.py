@@ -121,7 +121,7 @@ def stage(tmp_path: Path) -> dict[str, Any]:
 
     tokens = tmp_path / "tokens"
     write_rows(tokens / "train", packed=True, documents=400)
-    (tokens / "manifest.json").write_text("{}")
+    (tokens / "manifest.json").write_text(json.dumps({"max_token_id": 127}))
     architecture = {"model_type": "llama", "vocab_size": 128, "hidden_size": 64, "intermediate_size": 128,
                     "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
     run = RunConfig.model_validate(
@@ -192,7 +192,9 @@ def test_a_checkpoint_of_another_config_is_refused_with_the_differing_keys(stage
     short = stage["run"].model_dump(mode="json", exclude={"resources"})
     short["train"]["max_steps"] = 2
     stage["config"].write_text(json.dumps(short))
-    assert start(stage).wait(timeout=120) == 0
+    process = start(stage)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
     short["train"]["optimizer"]["lr"] = 5e-4
     short["train"]["local_batch_size"] = 8  # free to change: must not be named
     stage["config"].write_text(json.dumps(short))

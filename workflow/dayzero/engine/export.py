@@ -15,12 +15,12 @@ from dayzero.config import Method
 from dayzero.engine.model import ModelSource, build_model
 from dayzero.errors import ConfigError
 
-REFERENCE_TOLERANCE = {"fp32": 1e-5, "bf16": 3e-2}
-"""Largest difference of reloaded and in-training logits, as a share of the largest logit. Training in bf16 rounds each
-weight and activation to 8 bits of mantissa and adds the adapter after the product; the export adds it before."""
+TOLERANCE = 1e-5
+"""Largest difference of logits that must be equal, as a share of the largest logit."""
 
-DTYPE_TOLERANCE = {"float32": 0.0, "bfloat16": 3e-2, "float16": 4e-3}
-"""What storing the weights in a smaller dtype adds to it."""
+ROUNDINGS = 3.0
+"""Training in bf16 rounds every weight and activation. What is exported may differ from it by this many times the
+model's own rounding, which is measured: its logits in bf16 against those in float32. A lost adapter is far more."""
 
 
 def trained_model(
@@ -57,6 +57,12 @@ def _load_trained(model: PreTrainedModel, train: Path) -> None:
     model.tie_weights()
 
 
+def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Cast the parameters alone: `model.to` would round buffers too, such as rotary frequencies."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
 @torch.no_grad()
 def logits_of(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     """[B, T] -> [B, T, V], float32."""
@@ -66,6 +72,21 @@ def logits_of(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
 def largest_difference(logits: Tensor, reference: Tensor) -> float:
     """Largest absolute difference as a share of the reference's largest absolute value (at least 1)."""
     return ((logits - reference).abs().max() / reference.abs().max().clamp(min=1.0)).item()
+
+
+def typical_difference(logits: Tensor, reference: Tensor) -> float:
+    """Root mean square difference as a share of the reference's root mean square."""
+    return ((logits - reference).pow(2).mean().sqrt() / reference.pow(2).mean().sqrt()).item()
+
+
+def training_difference(model: PreTrainedModel, input_ids: Tensor, logits: Tensor, precision: str) -> dict[str, float]:
+    """How far the float32 `model` is from the `logits` that training in `precision` gave, and how far it may be."""
+    whole = logits_of(model, input_ids)
+    if precision == "fp32":
+        return {"difference": largest_difference(whole, logits), "tolerance": TOLERANCE}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounding = typical_difference(logits_of(model, input_ids), whole)
+    return {"difference": typical_difference(whole, logits), "tolerance": ROUNDINGS * rounding}
 
 
 def reload(directory: Path, trust_remote_code: bool = False) -> PreTrainedModel:

@@ -39,12 +39,13 @@ def export(args: argparse.Namespace) -> None:
     from transformers import AutoTokenizer, GenerationConfig
 
     from dayzero.engine.export import (
-        DTYPE_TOLERANCE,
-        REFERENCE_TOLERANCE,
+        TOLERANCE,
+        cast_weights,
         largest_difference,
         logits_of,
         reload,
         trained_model,
+        training_difference,
     )
     from dayzero.engine.model import ModelSource
 
@@ -60,34 +61,29 @@ def export(args: argparse.Namespace) -> None:
     if run.model.chat_template:
         tokenizer.chat_template = Path(run.model.chat_template).read_text(encoding="utf-8")
     probe = _probe(args, tokenizer)
-    whole = logits_of(model, probe["input_ids"])
+    checks: dict[str, Any] = {"tokens": probe["input_ids"].shape[1]}
+    if args.train:
+        found = training_difference(model, probe["input_ids"], probe["logits"], run.train.precision)
+        _require("exported and in-training", **found)
+        checks["training"] = {**found, "precision": run.train.precision}
 
     stored = read_json(args.model / "manifest.json").get("dtype") if args.model else None
-    dtype = run.export.dtype or (stored if stored in DTYPE_TOLERANCE else "float32")
+    dtype = run.export.dtype or (stored if stored in ("float32", "bfloat16", "float16") else "float32")
     if args.model and (args.model / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(args.model)
     model.config.use_cache = True  # off only while training
-    model.to(getattr(torch, dtype))
+    cast_weights(model, getattr(torch, dtype))
     with atomic_directory(args.output) as directory:
         model.save_pretrained(directory, max_shard_size=run.export.max_shard_size)
         tokenizer.save_pretrained(directory)
         num_parameters = sum(p.numel() for p in model.parameters())
+        cast_weights(model, torch.float32)
+        stored_logits = logits_of(model, probe["input_ids"])
         del model
-        reloaded = logits_of(reload(directory, trust), probe["input_ids"])
-        difference = largest_difference(reloaded, whole)
-        _require("reloaded and exported", difference, 1e-6 + DTYPE_TOLERANCE[dtype])
-        checks: dict[str, Any] = {"dtype": dtype, "reloaded_to_exported": difference}
-        tolerance = DTYPE_TOLERANCE[dtype]
-        if args.train:
-            tolerance += REFERENCE_TOLERANCE[run.train.precision]
-            difference = largest_difference(reloaded, probe["logits"])
-            _require("reloaded and in-training", difference, tolerance)
-            checks["exported_to_training"] = largest_difference(whole, probe["logits"])
-            _require(
-                "exported and in-training", checks["exported_to_training"], REFERENCE_TOLERANCE[run.train.precision]
-            )
-        checks |= {"max_logit_difference": difference, "tolerance": tolerance, "tokens": probe["input_ids"].shape[1]}
-        log.info("reloads with logits within %.2g of the reference (allowed %.2g)", difference, tolerance)
+        difference = largest_difference(logits_of(reload(directory, trust), probe["input_ids"]), stored_logits)
+        _require("reloaded and exported", difference, TOLERANCE)
+        checks |= {"max_logit_difference": difference, "tolerance": TOLERANCE}
+        log.info("reloads with logits within %.2g (allowed %.2g)", difference, TOLERANCE)
         files = {p.name: sha256_file(p) for p in sorted(directory.iterdir()) if p.is_file()}
         provenance = clock.provenance()
         (directory / "README.md").write_text(model_card(run, args, dtype, provenance), encoding="utf-8")
@@ -115,7 +111,7 @@ def _probe(args: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
 def _require(what: str, difference: float, tolerance: float) -> None:
     if not difference <= tolerance:  # also refuses NaN
         raise ValueError(
-            f"the {what} logits differ by {difference:.3g} of the largest, more than {tolerance:.3g}: "
+            f"the {what} logits differ by {difference:.3g}, more than {tolerance:.3g} of their size: "
             "nothing is exported"
         )
 

@@ -124,6 +124,7 @@ def _rank(args: argparse.Namespace) -> None:
             log.handlers = [logging.NullHandler()]
         try:
             _train(args, device)
+            distributed.barrier()  # no rank leaves while rank 0 still writes
         except Interrupted:
             raise SystemExit(EXIT_INTERRUPTED) from None
         except Exception:
