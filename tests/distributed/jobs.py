@@ -209,7 +209,25 @@ def leak(job: dict[str, Any]) -> dict[str, Any]:
     return {"leak": make_trainer(job, Path(job["folder"])).packing_leak()}
 
 
-JOBS = {f.__name__: f for f in (leak, reference, train, resume, train_until_killed_in_save, bad_step)}
+def bf16_logits(job: dict[str, Any]) -> dict[str, Any]:
+    """Train in bf16; the logits of the trained weights in training's precision, in float32, and by a plain model."""
+    trainer = make_trainer(job, Path(job["folder"]))
+    share = share_of(trainer)
+    trainer.fit(lambda start: batches_of(job, trainer.train, start, *share), None)
+    row = torch.arange(1, 33).unsqueeze(0)
+    places = torch.arange(32).unsqueeze(0)
+    found = {"bf16": trainer.logits(row, places), "float32": trainer.float32_logits(row, places)}
+    weights = all_weights(trainer)
+    if distributed.rank() == 0:
+        source = source_of(job)
+        plain = build_model(source, source.config(), trainer.method, seed=5, meta=False).eval()
+        found["untrained"] = plain(input_ids=row).logits.detach()
+        plain.load_state_dict(weights)
+        found["plain"] = plain(input_ids=row).logits.detach()
+    return found
+
+
+JOBS = {f.__name__: f for f in (bf16_logits, leak, reference, train, resume, train_until_killed_in_save, bad_step)}
 
 
 def main(folder: Path) -> None:

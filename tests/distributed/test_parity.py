@@ -82,6 +82,13 @@ def two(folder: Path) -> Results:
         job("train", "qwen3", "full", "packed", folder, strategy="fsdp2", cp=2, cp_method="ulysses"),
         job("train", "llama", "lora", "packed", folder, strategy="fsdp2", cp=2, cp_method="ring"),
     ]
+    bf16 = {"strategy": "fsdp2", "train": {"precision": "bf16", "activation_checkpointing": "full"}}
+    jobs += [
+        job("bf16_logits", "llama", "full", "packed", folder, **bf16),
+        job("bf16_logits", "qwen3", "lora", "packed", folder, **bf16),
+        job("bf16_logits", "qwen3", "lora", "padded", folder, **bf16, tp=2),
+        job("bf16_logits", "llama", "full", "padded", folder, **bf16, cp=2, cp_method="ring"),
+    ]
     return run_ranks(2, jobs, folder / "two")
 
 
@@ -192,6 +199,16 @@ def test_validation_loss_does_not_depend_on_the_ranks(one: Results, two: Results
 
 def test_the_last_checkpoints_are_kept(two: Results) -> None:
     assert two["train-llama-full-padded-fsdp2-2"]["checkpoints"] == ["step_10", "step_8"]
+
+
+def test_weights_trained_in_bf16_have_float32_logits(two: Results) -> None:
+    found = {name: got for name, got in two.items() if name.startswith("bf16_logits")}
+    assert len(found) == 4
+    for name, got in found.items():
+        size = got["plain"].abs().max()
+        assert (got["float32"] - got["plain"]).abs().max() <= 1e-5 * size, name
+        assert (got["bf16"] - got["plain"]).abs().max() > 1e-4 * size, name
+        assert (got["untrained"] - got["plain"]).abs().max() > 1e-2 * size, name
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

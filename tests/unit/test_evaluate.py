@@ -149,7 +149,7 @@ def test_likelihoods_and_answers_equal_plain_transformers(scored, model):
         assert scored_nll["metrics"]["answer_nll"] == pytest.approx(nll, rel=1e-4)
         assert scored_nll["metrics"]["answer_nll_per_byte"] == pytest.approx(nll / len(row["completion"]), rel=1e-4)
 
-        output = network.generate(torch.tensor([prompt]), max_new_tokens=96, do_sample=False)[0, len(prompt) :]
+        output = network.generate(torch.tensor([prompt]), max_new_tokens=128, do_sample=False)[0, len(prompt) :]
         assert answered["answer"] == tokenizer.decode(output, skip_special_tokens=True)
         assert answered["truncated"] == (tokenizer.eos_token_id not in output)
 

@@ -18,10 +18,6 @@ from dayzero.errors import ConfigError
 TOLERANCE = 1e-5
 """Largest difference of logits that must be equal, as a share of the largest logit."""
 
-ROUNDINGS = 3.0
-"""Training in bf16 rounds every weight and activation. What is exported may differ from it by this many times the
-model's own rounding, which is measured: its logits in bf16 against those in float32. A lost adapter is far more."""
-
 
 def trained_model(
     source: ModelSource, tokenizer: Path | None, method: Method, seed: int, train: Path | None
@@ -72,21 +68,6 @@ def logits_of(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
 def largest_difference(logits: Tensor, reference: Tensor) -> float:
     """Largest absolute difference as a share of the reference's largest absolute value (at least 1)."""
     return ((logits - reference).abs().max() / reference.abs().max().clamp(min=1.0)).item()
-
-
-def typical_difference(logits: Tensor, reference: Tensor) -> float:
-    """Root mean square difference as a share of the reference's root mean square."""
-    return ((logits - reference).pow(2).mean().sqrt() / reference.pow(2).mean().sqrt()).item()
-
-
-def training_difference(model: PreTrainedModel, input_ids: Tensor, logits: Tensor, precision: str) -> dict[str, float]:
-    """How far the float32 `model` is from the `logits` that training in `precision` gave, and how far it may be."""
-    whole = logits_of(model, input_ids)
-    if precision == "fp32":
-        return {"difference": largest_difference(whole, logits), "tolerance": TOLERANCE}
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        rounding = typical_difference(logits_of(model, input_ids), whole)
-    return {"difference": typical_difference(whole, logits), "tolerance": ROUNDINGS * rounding}
 
 
 def reload(directory: Path, trust_remote_code: bool = False) -> PreTrainedModel:

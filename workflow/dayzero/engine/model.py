@@ -97,6 +97,14 @@ def load_weights(
                 dist.broadcast(buffer, src=0)
 
 
+def share_weights(module: nn.Module, owner: nn.Module) -> None:
+    """Let the meta-device `module` use the parameters and buffers of the equally sharded `owner`; nothing is copied."""
+    module.load_state_dict(owner.state_dict(), assign=True)
+    for name, buffer in owner.named_buffers():  # also those that are not in a state dict
+        parent, _, leaf = name.rpartition(".")
+        module.get_submodule(parent)._buffers[leaf] = buffer
+
+
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trainable, all) parameters, shared ones once, shards counted whole."""
     trainable = total = 0

@@ -27,7 +27,7 @@ from dayzero.engine.context_parallel import ContextParallel, use_context_paralle
 from dayzero.engine.loss import IGNORE, CausalLMWithLoss
 from dayzero.engine.lr_scheduler import lr_factor
 from dayzero.engine.metrics import MetricsLog, peak_memory_gib
-from dayzero.engine.model import ModelSource, build_model, count_parameters, load_weights
+from dayzero.engine.model import ModelSource, build_model, count_parameters, load_weights, share_weights
 from dayzero.engine.optimizer import build_optimizer, clip_grad_norm
 from dayzero.engine.packing import packing_leak
 from dayzero.engine.parallel_dims import ParallelDims
@@ -91,20 +91,27 @@ class Trainer:
         config = self.source.config(self.tokenizer_directory)
         # rank 0 first: a model that cannot be loaded is said once, before any rank waits for another
         values = build_model(self.source, config, self.method, self.seed, meta=False) if self.is_main else None
-        model = build_model(self.source, config, self.method, self.seed, meta=True)
+        bare = self._empty_module()
+        model = bare.model
         self.vocab_size: int = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
         self.trainable_parameters, self.total_parameters = count_parameters(model)
         self.context: ContextParallel | None = None
         if self.dims.cp > 1:
-            use_context_parallel(model, self.dims.cp, self.dims.cp_method)
             self.context = ContextParallel(self.dims.build_cp_mesh(self.device.type).get_group(), self.dims.cp_method)
-        bare = CausalLMWithLoss(model, loss=self.train.loss, chunk_size=self.train.loss_chunk_size)
         self.mesh = None if self.dims.strategy == "none" else self.dims.build_mesh(self.device.type)
         self.module, self.partial = parallelize(
             bare, self.dims, self.mesh, self.train, load=lambda: load_weights(bare, model, values, self.device)
         )
         self.optimizer = build_optimizer(self.module, self.train.optimizer)
         self.metrics = MetricsLog(self.checkpoints / "metrics.jsonl", enabled=self.is_main)
+
+    def _empty_module(self) -> CausalLMWithLoss:
+        """The model with its loss, on the meta device."""
+        config = self.source.config(self.tokenizer_directory)
+        model = build_model(self.source, config, self.method, self.seed, meta=True)
+        if self.dims.cp > 1:
+            use_context_parallel(model, self.dims.cp, self.dims.cp_method)
+        return CausalLMWithLoss(model, loss=self.train.loss, chunk_size=self.train.loss_chunk_size)
 
     @property
     def is_main(self) -> bool:
@@ -210,9 +217,32 @@ class Trainer:
     @torch.no_grad()
     def logits(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """[B, T] twice -> [B, T, V] on the CPU, float32, as computed in training. All ranks call it together."""
-        self.module.eval()
-        logits = self._forward(input_ids, None, position_ids)
-        self.module.train()
+        return self._logits(self.module, input_ids, position_ids, self.train.precision)
+
+    @torch.no_grad()
+    def float32_logits(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """`logits` of the same weights on the same mesh, but computed in float32 whatever the precision of training.
+
+        What an export must give: bf16 training keeps float32 weights, and only their float32 logits can be compared
+        closely.
+        """
+        module = self.module
+        if self.train.precision != "fp32" and self.dims.strategy == "fsdp2":
+            changed = {"precision": "fp32", "activation_checkpointing": "none", "compile": False}
+            bare = self._empty_module()
+            module, _ = parallelize(
+                bare,
+                self.dims,
+                self.mesh,
+                self.train.model_copy(update=changed),
+                load=lambda: share_weights(bare, self.module),
+            )
+        return self._logits(module, input_ids, position_ids, "fp32")
+
+    def _logits(self, module: nn.Module, input_ids: Tensor, position_ids: Tensor, precision: str) -> Tensor:
+        module.eval()
+        logits = self._forward(module, precision, input_ids, None, position_ids)
+        module.train()
         return logits.float().cpu()
 
     def packing_leak(self) -> float | None:
@@ -235,9 +265,12 @@ class Trainer:
         return distributed.all_reduce_sum([value], self.device)[0] / self.dims.tp
 
     def _loss_sum(self, micro_batch: dict[str, Tensor]) -> Tensor:
-        return self._forward(micro_batch["input_ids"], micro_batch["labels"], micro_batch["position_ids"])
+        rows = micro_batch["input_ids"], micro_batch["labels"], micro_batch["position_ids"]
+        return self._forward(self.module, self.train.precision, *rows)
 
-    def _forward(self, input_ids: Tensor, labels: Tensor | None, position_ids: Tensor) -> Tensor:
+    def _forward(
+        self, module: nn.Module, precision: str, input_ids: Tensor, labels: Tensor | None, position_ids: Tensor
+    ) -> Tensor:
         """[B, T] rows, on any device -> this rank's summed loss, or without labels all logits [B, T, V]."""
         multiple, tokens = self.dims.token_multiple, input_ids.shape[1]
         inputs = [
@@ -249,8 +282,8 @@ class Trainer:
             self.context.enter(cast(Tensor, inputs[2]).to(self.device))
             inputs = [None if x is None else self.context.split(x) for x in inputs]
         inputs = [None if x is None else x.to(self.device, non_blocking=True) for x in inputs]
-        with autocast(self.train.precision, self.dims.strategy, self.device):
-            output = self.module(*inputs)
+        with autocast(precision, self.dims.strategy, self.device):
+            output = module(*inputs)
         if labels is not None:
             return output
         return (self.context.join(output) if self.context else output)[:, :tokens]

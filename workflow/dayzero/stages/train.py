@@ -203,7 +203,7 @@ def _write_results(args: argparse.Namespace, run: RunConfig, trainer: Any, rows:
     row = rows.row(0)
     first_document = row.position_ids[1:].tolist().index(0) + 1 if 0 in row.position_ids[1:] else len(row.input_ids)
     probe = torch.from_numpy(row.input_ids[: min(first_document, PROBE_TOKENS)]).unsqueeze(0)
-    logits = trainer.logits(probe, torch.arange(probe.shape[1]).unsqueeze(0))
+    logits = trainer.float32_logits(probe, torch.arange(probe.shape[1]).unsqueeze(0))
     weights = trainer.trained_weights() if run.method.name == "lora" else {}
     if not trainer.is_main:
         return
