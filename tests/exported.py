@@ -7,7 +7,9 @@ from pathlib import Path
 from tests.tiny_tokenizer import CHATML, tiny_tokenizer
 
 
-def tiny_export(path: Path, *, chat_template: str | None = CHATML, head_dim: int = 32) -> Path:
+def tiny_export(
+    path: Path, *, chat_template: str | None = CHATML, head_dim: int = 32, tie_word_embeddings: bool = False
+) -> Path:
     """Save model and tokenizer to `path`; the same arguments give the same weights."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -25,6 +27,7 @@ def tiny_export(path: Path, *, chat_template: str | None = CHATML, head_dim: int
         head_dim=head_dim,
         max_position_embeddings=512,
         initializer_range=0.2,
+        tie_word_embeddings=tie_word_embeddings,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )

@@ -25,8 +25,9 @@ from .report_files import run_config, task, write_demo, write_run
 FILES = {"index.html", "results.csv", "results.tex", *(f"{name}.{kind}" for name in PLOTS for kind in ("svg", "png"))}
 
 
-def make_report(experiment: str, runs: list[Path], output: Path) -> int:
-    return main(["--experiment", experiment, "--runs", *map(str, runs), "--output", str(output)])
+def make_report(experiment: str, runs: list[Path], output: Path, description: str = "") -> int:
+    arguments = ["--experiment", experiment, "--description", description]
+    return main([*arguments, "--runs", *map(str, runs), "--output", str(output)])
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,13 @@ def test_all_files_are_written_and_each_plot_is_a_picture(demo: tuple[list[Path]
     for name in PLOTS:
         assert ElementTree.parse(output / f"{name}.svg").getroot().tag.endswith("svg")
         assert (output / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_says_what_the_experiment_asks(demo: tuple[list[Path], Path], tmp_path: Path) -> None:
+    runs, _ = demo
+    assert make_report("demo", runs, tmp_path / "report", "Does <b> help?\n") == 0
+    page = (tmp_path / "report/index.html").read_text()
+    assert '<p class="description">Does &lt;b&gt; help?</p>' in page
 
 
 def test_csv_has_one_row_for_each_score_with_the_values_of_the_files(demo: tuple[list[Path], Path]) -> None:

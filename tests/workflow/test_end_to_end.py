@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from dayzero.files import read_json
 
-from tests.tiny_tokenizer import tiny_tokenizer
+from tests.exported import tiny_export
 from tests.workflow.project import Project, make_project
 
 pytestmark = [pytest.mark.workflow, pytest.mark.end_to_end]
@@ -52,36 +52,11 @@ runs:
 """
 
 
-def tiny_llama(path: Path) -> None:
-    """A random Llama with its tokenizer, small enough for seconds and with a head size that vLLM serves."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    tiny_tokenizer(path)
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        max_position_embeddings=128,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
-
-
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """The experiment, finished."""
     project = make_project(tmp_path_factory.mktemp("end"), EXPERIMENT)
-    tiny_llama(project.path / "local/llama")
+    tiny_export(project.path / "local/llama", tie_word_embeddings=True)
     rows = [
         {"text": f"Row {i}: the answer to {i} + {i + 1} is {2 * i + 1}, and the fox jumps {i} times."}
         for i in range(80)

@@ -71,7 +71,7 @@ FILES: dict[str, tuple[str, str, Jobs]] = {
         jobs(*ALL_OF_A_RUN, runs=("more",)) | {"report"},
     ),
     "a row less": ("config/experiments/tiny.yaml", TINY[: TINY.index("  high")], {"report"}),
-    "the description": ("config/experiments/tiny.yaml", TINY.replace("small", "little"), set()),
+    "the description": ("config/experiments/tiny.yaml", TINY.replace("small", "little"), {"report"}),
     "a data file": ("local/rows.jsonl", '{"text": "b"}\n', {"fetch_data"} | AFTER_DATA),
     "a data file's time": ("local/rows.jsonl", '{"text": "a"}\n', set()),
     "a model file": ("local/model/config.json", "{ }\n", {"fetch_model"} | AFTER_DATA | {"export:base"}),

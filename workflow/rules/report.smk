@@ -40,8 +40,9 @@ rule report:
         gpu=lambda w: WIRING.resources("report", w).gpu,
     params:
         experiment=EXPERIMENT.name,
+        description=EXPERIMENT.description,
         runs=WIRING.directories(),
         directory=subpath(output.index, parent=True),
     shell:
-        "python -m dayzero.stages.report --experiment {params.experiment:q} --runs {params.runs:q}"
-        " --output {params.directory:q} --log {log:q}"
+        "python -m dayzero.stages.report --experiment {params.experiment:q}"
+        " --description {params.description:q} --runs {params.runs:q} --output {params.directory:q} --log {log:q}"

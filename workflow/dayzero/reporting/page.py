@@ -18,7 +18,13 @@ DARK_COLOURS = ["#4aa8e0", "#f08a3c", "#2cc295", "#e29bc4", "#8fd0f5", "#f2bd4b"
 """`COLOURS` lightened for a dark page, in the same order."""
 
 
-def render_page(experiment: str, runs: Sequence[Run], table: ScoreTable, plots: Mapping[str, tuple[str, str]]) -> str:
+def render_page(
+    experiment: str,
+    description: str,
+    runs: Sequence[Run],
+    table: ScoreTable,
+    plots: Mapping[str, tuple[str, str]],
+) -> str:
     """The page. `plots`: name -> (title, <svg> element made by `style.svg_for_page`); all other text is escaped."""
     environment = Environment(
         loader=PackageLoader("dayzero.reporting", "."),
@@ -29,6 +35,7 @@ def render_page(experiment: str, runs: Sequence[Run], table: ScoreTable, plots: 
     )
     return environment.get_template("page.html").render(
         experiment=experiment,
+        description=description.strip(),
         run_names=[run.name for run in runs],
         models=list(dict.fromkeys(facts.short_source(run.model) for run in runs)),
         data=list(dict.fromkeys(run.keys["fetch_data"] for run in runs)),

@@ -15,7 +15,7 @@ from dayzero.reporting.scores import score_table, tidy_scores
 from dayzero.reporting.style import plot_style, save, svg_for_page
 
 
-def write_report(experiment: str, runs: Sequence[Run], directory: Path) -> None:
+def write_report(experiment: str, description: str, runs: Sequence[Run], directory: Path) -> None:
     """Write index.html, results.csv, results.tex and the plots into `directory`; the same runs give the same bytes.
 
     Raises DataError when two runs have the same name: their rows could not be told apart.
@@ -33,4 +33,5 @@ def write_report(experiment: str, runs: Sequence[Run], directory: Path) -> None:
             figure = draw(runs, scores)
             save(figure, directory, name)
             plots[name] = (title, svg_for_page(figure, name, escape(f"{title}: {', '.join(names)}")))
-    (directory / "index.html").write_text(render_page(experiment, runs, table, plots), encoding="utf-8")
+    page = render_page(experiment, description, runs, table, plots)
+    (directory / "index.html").write_text(page, encoding="utf-8")

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dayzero.console import log, setup_logging
+from dayzero.console import SECONDS_BETWEEN_LINES, console, log, setup_logging
 from dayzero.errors import ConfigError, one_line
 from dayzero.files import read_json
 
@@ -56,6 +56,8 @@ def run_stage(
         for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS"):
             os.environ[name] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not console.is_terminal:  # the libraries' progress bars; read when tqdm is imported
+        os.environ.setdefault("TQDM_MININTERVAL", str(SECONDS_BETWEEN_LINES))
     try:
         setup_logging(stage, args.log)
         body(args)

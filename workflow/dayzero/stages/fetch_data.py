@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dayzero.console import SECONDS_BETWEEN_LINES, console
 from dayzero.stages.base import read_config, run_stage, stage_parser
 
 
@@ -21,9 +19,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def body(args: argparse.Namespace) -> None:
     """Fetch `config.data` into `args.output`."""
-    if not console.is_terminal:  # the libraries' progress bars; read when tqdm is imported
-        os.environ.setdefault("TQDM_MININTERVAL", str(SECONDS_BETWEEN_LINES))
-
     from dayzero.config import Data
     from dayzero.data.data_files import fetch_data
     from dayzero.provenance import Clock

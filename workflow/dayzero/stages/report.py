@@ -14,6 +14,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Read every run's files and write the report's directory."""
     parser = argparse.ArgumentParser(prog="dayzero.stages.report", description=__doc__)
     parser.add_argument("--experiment", required=True, help="the experiment's name")
+    parser.add_argument("--description", default="", help="what the experiment asks, for the page's head")
     parser.add_argument(
         "--runs", required=True, nargs="+", type=Path, help="the runs' directories, in the table's order"
     )
@@ -30,7 +31,7 @@ def _report(args: argparse.Namespace) -> None:
 
     runs = read_runs(args.runs)
     with atomic_directory(args.output) as directory:
-        write_report(args.experiment, runs, directory)
+        write_report(args.experiment, args.description, runs, directory)
     log.info("%d runs: %s", len(runs), args.output / "index.html")
 
 
