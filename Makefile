@@ -13,11 +13,12 @@ RESULTS := results/$(EXPERIMENT)
 SNAKEMAKE = $(BIN)/snakemake --cores all --config experiment=$(EXPERIMENT) --
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint serve clean
+.PHONY: help env demo test test-full lint serve clean
 
 help:
 	@echo "make demo             set up everything, run the default experiment from end to end, print its scores"
 	@echo "make test             every test (PYTEST_ARGS=... for pytest)"
+	@echo "make test-full        every test and the whole matrix of meshes, methods and models (about an hour)"
 	@echo "make lint             ruff, mypy, import-linter, snakefmt, snakemake --lint"
 	@echo "make env              only install, into .venv (LOCK=envs/lock-gpu.txt with an NVIDIA GPU and CUDA 13)"
 	@echo "make serve RUN=lora   an OpenAI-compatible server on a run's model (EXPERIMENT=demo HOST=127.0.0.1 PORT=8000)"
@@ -33,6 +34,9 @@ demo: env
 
 test: env
 	$(BIN)/pytest $(PYTEST_ARGS)
+
+test-full: env
+	$(BIN)/pytest -m "" $(PYTEST_ARGS)
 
 lint: env
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ Shapes: B rows, T tokens, V vocabulary.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -74,9 +75,11 @@ def reference(job: dict[str, Any]) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), foreach=False)
     losses, norms = [], []
     whole = Train(**{**train.model_dump(), "local_batch_size": train.global_batch_size})
-    for batch in batches_of(job, whole, 0, 0, 1):
+    batches = batches_of(job, whole, 0, 0, 1)
+    decay = batches.num_steps - 2
+    for batch in batches:
         step = batch.step + 1
-        lr = 1e-2 * (step / 2 if step <= 2 else 0.5 * (1 + torch.cos(torch.tensor(torch.pi * (step - 2) / 8)).item()))
+        lr = 1e-2 * (step / 2 if step <= 2 else 0.5 * (1 + math.cos(math.pi * (step - 2) / decay)))
         for group in groups:
             group["lr"] = lr
         optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = lr
@@ -236,7 +239,7 @@ def main(folder: Path) -> None:
     with distributed.process_group():
         for job in json.loads((folder / "jobs.json").read_text()):
             if distributed.rank() == 0:
-                write_rows(Path(job["rows"]), packed=job["packed"])
+                write_rows(Path(job["rows"]), packed=job["packed"], documents=job.get("documents", 40))
             distributed.barrier()
             results[job["name"]] = JOBS[job["run"]](job)
             distributed.barrier()

@@ -36,6 +36,12 @@ def job(run: str, model: str, method: str, rows: str, folder: Path, **more: Any)
     }
 
 
+def uneven(run: str, folder: Path, **more: Any) -> dict[str, Any]:
+    """One pass over 37 rows, 8 to a step: the fifth step has five."""
+    once = {"max_steps": None, "num_epochs": 1}
+    return {**job(run, "llama", "full", "uneven", folder, train=once, **more), "documents": 37}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("parity")
@@ -46,6 +52,7 @@ def one(folder: Path) -> Results:
     """World size 1: the references, and the engine's own single process in several settings."""
     jobs = [job("reference", *case, folder) for case in CASES]
     jobs += [job("train", *case, folder, strategy="fsdp2", local_batch_size=8) for case in CASES]
+    jobs.append(uneven("reference", folder))
     for size in (2, 1):
         jobs.append(job("train", "llama", "full", "padded", folder, strategy="none", local_batch_size=size))
     jobs.append(job("train", "llama", "full", "padded", folder, strategy="none", local_batch_size=8))
@@ -82,6 +89,7 @@ def two(folder: Path) -> Results:
         job("train", "qwen3", "full", "packed", folder, strategy="fsdp2", cp=2, cp_method="ulysses"),
         job("train", "llama", "lora", "packed", folder, strategy="fsdp2", cp=2, cp_method="ring"),
     ]
+    jobs.append(uneven("train", folder, strategy="fsdp2"))
     bf16 = {"strategy": "fsdp2", "train": {"precision": "bf16", "activation_checkpointing": "full"}}
     jobs += [
         job("bf16_logits", "llama", "full", "packed", folder, **bf16),
@@ -106,6 +114,8 @@ def four(folder: Path) -> Results:
         job("train", "qwen3", "full", "packed", folder, strategy="fsdp2", cp=2, cp_method="ring"),
         job("train", "llama", "lora", "packed", folder, strategy="fsdp2", cp=4, cp_method="ulysses"),
     ]
+    jobs.append(uneven("train", folder, strategy="fsdp2", tp=2))
+    jobs.append(uneven("train", folder, strategy="fsdp2", dp_replicate=2))
     return run_ranks(4, jobs, folder / "four")
 
 
@@ -113,7 +123,7 @@ def check(results: Results, one: Results, expected: int) -> None:
     checked = 0
     for name, got in results.items():
         run, model, method, rows, *_ = name.split("-")
-        if run != "train":
+        if run != "train" or rows == "uneven":
             continue
         want = one[f"reference-{model}-{method}-{rows}"]
         assert len(got["losses"]) == 10
@@ -139,6 +149,16 @@ def test_four_ranks_equal_the_plain_loop(four: Results, one: Results) -> None:
     check(four, one, 8)
 
 
+def test_uneven_data_ends_with_a_short_step(one: Results, two: Results, four: Results) -> None:
+    (want,) = (got for name, got in one.items() if name.startswith("reference-llama-full-uneven"))
+    found = [got for r in (two, four) for name, got in r.items() if name.startswith("train-llama-full-uneven")]
+    assert len(found) == 3
+    for got in found:
+        assert len(got["losses"]) == 5
+        torch.testing.assert_close(got["losses"], want["losses"], rtol=1e-4, atol=0)
+        torch.testing.assert_close(got["grad_norms"], want["grad_norms"], rtol=1e-4, atol=0)
+
+
 def test_training_lowers_the_loss(one: Results) -> None:
     for name, got in one.items():
         if "losses" in got:
@@ -155,6 +175,8 @@ def test_initial_weights_do_not_depend_on_the_ranks(one: Results, two: Results, 
     for results in (two, four):
         for name, got in results.items():
             _, model, method, rows, *_ = name.split("-")
+            if rows == "uneven" or "before" not in got:
+                continue
             want = one[f"train-{model}-{method}-{rows}-fsdp2-8"]["before"]
             assert all(torch.equal(got["before"][key], want[key]) for key in want), name
     assert any(want[key].abs().sum() > 0 for key in want if "lora_A" in key)
