@@ -114,7 +114,7 @@ def four(folder: Path) -> Results:
         job("train", "qwen3", "full", "packed", folder, strategy="fsdp2", cp=2, cp_method="ring"),
         job("train", "llama", "lora", "packed", folder, strategy="fsdp2", cp=4, cp_method="ulysses"),
     ]
-    jobs.append(uneven("train", folder, strategy="fsdp2", tp=2))
+    jobs.append(uneven("train", folder, strategy="fsdp2", cp=2, cp_method="ring"))
     jobs.append(uneven("train", folder, strategy="fsdp2", dp_replicate=2))
     return run_ranks(4, jobs, folder / "four")
 
