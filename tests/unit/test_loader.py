@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from dayzero.data.loader import Padding, TrainBatches, ValidationBatches, steps_of
-from dayzero.data.tokens import IGNORE, TokenRows, write_token_store
+from dayzero.data.tokens import FILL, IGNORE, TokenRows, write_token_store
 from dayzero.errors import ConfigError, DataError
 
 SEQ_LEN = 24
@@ -85,6 +85,9 @@ def test_a_row_is_its_documents_one_after_another_and_labels_stay_inside_them(tm
     assert row.labels.tolist() == [6, 7, IGNORE, IGNORE]
     assert row.position_ids.tolist() == [0, 1, 2, 0]
     assert row.document_ids.tolist() == [0, 2]
+    assert row.cu_seqlens.tolist() == [0, 3, 4]
+    assert rows.lengths_of([1, FILL, 0]).tolist() == [4, 0, 2]
+    assert rows.longest() == 4
     assert rows.num_label_tokens([0, 1]).tolist() == [1, 2]
     assert rows.source_rows([1, 0]) == [0, 2, 1]
     unpacked = TokenRows(tmp_path, packed=False)
@@ -153,6 +156,37 @@ def test_resumed_equals_uninterrupted_and_workers_change_nothing(store):
     for a, b in zip(whole[3:], batches(store, start_step=3, num_workers=2), strict=True):
         same(a, b)
     assert torch.equal(torch.get_rng_state(), state), "loading must not move the global random state"
+
+
+@pytest.mark.parametrize("stops", [[3], [1, 4, 6]])
+def test_an_epoch_goes_on_exactly_on_other_ranks_and_workers(store, stops):
+    """Interrupted and continued with another world size, local batch and workers each time: the same global order."""
+    settings = [(1, 8, 0), (4, 2, 1), (2, 1, 0), (8, 1, 0)]
+    reference = [batches(store).global_batch(step) for step in range(12)]
+    seen = []
+    start = 0
+    for (dp_size, local_batch_size, workers), stop in zip(settings, [*stops, 12], strict=False):
+        ranks = [
+            batches(
+                store,
+                dp_rank=rank,
+                dp_size=dp_size,
+                local_batch_size=local_batch_size,
+                start_step=start,
+                num_workers=workers if rank == 0 else 0,
+            )
+            for rank in range(dp_size)
+        ]
+        assert ranks[0].global_batch(start).tolist() == reference[start].tolist()
+        for step, share in zip(range(start, stop), zip(*ranks, strict=True), strict=False):
+            assert all(batch.step == step for batch in share)
+            found = Counter(int(i) for b in share for m in b.micro_batches for i in m["input_ids"].flatten() if i)
+            rows = TokenRows(store)
+            expected = Counter(int(i) for r in reference[step] for i in rows.row(int(r)).input_ids)
+            assert found == expected, "all tokens of the step's rows, each as often as there"
+            seen += reference[step].tolist()
+        start = stop
+    assert Counter(seen[:37]) == Counter(seen[37:74]) == Counter(range(37))
 
 
 def test_padding_is_masked_and_continues_positions(store):

@@ -1,7 +1,7 @@
 """Batches as a pure function of (seed, step): a resumed run continues exactly, with no loader state to save.
 
-Sample k of a run is row `permutation(seed, epoch)[k % R]` of epoch `k // R`; the global batch of step s is samples
-[s * global_batch_size, (s + 1) * global_batch_size). So the rows of a global batch depend neither on the number of
+Sample k of a run is the row at place `k % R` of the order of (seed, epoch `k // R`), see shuffle.py. The global batch
+of step s is samples [s * global_batch_size, (s + 1) * global_batch_size). So its rows depend neither on the number of
 ranks nor on the local batch size. Within the global batch rows are sorted by length and dealt in blocks of
 `local_batch_size`, so that a micro-batch holds rows of like length (little padding) and the ranks get like work.
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -22,11 +21,9 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from dayzero.console import log
-from dayzero.data.tokens import IGNORE, TokenRows
+from dayzero.data.shuffle import shuffled
+from dayzero.data.tokens import FILL, IGNORE, TokenRows
 from dayzero.errors import ConfigError
-
-FILL = -1
-"""Stands for a row of a short last batch that is not there: all padding, no labels."""
 
 
 @dataclass
@@ -45,6 +42,34 @@ class Batch:
     """Supervised tokens of this rank."""
     num_tokens: int
     """Tokens of this rank, padding left out."""
+
+
+@dataclass
+class _Flat:
+    """A batch as loader processes send it: plain arrays go through the pipe, tensors would each open shared memory."""
+
+    step: int
+    epoch: float
+    arrays: tuple[NDArray[np.int64], ...]
+    """Input ids, labels and position ids of all micro-batches end to end."""
+    widths: list[int]
+    """T of each micro-batch."""
+    local_batch_size: int
+    row_ids: list[int]
+    num_label_tokens: int
+    num_tokens: int
+
+    def batch(self) -> Batch:
+        """The same arrays as tensors."""
+        micro_batches = []
+        at = 0
+        for width in self.widths:
+            shape = self.local_batch_size, width
+            part = slice(at, at + self.local_batch_size * width)
+            at = part.stop
+            tensors = [torch.from_numpy(array[part]).view(shape) for array in self.arrays]
+            micro_batches.append(dict(zip(("input_ids", "labels", "position_ids"), tensors, strict=True)))
+        return Batch(self.step, self.epoch, micro_batches, self.row_ids, self.num_label_tokens, self.num_tokens)
 
 
 @dataclass(frozen=True)
@@ -83,7 +108,7 @@ def check_rows(rows: TokenRows, dp_size: int) -> None:
         )
 
 
-class _Batches(Dataset[Batch]):
+class _Batches:
     """What training and validation share: `self[step]` is this rank's batch; iterating walks `steps`."""
 
     def __init__(
@@ -98,53 +123,53 @@ class _Batches(Dataset[Batch]):
         """Batches an iteration yields."""
         return len(self.steps)
 
+    def __getitem__(self, step: int) -> Batch:
+        return self._make(step).batch()
+
     def __iter__(self) -> Iterator[Batch]:
         if not self.num_workers:
             return map(self.__getitem__, self.steps)
         # A generator of its own: DataLoader would draw its workers' seed from torch's global one, which a resumed run
         # would then find in another state.
         workers = DataLoader(
-            self,
+            _Worker(self),
             batch_size=None,
             sampler=self.steps,
             num_workers=self.num_workers,
             collate_fn=_identity,
             generator=torch.Generator().manual_seed(0),
         )
-        return iter(workers)
+        return map(_Flat.batch, workers)
 
-    def __getitem__(self, step: int) -> Batch:
+    def _make(self, step: int) -> _Flat:
         raise NotImplementedError
 
-    def _batch(self, step: int, epoch: float, rows: NDArray[np.int64], shares: list[NDArray[np.int64]]) -> Batch:
-        """A batch of all `rows` of which this rank has one micro-batch for each of `shares`."""
-        micro_batches = [self._micro_batch(share) for share in shares]
-        mine = np.concatenate(shares)
-        return Batch(
+    def _flat(self, step: int, epoch: float, rows: NDArray[np.int64], shares: NDArray[np.int64]) -> _Flat:
+        """A batch of all `rows`, of which this rank has one micro-batch for each of `shares`, [micro-batches, B]."""
+        mine = shares.ravel()
+        lengths = self.rows.lengths_of(mine)
+        widths = [self.padding(longest) for longest in lengths.reshape(shares.shape).max(axis=1).tolist()]
+        arrays = self.rows.batch(mine, np.repeat(widths, shares.shape[1]))
+        return _Flat(
             step=step,
             epoch=epoch,
-            micro_batches=micro_batches,
-            row_ids=self.rows.source_rows(rows[rows != FILL]),
-            num_label_tokens=sum(int((m["labels"] != IGNORE).sum()) for m in micro_batches),
-            num_tokens=int(self.rows.lengths[mine[mine != FILL]].sum()),
+            arrays=arrays,
+            widths=widths,
+            local_batch_size=self.local_batch_size,
+            row_ids=self.rows.source_rows(rows),
+            num_label_tokens=int(np.count_nonzero(arrays[1] != IGNORE)),
+            num_tokens=int(lengths.sum()),
         )
 
-    def _micro_batch(self, share: NDArray[np.int64]) -> dict[str, torch.Tensor]:
-        rows = [None if r == FILL else self.rows.row(r) for r in share]
-        shape = len(rows), self.padding(max(0 if r is None else len(r.input_ids) for r in rows))  # B, T
-        input_ids, labels, position_ids = np.zeros(shape, np.int64), np.full(shape, IGNORE), np.zeros(shape, np.int64)
-        for b, row in enumerate(rows):
-            length = position = 0
-            if row is not None:
-                length = len(row.input_ids)
-                input_ids[b, :length], labels[b, :length] = row.input_ids, row.labels
-                position_ids[b, :length] = row.position_ids
-                position = int(row.position_ids[-1]) + 1
-            # Padding goes on from the last document, which cannot see it. A restart would make transformers take a
-            # row of one document for a packed one and build a mask where plain causal attention does.
-            position_ids[b, length:] = np.arange(position, position + shape[1] - length)
-        arrays = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+class _Worker(Dataset[_Flat]):
+    """What a loader process is given."""
+
+    def __init__(self, batches: _Batches) -> None:
+        self.batches = batches
+
+    def __getitem__(self, step: int) -> _Flat:
+        return self.batches._make(step)
 
 
 class TrainBatches(_Batches):
@@ -197,15 +222,16 @@ class TrainBatches(_Batches):
                 len(rows),
             )
 
-    def __getitem__(self, step: int) -> Batch:
+    def _make(self, step: int) -> _Flat:
         rows = self.global_batch(step)
-        # Longest first, equal lengths as sampled; FILL rows count as empty and come last.
-        lengths = np.where(rows == FILL, 0, self.rows.lengths[rows])
-        blocks = rows[np.argsort(-lengths, kind="stable")].reshape(-1, self.dp_size, self.local_batch_size)
+        # Longest first, equal lengths as sampled; FILL rows are empty and come last.
+        blocks = rows[np.argsort(-self.rows.lengths_of(rows), kind="stable")].reshape(
+            -1, self.dp_size, self.local_batch_size
+        )
         # The ranks take turns in having the longer block of a micro-batch.
         ranks = [self.dp_rank if m % 2 == 0 else self.dp_size - 1 - self.dp_rank for m in range(len(blocks))]
         epoch = min((step + 1) * self.global_batch_size, self.num_samples) / len(self.rows)
-        return self._batch(step, epoch, rows, [block[rank] for block, rank in zip(blocks, ranks, strict=True)])
+        return self._flat(step, epoch, rows, blocks[np.arange(len(blocks)), ranks])
 
     def global_batch(self, step: int) -> NDArray[np.int64]:
         """[global_batch_size] row indices of step `step` in the order they are sampled, FILL where there is none."""
@@ -213,7 +239,8 @@ class TrainBatches(_Batches):
         epochs, places = np.divmod(samples, len(self.rows))
         rows = np.empty_like(samples)
         for epoch in np.unique(epochs):
-            rows[epochs == epoch] = _permutation(len(self.rows), self.seed, int(epoch))[places[epochs == epoch]]
+            here = epochs == epoch
+            rows[here] = shuffled(places[here], len(self.rows), self.seed, int(epoch))
         return np.where(samples < self.num_samples, rows, FILL)
 
 
@@ -233,22 +260,17 @@ class ValidationBatches(_Batches):
         super().__init__(rows, local_batch_size, dp_rank, dp_size, padding, num_workers)
         self.steps = range(math.ceil(len(rows) / (local_batch_size * dp_size)))
 
-    def __getitem__(self, step: int) -> Batch:
+    def _make(self, step: int) -> _Flat:
         size = self.local_batch_size * self.dp_size
         rows = np.arange(step * size, (step + 1) * size)
         epoch = min((step + 1) * size, len(self.rows)) / len(self.rows)
         rows = np.where(rows < len(self.rows), rows, FILL)
-        return self._batch(step, epoch, rows, [rows.reshape(self.dp_size, -1)[self.dp_rank]])
+        return self._flat(step, epoch, rows, rows.reshape(self.dp_size, -1)[self.dp_rank : self.dp_rank + 1])
 
 
 def _samples(num_rows: int, num_epochs: float | None) -> int:
     assert num_epochs is not None
     return max(1, round(num_rows * num_epochs))
-
-
-@lru_cache(maxsize=2)  # a batch reaches over at most two epochs, unless it is larger than an epoch
-def _permutation(num_rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    return np.random.default_rng([seed, epoch]).permutation(num_rows)
 
 
 def _identity(batch: Any) -> Any:

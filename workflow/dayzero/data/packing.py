@@ -1,9 +1,109 @@
-"""Best-fit-decreasing bin packing: documents into rows of at most `seq_len` tokens."""
+"""Best-fit bin packing: a stream of documents into rows of at most `seq_len` tokens, in one pass and bounded memory.
+
+Documents gather in a window. A full window is packed best-fit-decreasing; its full rows leave, the emptiest go back to
+be packed with what comes next, so that a document that found no fitting partner meets many more. What leaves depends on
+the documents and their order alone, and is exactly the offline packing where everything fits into one window.
+
+Shapes: D documents, R rows, T tokens of all of them end to end.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
+
+WINDOW_TOKENS, WINDOW_DOCUMENTS = 2**23, 2**20
+"""A window is full with so many tokens (5 bytes each, at times thrice in memory) or documents."""
+WINDOW_ROWS = 256
+"""Rows that a window holds at least, however long they are."""
+CARRIED = 4
+"""At most a quarter of a window goes back to be packed again."""
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Documents end to end."""
+
+    input_ids: NDArray[np.int32]
+    """[T]"""
+    loss_mask: NDArray[np.bool_]
+    """[T]"""
+    lengths: NDArray[np.int64]
+    """[D] tokens of each."""
+    document_ids: NDArray[np.int64]
+    """[D] source row of each."""
+
+    def take(self, order: NDArray[np.int64]) -> Documents:
+        """These documents, in this order."""
+        lengths = self.lengths[order]
+        starts = (np.cumsum(self.lengths) - self.lengths)[order]
+        ids, mask = np.empty(lengths.sum(), np.int32), np.empty(lengths.sum(), np.bool_)
+        at = 0
+        for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
+            ids[at : at + length] = self.input_ids[start : start + length]
+            mask[at : at + length] = self.loss_mask[start : start + length]
+            at += length
+        return Documents(ids, mask, lengths, self.document_ids[order])
+
+    @staticmethod
+    def join(parts: list[Documents]) -> Documents:
+        """The documents of all parts, one after another."""
+        names = Documents.__dataclass_fields__
+        return Documents(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+
+
+def pack_stream(
+    parts: Iterable[Documents], seq_len: int, window_tokens: int | None = None
+) -> Iterator[tuple[Documents, NDArray[np.int64]]]:
+    """Pack documents of 1 to seq_len tokens as they come.
+
+    Args:
+        parts: the documents in their order; how they are cut into parts changes where windows end.
+        seq_len: tokens a row holds.
+        window_tokens: tokens of a window. None: WINDOW_TOKENS, or more for long rows.
+
+    Yields documents in row order with the number of documents in each row, [R]; never an empty share.
+    """
+    window_tokens = window_tokens or max(WINDOW_TOKENS, WINDOW_ROWS * seq_len)
+    waiting: list[Documents] = []
+    tokens = documents = 0
+    for part in parts:
+        waiting.append(part)
+        tokens, documents = tokens + len(part.input_ids), documents + len(part.lengths)
+        if tokens >= window_tokens or documents >= WINDOW_DOCUMENTS:
+            window = Documents.join(waiting)
+            order, counts, carried = pack_window(window.lengths, seq_len)
+            yield window.take(order), counts
+            waiting = [window.take(carried)]
+            tokens, documents = len(waiting[0].input_ids), len(carried)
+            del window
+    if documents:
+        window = Documents.join(waiting)
+        waiting.clear()
+        order, counts = best_fit_rows(window.lengths, seq_len)
+        yield window.take(order), counts
+
+
+def pack_window(
+    lengths: NDArray[np.int64], seq_len: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Pack a window and take its emptiest rows back out: at most a quarter of its tokens and documents, no full row.
+
+    Returns:
+        [D'] document indices in row order, [R] documents of each row, and the indices taken out, ascending.
+    """
+    order, counts = best_fit_rows(lengths, seq_len)
+    row_of = np.repeat(np.arange(len(counts)), counts)
+    filled = np.bincount(row_of, weights=lengths[order]).astype(np.int64)
+    emptiest = np.argsort(filled, kind="stable")
+    few_tokens = np.cumsum(filled[emptiest]) <= lengths.sum() // CARRIED
+    few_documents = np.cumsum(counts[emptiest]) <= len(lengths) // CARRIED
+    taken = np.zeros(len(counts), dtype=bool)
+    taken[emptiest[few_tokens & few_documents & (filled[emptiest] < seq_len)]] = True
+    return order[~taken[row_of]], counts[~taken], np.sort(order[taken[row_of]])
 
 
 def best_fit_rows(lengths: NDArray[np.int64], seq_len: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -1,21 +1,19 @@
 """A split's Parquet file -> its token store, over processes, with memory that does not grow with the tokens.
 
-The parent reads the file batch by batch and appends what the workers return, in order, to flat files; only lengths and
-row numbers stay in memory. Packing then decides the order, and the documents are copied to their places through memory
-maps. The result does not depend on the number of workers.
+The parent reads the file batch by batch, packs what the workers return, in order, a window at a time, and appends the
+rows to the store: one pass. The result does not depend on the number of workers.
 """
 
 from __future__ import annotations
 
 import multiprocessing
-import shutil
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,9 +23,9 @@ from numpy.typing import NDArray
 from dayzero.config import Tokenize
 from dayzero.console import ProgressBar, log
 from dayzero.data.documents import COLUMNS, DocumentEncoder
-from dayzero.data.packing import best_fit_rows
+from dayzero.data.packing import Documents, pack_stream
 from dayzero.data.tokenizer import TokenizerSource, check_model_limits
-from dayzero.data.tokens import create_token_store
+from dayzero.data.tokens import TokenWriter
 from dayzero.errors import DataError
 
 ROWS_PER_TASK = 64
@@ -40,12 +38,9 @@ TASKS_AHEAD = 4
 
 @dataclass
 class _Encoded:
-    """The documents of one task, end to end."""
+    """What became of one task's rows."""
 
-    input_ids: NDArray[np.int32]
-    loss_mask: NDArray[np.bool_]
-    lengths: NDArray[np.int64]
-    document_ids: NDArray[np.int64]
+    documents: Documents
     counts: Counter[str]
     source_rows: int
 
@@ -72,21 +67,22 @@ def tokenize_split(
     tokenizer that does not fit the format or the model.
     """
     check_model_limits(tokenizer.path, seq_len=options.seq_len)
-    output.mkdir(parents=True)
-    scratch = output / "unordered"
-    scratch.mkdir()
     counts: Counter[str] = Counter()
-    lengths, document_ids, source_rows, label_tokens, max_token_id = [], [], 0, 0, -1
-    with open(scratch / "input_ids", "wb") as ids_file, open(scratch / "loss_mask", "wb") as mask_file:
+    source_rows, label_tokens, max_token_id = 0, 0, -1
+
+    def documents() -> Iterator[Documents]:
+        nonlocal counts, source_rows, label_tokens, max_token_id
         for part in _encode(source, name, data_format, tokenizer, options, num_workers):
-            _append(ids_file, part.input_ids)
-            _append(mask_file, part.loss_mask)
-            lengths.append(part.lengths)
-            document_ids.append(part.document_ids)
             counts += part.counts
             source_rows += part.source_rows
-            label_tokens += int(part.loss_mask.sum())
-            max_token_id = max(max_token_id, int(part.input_ids.max(initial=-1)))
+            label_tokens += int(part.documents.loss_mask.sum())
+            max_token_id = max(max_token_id, int(part.documents.input_ids.max(initial=-1)))
+            if len(part.documents.lengths):
+                yield part.documents
+
+    with TokenWriter(output) as writer:
+        for rows, counted in _rows(documents(), options):
+            writer.append(rows.input_ids, rows.loss_mask, rows.lengths, counted, rows.document_ids)
     dropped = {key.removeprefix("dropped."): n for key, n in sorted(counts.items()) if key.startswith("dropped.")}
     if not label_tokens:
         reasons = ", ".join(f"{n} {key}" for key, n in dropped.items()) or "there are none"
@@ -95,22 +91,26 @@ def tokenize_split(
             "data's columns, tokenize.seq_len, long_documents and min_label_tokens"
         )
     check_model_limits(tokenizer.path, max_token_id=max_token_id)
-    rows = _write(output, scratch, np.concatenate(lengths), np.concatenate(document_ids), options)
-    shutil.rmtree(scratch)
-    tokens = sum(int(part.sum()) for part in lengths)
     return {
         "source_rows": source_rows,
-        "rows": rows,
-        "documents": sum(map(len, lengths)),
-        "tokens": tokens,
+        "rows": writer.num_rows,
+        "documents": writer.num_documents,
+        "tokens": writer.num_tokens,
         "label_tokens": label_tokens,
         "dropped": dropped,
         "truncated": counts["truncated"],
         "split": counts["split"],
         "special_token_text": counts["special_token_text"],
-        "packing_efficiency": tokens / (rows * options.seq_len),
+        "packing_efficiency": writer.num_tokens / (writer.num_rows * options.seq_len),
         "max_token_id": max_token_id,
     }
+
+
+def _rows(documents: Iterator[Documents], options: Tokenize) -> Iterator[tuple[Documents, NDArray[np.int64]]]:
+    """Documents in row order and the number of documents of each row."""
+    if options.packing:
+        return pack_stream(documents, options.seq_len)
+    return ((part, np.ones(len(part.lengths), dtype=np.int64)) for part in documents)
 
 
 def report_split(name: str, split: dict[str, Any], options: Tokenize) -> None:
@@ -218,38 +218,15 @@ def _encode_task(first: int, batch: pa.RecordBatch) -> _Encoded:
             masks.append(np.array(mask, dtype=np.bool_))
             document_ids.append(index)
     return _Encoded(
-        input_ids=np.concatenate(ids) if ids else np.empty(0, np.int32),
-        loss_mask=np.concatenate(masks) if masks else np.empty(0, np.bool_),
-        lengths=np.array([len(i) for i in ids], dtype=np.int64),
-        document_ids=np.array(document_ids, dtype=np.int64),
+        documents=Documents(
+            input_ids=np.concatenate(ids) if ids else np.empty(0, np.int32),
+            loss_mask=np.concatenate(masks) if masks else np.empty(0, np.bool_),
+            lengths=np.array([len(i) for i in ids], dtype=np.int64),
+            document_ids=np.array(document_ids, dtype=np.int64),
+        ),
         counts=Counter(_encoder.counts),
         source_rows=batch.num_rows,
     )
-
-
-def _write(
-    output: Path, scratch: Path, lengths: NDArray[np.int64], document_ids: NDArray[np.int64], options: Tokenize
-) -> int:
-    """Copy the documents from the flat files to their places in row order; returns the number of rows."""
-    if options.packing:
-        order, documents_per_row = best_fit_rows(lengths, options.seq_len)
-    else:
-        order, documents_per_row = np.arange(len(lengths)), np.ones(len(lengths), dtype=np.int64)
-    targets = create_token_store(output, lengths[order], documents_per_row, document_ids[order])
-    starts = np.cumsum(lengths) - lengths
-    for name, target in zip(("input_ids", "loss_mask"), targets, strict=True):
-        flat = np.memmap(scratch / name, dtype=target.dtype, mode="r")
-        at = 0
-        for document in order.tolist():
-            start, length = starts[document], lengths[document]
-            target[at : at + length] = flat[start : start + length]
-            at += length
-        target.flush()
-    return len(documents_per_row)
-
-
-def _append(file: BinaryIO, array: NDArray) -> None:
-    file.write(array.tobytes())
 
 
 def _open(source: Path, data_format: str) -> pq.ParquetFile:

@@ -1,21 +1,25 @@
-"""The token store of one split: flat arrays on disk, read through memory maps so that memory does not grow with them.
+"""The token store of one split: flat arrays on disk, written in one pass and read through memory maps, so that memory
+grows with neither.
 
 Documents lie in row order, so a row is one contiguous slice:
 
     input_ids.npy         int32 [tokens]
     loss_mask.npy         bool  [tokens]  True: the token is a supervised label; never a document's first token
-    document_offsets.npy  int64 [D + 1]   document d holds tokens [offsets[d], offsets[d + 1])
+    document_offsets.npy  int64 [D + 1]   document d holds tokens [offsets[d], offsets[d + 1]): the cu_seqlens of the
+                                          whole split
     row_offsets.npy       int64 [R + 1]   row r holds documents [offsets[r], offsets[r + 1])
     document_ids.npy      int64 [D]       index of the document's source row in the split's Parquet file
 
-Shapes: T tokens of a row, D documents, R rows.
+Shapes: B rows of a batch, T tokens of a row, D documents, R rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +28,10 @@ from dayzero.errors import DataError
 
 IGNORE = -100
 """The label of a position that predicts nothing."""
+FILL = -1
+"""Stands for a row that is not there: all padding, no labels."""
+
+_CHUNK = 2**20
 
 _DTYPES = {
     "input_ids": np.int32,
@@ -46,6 +54,8 @@ class Row:
     """[T], from 0 in each document."""
     document_ids: NDArray[np.int64]
     """[documents of the row], indices of the source rows."""
+    cu_seqlens: NDArray[np.int32]
+    """[documents of the row + 1], where each document starts in the row, and the row's length."""
 
 
 class TokenRows:
@@ -58,24 +68,26 @@ class TokenRows:
     """
 
     def __init__(self, path: str | Path, seq_len: int | None = None, packed: bool = True) -> None:
-        self.path, self.seq_len, self.packed = Path(path), seq_len, packed
+        self.path, self.packed = Path(path), packed
         arrays = {name: _open(self.path, name) for name in _DTYPES}
         self._input_ids, self._loss_mask = arrays["input_ids"], arrays["loss_mask"]
         self._document_offsets, self._document_ids = arrays["document_offsets"], arrays["document_ids"]
         documents = len(self._document_ids)
-        self._row_offsets = arrays["row_offsets"] if packed else np.arange(documents + 1, dtype=np.int64)
-        if self._row_offsets[-1] != documents or self._document_offsets[-1] != len(self._input_ids):
+        self._row_offsets = arrays["row_offsets"]
+        if (
+            self._row_offsets[-1] != documents
+            or len(self._document_offsets) != documents + 1
+            or not self._document_offsets[-1] == len(self._input_ids) == len(self._loss_mask)
+        ):
             raise DataError(f"{self.path}: the arrays do not belong together: delete the directory and tokenize again")
-        self.lengths: NDArray[np.int64] = np.diff(self._document_offsets[self._row_offsets])
-        """[R] tokens of each row."""
-        if seq_len is not None and len(self) and self.lengths.max() > seq_len:
-            raise DataError(f"{self.path}: a row has {self.lengths.max()} tokens, more than tokenize.seq_len {seq_len}")
+        if seq_len is not None and (longest := self.longest()) > seq_len:
+            raise DataError(f"{self.path}: a row has {longest} tokens, more than tokenize.seq_len {seq_len}")
 
-    def __reduce__(self) -> tuple[type[TokenRows], tuple[Path, int | None, bool]]:
-        return TokenRows, (self.path, self.seq_len, self.packed)  # a worker opens the maps, it is not sent their bytes
+    def __reduce__(self) -> tuple[type[TokenRows], tuple[Path, None, bool]]:
+        return TokenRows, (self.path, None, self.packed)  # a worker opens the maps, it is not sent their bytes
 
     def __len__(self) -> int:
-        return len(self._row_offsets) - 1
+        return len(self._row_offsets) - 1 if self.packed else len(self._document_ids)
 
     @property
     def num_documents(self) -> int:
@@ -87,53 +99,151 @@ class TokenRows:
         """Tokens in all rows."""
         return len(self._input_ids)
 
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """[R] tokens of each row. For all rows at once: 8 bytes a row; see `lengths_of`."""
+        return np.concatenate(list(self._chunked_lengths()))
+
+    def lengths_of(self, rows: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+        """[len(rows)] tokens of each given row, 0 for FILL."""
+        first, last = self._documents_of(np.asarray(rows, dtype=np.int64))
+        return self._document_offsets[last] - self._document_offsets[first]
+
+    def longest(self) -> int:
+        """Tokens of the longest row; 0 where there is none."""
+        return max((int(part.max(initial=0)) for part in self._chunked_lengths()), default=0)
+
     def row(self, index: int) -> Row:
         """Row `index` as arrays of its own (copies of the mapped pages)."""
-        first, last = self._row_offsets[index], self._row_offsets[index + 1]
-        offsets = self._document_offsets[first : last + 1]
-        start, stop = offsets[0], offsets[-1]
-        input_ids = self._input_ids[start:stop].astype(np.int64)
-        # A document's first token is never supervised, so shifting the row cannot reach over a document's end.
-        labels = np.full_like(input_ids, IGNORE)
-        labels[:-1] = np.where(self._loss_mask[start + 1 : stop], input_ids[1:], IGNORE)
-        lengths = np.diff(offsets)
-        position_ids = np.arange(stop - start) - np.repeat(offsets[:-1] - start, lengths)
-        return Row(input_ids, labels, position_ids, np.array(self._document_ids[first:last]))
+        rows = np.array([index])
+        (first,), (last,) = self._documents_of(rows)
+        starts = self._document_offsets[first : last + 1] - self._document_offsets[first]
+        arrays = self.batch(rows, starts[-1:])
+        return Row(*arrays, self._document_ids[first:last].copy(), starts.astype(np.int32))
+
+    def batch(
+        self, rows: NDArray[np.int64], widths: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Rows end to end, each padded to its width: input ids, labels and position ids as in `Row`, [sum(widths)].
+
+        Padding goes on from a row's last document, which cannot see it: a restart of the positions would make
+        transformers take a row of one document for a packed one and build a mask where plain causal attention does.
+        """
+        first, last = self._documents_of(rows)
+        starts, stops = self._document_offsets[first], self._document_offsets[last]
+        assert (stops - starts <= widths).all()
+        places = np.cumsum(widths) - widths
+        total = int(widths.sum())
+        input_ids, mask = np.zeros(total, np.int64), np.zeros(total, np.bool_)
+        for at, start, stop in zip(places.tolist(), starts.tolist(), stops.tolist(), strict=True):
+            input_ids[at : at + stop - start] = self._input_ids[start:stop]
+            mask[at : at + stop - start] = self._loss_mask[start:stop]
+        # A document's first token is never supervised, so the shift cannot reach over a document's or a row's end.
+        labels = np.full(total, IGNORE)
+        np.copyto(labels[:-1], input_ids[1:], where=mask[1:])
+        # Positions count from the latest start of a document, or of a row that has none.
+        documents = np.maximum(last - first, 1)
+        owner = np.repeat(np.arange(len(rows)), documents)
+        document = np.arange(len(owner)) + (first - (np.cumsum(documents) - documents))[owner]
+        restarts = self._document_offsets[document] + (places - starts)[owner]
+        position_ids = np.arange(total) - np.repeat(restarts, np.diff(restarts, append=total))
+        return input_ids, labels, position_ids
 
     def num_label_tokens(self, rows: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
         """[len(rows)] supervised tokens of each given row; reads one byte a token of those rows."""
-        starts = self._document_offsets[self._row_offsets[np.asarray(rows, dtype=np.int64)]]
-        lengths = self.lengths[np.asarray(rows, dtype=np.int64)]
-        return np.array(
-            [np.count_nonzero(self._loss_mask[s : s + n]) for s, n in zip(starts, lengths, strict=True)], dtype=np.int64
-        )
+        first, last = self._documents_of(np.asarray(rows, dtype=np.int64))
+        spans = zip(self._document_offsets[first], self._document_offsets[last], strict=True)
+        return np.array([np.count_nonzero(self._loss_mask[start:stop]) for start, stop in spans], dtype=np.int64)
 
     def source_rows(self, rows: Sequence[int] | NDArray[np.int64]) -> list[int]:
         """Indices into the split's Parquet file of all documents in the given rows, in order."""
-        return [int(d) for r in rows for d in self._document_ids[self._row_offsets[r] : self._row_offsets[r + 1]]]
+        first, last = self._documents_of(np.asarray(rows, dtype=np.int64))
+        counts = last - first
+        documents = np.arange(counts.sum()) + np.repeat(first - (np.cumsum(counts) - counts), counts)
+        return self._document_ids[documents].tolist()
+
+    def _documents_of(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The first document of each row and the one after its last."""
+        there = rows >= 0
+        first = np.where(there, rows, 0)
+        if self.packed:
+            first, last = self._row_offsets[first], self._row_offsets[first + 1]
+        else:
+            last = first + 1
+        return first, np.where(there, last, first)
+
+    def _chunked_lengths(self) -> Iterator[NDArray[np.int64]]:
+        for start in range(0, max(len(self), 1), _CHUNK):
+            stop = min(start + _CHUNK, len(self)) + 1
+            edges = self._row_offsets[start:stop] if self.packed else slice(start, stop)
+            yield np.diff(self._document_offsets[edges])
 
 
-def create_token_store(
-    path: str | Path, document_lengths: NDArray, documents_per_row: NDArray, document_ids: NDArray
-) -> tuple[np.memmap, np.memmap]:
-    """Write a split's offsets and return its writable `input_ids` and `loss_mask` maps, to be filled and flushed.
+class TokenWriter:
+    """Writes a split's token store in one pass, row after row: `with TokenWriter(path) as w: w.append(...)`.
 
     Args:
         path: the split's directory, made if it is missing.
-        document_lengths: [D] tokens of each document, in row order.
-        documents_per_row: [R] documents of each row.
-        document_ids: [D] source row of each document, in row order.
     """
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    assert len(document_lengths) == len(document_ids) == documents_per_row.sum() > 0
-    np.save(path / "document_offsets.npy", _offsets(document_lengths))
-    np.save(path / "row_offsets.npy", _offsets(documents_per_row))
-    np.save(path / "document_ids.npy", document_ids.astype(np.int64))
-    tokens = int(document_lengths.sum())
-    input_ids = np.lib.format.open_memmap(path / "input_ids.npy", mode="w+", dtype=np.int32, shape=(tokens,))
-    loss_mask = np.lib.format.open_memmap(path / "loss_mask.npy", mode="w+", dtype=np.bool_, shape=(tokens,))
-    return input_ids, loss_mask
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.num_documents = self.num_rows = self.num_tokens = 0
+        self._files: dict[str, BinaryIO] = {}
+
+    def __enter__(self) -> TokenWriter:
+        self._files = {name: open(self.path / f"{name}.npy", "wb") for name in _DTYPES}  # noqa: SIM115
+        for name, file in self._files.items():
+            _write_header(file, name, 0)
+        for name in ("document_offsets", "row_offsets"):
+            self._files[name].write(np.zeros(1, np.int64).tobytes())
+        return self
+
+    def append(
+        self,
+        input_ids: NDArray,
+        loss_mask: NDArray,
+        document_lengths: NDArray,
+        documents_per_row: NDArray,
+        document_ids: NDArray,
+    ) -> None:
+        """Write more rows.
+
+        Args:
+            input_ids, loss_mask: [T] tokens of all their documents end to end; no document's first is supervised.
+            document_lengths: [D] tokens of each document, in row order.
+            documents_per_row: [R] documents of each row.
+            document_ids: [D] source row of each document, in row order.
+        """
+        assert len(document_lengths) == len(document_ids) == documents_per_row.sum()
+        assert len(input_ids) == len(loss_mask) == document_lengths.sum()
+        self._write("input_ids", input_ids)
+        self._write("loss_mask", loss_mask)
+        self._write("document_offsets", self.num_tokens + np.cumsum(document_lengths, dtype=np.int64))
+        self._write("row_offsets", self.num_documents + np.cumsum(documents_per_row, dtype=np.int64))
+        self._write("document_ids", document_ids)
+        self.num_tokens += len(input_ids)
+        self.num_documents += len(document_lengths)
+        self.num_rows += len(documents_per_row)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        sizes = {
+            "input_ids": self.num_tokens,
+            "loss_mask": self.num_tokens,
+            "document_offsets": self.num_documents + 1,
+            "row_offsets": self.num_rows + 1,
+            "document_ids": self.num_documents,
+        }
+        for name, file in self._files.items():
+            with file:
+                if error is None:
+                    _write_header(file, name, sizes[name])
+
+    def _write(self, name: str, array: NDArray) -> None:
+        self._files[name].write(np.ascontiguousarray(array, dtype=_DTYPES[name]).data)
 
 
 def write_token_store(
@@ -142,16 +252,19 @@ def write_token_store(
     """Write a small split from memory: `documents` as (token ids, loss mask), `rows` as lists of document indices."""
     order = [d for row in rows for d in row]
     lengths = np.array([len(documents[d][0]) for d in order])
-    input_ids, loss_mask = create_token_store(path, lengths, np.array([len(row) for row in rows]), np.array(order))
-    input_ids[:] = np.concatenate([documents[d][0] for d in order])
-    loss_mask[:] = np.concatenate([documents[d][1] for d in order])
-    loss_mask[_offsets(lengths)[:-1]] = False
-    input_ids.flush()
-    loss_mask.flush()
+    mask = np.concatenate([documents[d][1] for d in order])
+    mask[np.cumsum(lengths) - lengths] = False
+    with TokenWriter(path) as writer:
+        input_ids = np.concatenate([documents[d][0] for d in order])
+        writer.append(input_ids, mask, lengths, np.array([len(row) for row in rows]), np.array(order))
 
 
-def _offsets(lengths: NDArray) -> NDArray[np.int64]:
-    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+def _write_header(file: BinaryIO, name: str, size: int) -> None:
+    """The head of a .npy file; numpy leaves room in it for a first dimension that grows."""
+    file.seek(0)
+    np.lib.format.write_array_header_1_0(
+        file, {"descr": np.lib.format.dtype_to_descr(np.dtype(_DTYPES[name])), "fortran_order": False, "shape": (size,)}
+    )
 
 
 def _open(path: Path, name: str) -> NDArray:
@@ -164,4 +277,4 @@ def _open(path: Path, name: str) -> NDArray:
         raise DataError(
             f"{file} holds {array.dtype}, not {np.dtype(_DTYPES[name])}: delete the directory and tokenize again"
         )
-    return array
+    return np.asarray(array)  # still the map: only indexing is faster without its class

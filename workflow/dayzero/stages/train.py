@@ -88,7 +88,7 @@ def _check_fit(run: RunConfig, args: argparse.Namespace) -> None:
     from dayzero.data.tokens import TokenRows
 
     config = _source(run, args).config(args.tokenizer)
-    longest, context = int(TokenRows(args.tokens / "train").lengths.max()), context_length(config)
+    longest, context = TokenRows(args.tokens / "train").longest(), context_length(config)
     if context is not None and longest > context:
         raise ConfigError(
             f"tokenize.seq_len {run.tokenize.seq_len}: {args.tokens} has rows of {longest} tokens, but the model's "
