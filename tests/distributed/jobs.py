@@ -5,9 +5,15 @@ Shapes: B rows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
+import signal
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +22,7 @@ import torch.nn.functional as F
 from dayzero.config import Method, Train
 from dayzero.data.loader import TrainBatches, ValidationBatches
 from dayzero.data.tokens import TokenRows
-from dayzero.engine import distributed
+from dayzero.engine import checkpoint_writer, distributed
 from dayzero.engine.model import ModelSource, build_model
 from dayzero.engine.parallel_dims import ParallelDims
 from dayzero.engine.trainer import Trainer
@@ -136,20 +142,15 @@ def replica_spread(trainer: Trainer) -> float:
     return spread
 
 
-def train(job: dict[str, Any]) -> dict[str, Any]:
+def train(job: dict[str, Any], trainer: Trainer | None = None) -> dict[str, Any]:
     """Train with the engine: losses, norms, weights before and after, and the spread between replicas."""
-    trainer = make_trainer(job, Path(job["folder"]))
+    trainer = trainer or make_trainer(job, Path(job["folder"]))
     before = all_weights(trainer)
-    share = share_of(trainer)
-    trainer.fit(
-        lambda start: batches_of(job, trainer.train, start, *share),
-        (lambda: ValidationBatches(TokenRows(job["rows"]), local_batch_size=2, dp_rank=share[0], dp_size=share[1]))
-        if job.get("validate")
-        else None,
-    )
+    fit(job, trainer)
     return {
         "losses": [r["loss"] for r in trainer.metrics.records],
         "grad_norms": [r["grad_norm"] for r in trainer.metrics.records],
+        "checkpoint_seconds": [r["checkpoint_seconds"] for r in trainer.metrics.records],
         "validation_losses": list(trainer.validation_losses.values()),
         "before": before,
         "weights": all_weights(trainer),
@@ -158,38 +159,111 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def fit(job: dict[str, Any], trainer: Trainer) -> None:
+    share = share_of(trainer)
+    trainer.fit(
+        lambda start: batches_of(job, trainer.train, start, *share),
+        (lambda: ValidationBatches(TokenRows(job["rows"]), local_batch_size=2, dp_rank=share[0], dp_size=share[1]))
+        if job.get("validate")
+        else None,
+    )
+
+
 def resume(job: dict[str, Any]) -> dict[str, Any]:
-    """Continue from whatever is in the job's folder."""
+    """Continue from whatever is in the job's folder; with `lose_moments` without Adam's moments."""
     trainer = make_trainer(job, Path(job["folder"]))
     trainer.resume()
     started_at = trainer.step
-    share = share_of(trainer)
-    trainer.fit(lambda start: batches_of(job, trainer.train, start, *share), None)
+    if job.get("lose_moments"):
+        for values in trainer.optimizer.state.values():
+            values["exp_avg"].zero_()
+            values["exp_avg_sq"].zero_()
+    fit({**job, "validate": False}, trainer)
     return {
         "started_at": started_at,
         "losses": [r["loss"] for r in trainer.metrics.records],
         "steps": [r["step"] for r in trainer.metrics.records],
         "weights": all_weights(trainer),
+        "spread": replica_spread(trainer),
     }
 
 
+@contextmanager
+def saving(save: Callable[..., None]) -> Iterator[None]:
+    """While active, `save(real, state, step, **options)` is what writes a rank's share of a checkpoint."""
+    real = checkpoint_writer.dcp.save
+
+    def instead(state: Any, *, storage_writer: Any, **options: Any) -> None:
+        step = int(storage_writer.path.stem.removeprefix("step_"))
+        save(real, state, step, storage_writer=storage_writer, **options)
+
+    checkpoint_writer.dcp.save = instead
+    try:
+        yield
+    finally:
+        checkpoint_writer.dcp.save = real
+
+
+def train_with_late_writes(job: dict[str, Any]) -> dict[str, Any]:
+    """Each checkpoint is written only when the next optimizer step has changed the weights."""
+    trainer = make_trainer(job, Path(job["folder"]))
+
+    def save(real: Any, state: Any, step: int, **options: Any) -> None:
+        while step < STEPS and trainer.step == step:
+            time.sleep(0.01)
+        real(state, **options)
+
+    with saving(save):
+        return train(job, trainer)
+
+
 def train_until_killed_in_save(job: dict[str, Any]) -> dict[str, Any]:
-    """Every rank is killed (SIGKILL) when the second checkpoint has been written but not yet renamed."""
-    import os
-    import signal
+    """Every rank is killed (SIGKILL), in the middle of training, when the second checkpoint has been written in the
+    background but not yet renamed."""
+    trainer = make_trainer(job, Path(job["folder"]))
 
-    from dayzero.engine import checkpoint
-
-    real_save = checkpoint.dcp.save
-
-    def save_and_die(state: Any, checkpoint_id: Path) -> None:
-        real_save(state, checkpoint_id=checkpoint_id)
-        if checkpoint_id.name == "step_8.tmp":
-            torch.distributed.barrier()
+    def save(real: Any, state: Any, step: int, **options: Any) -> None:
+        real(state, **options)
+        if step == 8:
+            while trainer.step == 8:
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    checkpoint.dcp.save = save_and_die
-    return train(job)
+    with saving(save):
+        return train(job, trainer)
+
+
+def failing_save(job: dict[str, Any]) -> dict[str, Any]:
+    """Rank 1 finds the disk full while it writes step 4, or rank 0 when it renames it: what every rank raises."""
+    trainer = make_trainer(job, Path(job["folder"]))
+    real_replace = os.replace
+
+    def full(path: object) -> None:
+        if "step_4" in str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def write(real: Any, state: Any, step: int, storage_writer: Any, **options: Any) -> None:
+        if job["fails"] == "write" and distributed.rank() == 1:
+            storage_writer.write_data = lambda *_: full(storage_writer.path)
+        real(state, storage_writer=storage_writer, **options)
+
+    def replace(old: Any, new: Any) -> None:
+        if job["fails"] == "rename" and str(new).endswith("step_4"):
+            full(new)
+        real_replace(old, new)
+
+    said = None
+    os.replace = replace
+    try:
+        with saving(write):
+            fit(job, trainer)
+    except ValueError as error:
+        said = f"{type(error).__name__}: {error}"
+    finally:
+        os.replace = real_replace
+    raised: list[Any] = [None] * distributed.world_size()
+    torch.distributed.all_gather_object(raised, [said, trainer.step])
+    return {"raised": raised, "left": sorted(p.name for p in trainer.checkpoints.glob("step_*"))}
 
 
 def bad_step(job: dict[str, Any]) -> dict[str, Any]:
@@ -230,7 +304,13 @@ def bf16_logits(job: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-JOBS = {f.__name__: f for f in (bf16_logits, leak, reference, train, resume, train_until_killed_in_save, bad_step)}
+JOBS = {
+    job.__name__: job
+    for job in (
+        *(bf16_logits, leak, reference, train, resume, bad_step),
+        *(train_with_late_writes, train_until_killed_in_save, failing_save),
+    )
+}
 
 
 def main(folder: Path) -> None:

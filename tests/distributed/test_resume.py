@@ -44,34 +44,70 @@ def copy_of(run: dict[str, Any], folder: Path, name: str, keep_until: int, **mor
 
 @pytest.fixture(scope="module")
 def runs(folder: Path) -> dict[str, dict[str, Any]]:
-    every = {"train": {"checkpoint": {"every": 1, "keep_last": 20}}}
+    every: dict[str, Any] = {"train": {"checkpoint": {"every": 1, "keep_last": 20}}}
+    slow = {"train": {"checkpoint": {"every": 3, "keep_last": 20}}}
+    waiting = {"train": {"checkpoint": {"every": 1, "keep_last": 20, "asynchronous": False}}}
+    plain = {**SETTINGS, "method_options": {"lora": {"rank": 3}}}  # on 4 ranks one has no row of some matrices
     full = job("train", *CASE, folder, **SETTINGS, **every)
     lora = job("train", "qwen3", "lora", "padded", folder, **LORA, **every)
     ddp = job("train", "llama", "full", "padded", folder, strategy="ddp", dp_replicate=2, **every)
-    workers = {"train": {"checkpoint": {"every": 1, "keep_last": 20}, "num_data_workers": 2}}
+    workers = {"train": {**every["train"], "num_data_workers": 2}}
     loader = job("train", *CASE, folder, **SETTINGS, **workers)
-    bad = job("bad_step", *CASE, folder, **SETTINGS)
-    results = run_ranks(2, [full, lora, ddp, loader, bad], folder / "first")
-    resumed = [
+    late = job("train_with_late_writes", *CASE, folder, **SETTINGS, **slow)
+    sync = job("train", *CASE, folder, **SETTINGS, **waiting)
+    plain_lora = job("train", "qwen3", "lora", "padded", folder, **plain, **every)
+    tp = job("train", *CASE, folder, **SETTINGS, tp=2, **every)
+    tp_lora = job("train", "qwen3", "lora", "padded", folder, **plain, tp=2, **every)
+    named = {"full": full, "lora": lora, "ddp": ddp, "loader": loader, "late": late, "sync": sync, "tp": tp,
+             "plain-lora": plain_lora, "tp-lora": tp_lora}  # fmt: skip
+    named["bad"] = job("bad_step", *CASE, folder, **SETTINGS)
+    for fails in ("write", "rename"):
+        named[fails] = job("failing_save", *CASE, folder, **SETTINGS, fails=fails)
+    results = run_ranks(2, list(named.values()), folder / "first")
+
+    named["four"] = job("train", *CASE, folder, strategy="fsdp2", local_batch_size=1, **every)
+    named["four-lora"] = job("train", "qwen3", "lora", "padded", folder, **{**plain, "local_batch_size": 1}, **every)
+    on_4 = [copy_of(full, folder, "full-5-on-4", 5, local_batch_size=1), named["four"], named["four-lora"]]
+    results |= run_ranks(4, on_4, folder / "on-4")
+
+    replicas = {"strategy": "ddp", "dp_replicate": 2}
+    on_2 = [
         copy_of(full, folder, "full-5", 5),
         copy_of(lora, folder, "lora-3", 3),
         copy_of(ddp, folder, "ddp-7", 7),
         copy_of(loader, folder, "loader-5", 5),
+        copy_of(late, folder, "late-6", 6, **every),
+        copy_of(sync, folder, "sync-5", 5),
         copy_of(full, folder, "full-done", 10),
+        copy_of(full, folder, "full-5-without-moments", 5, lose_moments=True),
+        copy_of(full, folder, "full-5-on-tp", 5, tp=2),
+        copy_of(plain_lora, folder, "plain-lora-5-on-tp", 5, tp=2),
+        copy_of(tp, folder, "tp-5-on-fsdp2", 5, tp=1),
+        copy_of(tp_lora, folder, "tp-lora-5-on-fsdp2", 5, tp=1),
+        copy_of(full, folder, "full-5-on-ddp", 5, **replicas),
+        copy_of(plain_lora, folder, "plain-lora-5-on-ddp", 5, **replicas),
+        copy_of(named["four"], folder, "four-3-on-2", 3),
+        copy_of(named["four-lora"], folder, "four-lora-3-on-2", 3),
     ]
-    results |= run_ranks(2, resumed, folder / "again")
-    results |= run_ranks(1, [copy_of(full, folder, "full-5-on-1", 5)], folder / "on-1")
-    results |= run_ranks(4, [copy_of(full, folder, "full-5-on-4", 5, local_batch_size=1)], folder / "on-4")
-    return {"full": results[full["name"]], "lora": results[lora["name"]], "ddp": results[ddp["name"]],
-            "loader": results[loader["name"]], "bad": results[bad["name"]], **results}  # fmt: skip
+    results |= run_ranks(2, on_2, folder / "again")
+    then = {run["name"]: run for run in on_2}
+    on_1 = [
+        copy_of(full, folder, "full-5-on-1", 5),
+        copy_of(then["four-3-on-2"], folder, "four-6-on-2-on-1", 6),
+        copy_of(then["four-lora-3-on-2"], folder, "four-lora-6-on-2-on-1", 6),
+    ]
+    results |= run_ranks(1, on_1, folder / "on-1")
+    return results | {short: results[run["name"]] for short, run in named.items()}
 
 
 @pytest.mark.parametrize(("whole", "resumed", "step"), [
-    ("full", "full-5", 5), ("lora", "lora-3", 3), ("ddp", "ddp-7", 7), ("loader", "loader-5", 5),
+    ("full", "full-5", 5), ("lora", "lora-3", 3), ("ddp", "ddp-7", 7), ("loader", "loader-5", 5), ("late", "late-6", 6),
+    ("sync", "sync-5", 5), ("full", "late-6", 6),
 ])  # fmt: skip
 def test_resumed_equals_uninterrupted_bit_for_bit(
     runs: dict[str, dict[str, Any]], whole: str, resumed: str, step: int
 ) -> None:
+    """`late`: each checkpoint is written after the weights have changed, so it must have been copied before."""
     assert runs[resumed]["started_at"] == step
     assert runs[resumed]["steps"] == list(range(1, 11))
     assert runs[resumed]["losses"] == runs[whole]["losses"]
@@ -79,12 +115,44 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
         assert torch.equal(runs[resumed]["weights"][key], tensor), key
 
 
-@pytest.mark.parametrize("resumed", ["full-5-on-1", "full-5-on-4"])
-def test_resumed_on_another_number_of_ranks(runs: dict[str, dict[str, Any]], resumed: str) -> None:
-    assert runs[resumed]["started_at"] == 5
-    torch.testing.assert_close(runs[resumed]["losses"], runs["full"]["losses"], rtol=1e-5, atol=0)
-    for key, tensor in runs["full"]["weights"].items():
+@pytest.mark.parametrize(("whole", "resumed", "step"), [
+    ("full", "full-5-on-1", 5), ("full", "full-5-on-4", 5), ("full", "full-5-on-tp", 5), ("full", "full-5-on-ddp", 5),
+    ("plain-lora", "plain-lora-5-on-tp", 5), ("plain-lora", "plain-lora-5-on-ddp", 5), ("tp", "tp-5-on-fsdp2", 5),
+    ("tp-lora", "tp-lora-5-on-fsdp2", 5), ("four", "four-3-on-2", 3), ("four-lora", "four-lora-3-on-2", 3),
+    ("four", "four-6-on-2-on-1", 6), ("four-lora", "four-lora-6-on-2-on-1", 6),
+])  # fmt: skip
+def test_resumed_on_another_mesh(runs: dict[str, dict[str, Any]], whole: str, resumed: str, step: int) -> None:
+    assert runs[resumed]["started_at"] == step
+    torch.testing.assert_close(runs[resumed]["losses"], runs[whole]["losses"], rtol=1e-5, atol=0)
+    for key, tensor in runs[whole]["weights"].items():
         torch.testing.assert_close(runs[resumed]["weights"][key], tensor, rtol=1e-4, atol=1e-5)
+    assert runs[resumed]["spread"] == 0.0
+
+
+def test_lost_moments_would_be_seen(runs: dict[str, dict[str, Any]]) -> None:
+    """The optimizer's state is what makes the curves above agree."""
+    lost, whole = (torch.tensor(runs[name]["losses"][5:]) for name in ("full-5-without-moments", "full"))
+    assert ((lost - whole).abs() / whole).max() > 1e-3
+
+
+@pytest.mark.parametrize(("fails", "rank"), [("write", "rank 1: "), ("rename", "")])
+def test_a_checkpoint_that_cannot_be_written_is_one_line_on_every_rank(
+    runs: dict[str, dict[str, Any]], fails: str, rank: str
+) -> None:
+    (said, step), *others = runs[fails]["raised"]
+    assert others == [[said, step]]
+    assert 4 <= step <= 8  # at the next step boundary, at the latest when the next checkpoint is due
+    assert said.startswith(
+        f"CheckpointFailed: the checkpoint of step 4 is not written: {rank}no space left on the disk"
+    )
+    assert "step_4" in said
+    assert said.endswith(": free some, or set results_dir to a larger disk")
+    assert runs[fails]["left"] == []
+
+
+def test_the_wait_for_a_checkpoint_stands_in_the_record_of_the_next_step(runs: dict[str, dict[str, Any]]) -> None:
+    waited = [seconds > 0 for seconds in runs["late"]["checkpoint_seconds"]]
+    assert waited == [step - 1 in (3, 6, 9) for step in range(1, 11)]
 
 
 def test_a_finished_run_does_nothing_more(runs: dict[str, dict[str, Any]]) -> None:

@@ -187,6 +187,12 @@ COMBINATIONS = {
     "method.lora.targets: '(('": "method.lora.targets = '((': no regular expression: missing ), unterminated subpattern at position 1",
     "method.lora.targets: []": "method.lora.targets = []: names no module: use all-linear, module names or a regular "
     "expression",
+    "train: {checkpoint: {keep_best: 1, every: 30}, validate_every: 20}": "train.checkpoint.keep_best = 1: needs a validation "
+    "loss at each checkpoint, but train.checkpoint.every 30 % train.validate_every 20 = 10, must be 0: use a multiple of 20",
+    "{train.checkpoint.keep_best: 1, data.validation_size: 0}": "train.checkpoint.keep_best = 1: needs a validation loss, but "
+    "data.validation_size is 0: hold rows out, or set keep_best to 0",
+    "train: {checkpoint.keep_best: 2, validate_every: 0}": "train.checkpoint.keep_best = 2: only the last step to choose "
+    "from, since train.validate_every is 0: set it, or keep_best to 0",
     "train.optimizer.betas: [0.9, 1.0]": "train.optimizer.betas = [0.9, 1.0]: both must be at least 0 and below 1",
 }
 

@@ -143,7 +143,13 @@ class Checkpoint(_Section):
     every: NonNegativeInt = 100
     """Steps between checkpoints. 0: only at the end and when asked to stop."""
     keep_last: PositiveInt = 2
-    """Complete checkpoints kept."""
+    """Complete checkpoints kept, the newest ones."""
+    keep_best: NonNegativeInt = 0
+    """Checkpoints kept besides for their lowest validation loss. Only those of steps with a validation count, so
+    `validate_every` must divide `every`; one made when asked to stop may have none. 0: off."""
+    asynchronous: bool = True
+    """Write in the background: training waits only while weights and optimizer state are copied to the CPU's memory,
+    which needs room for a second copy of this rank's share. Off: training waits for the disk."""
 
 
 class Train(_Section):

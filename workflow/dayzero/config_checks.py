@@ -179,6 +179,23 @@ def _training(run: RunConfig) -> Iterator[tuple[str, str]]:
             yield "train.lr_scheduler.warmup_steps", f"{sum_text} is more than train.max_steps {train.max_steps}"
     if not all(0 <= beta < 1 for beta in train.optimizer.betas):
         yield "train.optimizer.betas", "both must be at least 0 and below 1"
+    if train.checkpoint.keep_best and (problem := _no_validation_at_checkpoints(run)):
+        yield "train.checkpoint.keep_best", problem
+
+
+def _no_validation_at_checkpoints(run: RunConfig) -> str | None:
+    every, validate_every = run.train.checkpoint.every, run.train.validate_every
+    if not run.data.validation_size and not run.data.validation_source:
+        return "needs a validation loss, but data.validation_size is 0: hold rows out, or set keep_best to 0"
+    if not every or not validate_every:
+        name = "validate_every" if every else "checkpoint.every"
+        return f"only the last step to choose from, since train.{name} is 0: set it, or keep_best to 0"
+    if left := every % validate_every:
+        return (
+            f"needs a validation loss at each checkpoint, but train.checkpoint.every {every} % train.validate_every "
+            f"{validate_every} = {left}, must be 0: use a multiple of {validate_every}"
+        )
+    return None
 
 
 def _parallelism(run: RunConfig) -> Iterator[tuple[str, str]]:

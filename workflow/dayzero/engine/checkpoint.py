@@ -1,8 +1,8 @@
-"""Checkpoints to resume from: complete or absent, the last few kept, for any number of ranks.
+"""Checkpoints to resume from: complete or absent, the last and the best kept, for any number of ranks and any mesh.
 
 A checkpoint is `step_N/`: torch.distributed.checkpoint's files plus `trainer.json`. It is written as `step_N.tmp/` and
-renamed by rank 0 once every rank has written its part, so a process killed while saving leaves only a `.tmp`.
-Only trained weights are in it: frozen ones come from the base model.
+renamed by rank 0 once every rank has written its part, so a process killed while saving leaves only a `.tmp`; how, see
+`checkpoint_writer.py`. Only trained weights are in it: frozen ones come from the base model.
 """
 
 from __future__ import annotations
@@ -11,55 +11,85 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.nn.parallel import DistributedDataParallel
 
 from dayzero.console import log
-from dayzero.engine.distributed import barrier, rank
+from dayzero.engine.distributed import rank
 from dayzero.errors import ConfigError
-from dayzero.files import read_json, write_json
+from dayzero.files import read_json
 
 OPTIONS = StateDictOptions(ignore_frozen_params=True)
+SHOWN = 3
+"""Differing keys in a message."""
 
 
-def save_checkpoint(
-    directory: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, trainer: dict[str, Any], keep: int
-) -> Path:
-    """Write `directory/step_N` with weights, optimizer and `trainer` (JSON values); all ranks call it together."""
-    final, temporary = directory / f"step_{step}", directory / f"step_{step}.tmp"
-    if rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    barrier()
-    weights, moments = get_state_dict(model, optimizer, options=OPTIONS)
-    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=temporary)
-    if rank() == 0:
-        write_json(temporary / "trainer.json", {"step": step, **trainer})
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
-        _sync_directory(directory)
-        for old in checkpoints(directory)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
-    barrier()
-    return final
+def state_of(model: nn.Module, optimizer: torch.optim.Optimizer, *, for_saving: bool = False) -> dict[str, Tensor]:
+    """Name -> tensor of everything a checkpoint holds, sharing the memory of model and optimizer.
+
+    Weights are `model.NAME`, an optimizer's values `optimizer.NAME.KEY`: names are the model's own, so any mesh can
+    read them. Learning rate and other settings are not in it; they come from the config. With `for_saving` a rank
+    leaves out what rank 0 holds whole too (DDP).
+    """
+    if for_saving and isinstance(model, DistributedDataParallel) and rank() != 0:
+        return {}
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    state = {f"model.{name}": tensor for name, tensor in get_model_state_dict(inner, options=OPTIONS).items()}
+    names = {id(parameter): name for name, parameter in inner.named_parameters()}
+    for parameter, values in optimizer.state.items():
+        state |= {f"optimizer.{names[id(parameter)]}.{key}": value for key, value in values.items()}
+    return cast(dict[str, Tensor], state)
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Load weights and optimizer state in place, resharding to the present ranks."""
-    weights, moments = get_state_dict(model, optimizer, options=OPTIONS)
-    state: dict[str, Any] = {"model": weights, "optimizer": moments}
+    """Load weights and optimizer state in place, resharding to the present ranks.
+
+    Raises `ConfigError` naming the weights in which the checkpoint differs from the model.
+    """
+    saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    _make_optimizer_state(optimizer)
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    for name, parameter in inner.named_parameters():
+        # a parameter without a gradient so far has no moments yet
+        if not any(key.startswith(f"optimizer.{name}.") for key in saved):
+            optimizer.state.pop(parameter, None)
+    state = state_of(model, optimizer)
+    _check_fits(path, saved, state)
     dcp.load(state, checkpoint_id=path)
-    set_state_dict(
-        model,
-        optimizer,
-        model_state_dict=state["model"],
-        optim_state_dict=state["optimizer"],
-        options=StateDictOptions(ignore_frozen_params=True, strict=False),
-    )
+
+
+def _make_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
+    """Give a new optimizer its (empty) moments: a step with gradients of zero and a learning rate of zero."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step()
+    optimizer.zero_grad()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+def _check_fits(path: Path, saved: dict[str, Any], state: dict[str, Tensor]) -> None:
+    wrong = [f"no {name}" for name in state if name not in saved]
+    wrong += [f"{name} that the model has not" for name in saved if name not in state]
+    for name, tensor in state.items():
+        size = getattr(saved.get(name), "size", None)
+        if size is not None and size != tensor.shape:
+            wrong.append(f"{name} {list(size)} where the model has {list(tensor.shape)}")
+    if wrong:
+        more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+        raise ConfigError(
+            f"{path} is a checkpoint of another model, with {'; '.join(wrong[:SHOWN])}{more}: "
+            f"continue it with its own model, or remove {path.parent} to train afresh"
+        )
 
 
 def checkpoints(directory: Path) -> list[Path]:
@@ -67,7 +97,12 @@ def checkpoints(directory: Path) -> list[Path]:
     found = [
         p for p in directory.glob("step_*") if re.fullmatch(r"step_\d+", p.name) and (p / "trainer.json").is_file()
     ]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
+    return sorted(found, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The N of `step_N`."""
+    return int(path.name.removeprefix("step_"))
 
 
 def check_identity(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
@@ -84,6 +119,27 @@ def check_identity(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
             f"restore those values to continue it, or remove {path.parent} to train afresh"
         )
     return saved
+
+
+def prune(directory: Path, keep_last: int, keep_best: int, validation_losses: dict[int, float]) -> None:
+    """Remove all but the newest `keep_last` checkpoints and the `keep_best` with the lowest validation loss.
+
+    `validation_losses`: by step; a checkpoint of a step without one cannot be among the best.
+    """
+    found = checkpoints(directory)
+    best = sorted((p for p in found if step_of(p) in validation_losses), key=lambda p: validation_losses[step_of(p)])
+    for path in set(found) - {*found[-keep_last:], *best[:keep_best]}:
+        # out of sight first: half a checkpoint must not look like a whole one
+        doomed = path.with_name(path.name + ".tmp")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.replace(path, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def best_checkpoint(directory: Path, validation_losses: dict[int, float]) -> Path | None:
+    """The complete checkpoint with the lowest validation loss, the earliest of equals; None without any."""
+    found = [p for p in checkpoints(directory) if step_of(p) in validation_losses]
+    return min(found, key=lambda p: validation_losses[step_of(p)], default=None)
 
 
 def set_aside(directory: Path) -> Path:
@@ -107,7 +163,8 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix.lstrip("."): value}
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
+    """Have the names in `directory` on the disk before anything that follows."""
     handle = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(handle)

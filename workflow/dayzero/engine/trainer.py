@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dayzero.config import Method, Train
 from dayzero.console import ProgressBar, log
 from dayzero.engine import checkpoint, distributed
+from dayzero.engine.checkpoint_writer import CheckpointWriter
 from dayzero.engine.context_parallel import ContextParallel, use_context_parallel
 from dayzero.engine.loss import IGNORE, CausalLMWithLoss
 from dayzero.engine.lr_scheduler import lr_factor
@@ -86,6 +87,8 @@ class Trainer:
     step: int = 0
     """Optimizer steps done."""
     validation_losses: dict[int, float] = field(default_factory=dict)
+    checkpoint_seconds: float = 0.0
+    """How long this process's training has stood still for checkpoints."""
 
     def __post_init__(self) -> None:
         config = self.source.config(self.tokenizer_directory)
@@ -104,6 +107,7 @@ class Trainer:
         )
         self.optimizer = build_optimizer(self.module, self.train.optimizer)
         self.metrics = MetricsLog(self.checkpoints / "metrics.jsonl", enabled=self.is_main)
+        self.writer = CheckpointWriter(self.checkpoints, self.train.checkpoint)
 
     def _empty_module(self) -> CausalLMWithLoss:
         """The model with its loss, on the meta device."""
@@ -138,29 +142,32 @@ class Trainer:
     def fit(self, batches: Callable[[int], Iterable[Batch]], validation: Callable[[], Iterable[Batch]] | None) -> None:
         """Train from `step` to `max_steps`. `batches(step)` yields this rank's batches from that step on.
 
-        Raises `NonFiniteLoss`, and `Interrupted` after SIGTERM or SIGUSR1 once a checkpoint is written.
+        Raises `NonFiniteLoss`, `CheckpointFailed`, and `Interrupted` after SIGTERM or SIGUSR1 once a checkpoint is
+        written.
         """
         self.metrics.start_after(self.step)
+        waited = 0.0  # for the checkpoint before this step
         with (
             StopRequest() as stop,
+            self.writer,
             ProgressBar("train", self.max_steps, initial=self.step, enabled=self.is_main) as progress,
         ):
             waiting_since = time.perf_counter()
             for batch in batches(self.step) if self.step < self.max_steps else ():
                 started = time.perf_counter()
-                record, stop_asked = self.train_step(batch, stop.asked)
+                record, stop_asked = self.train_step(batch, stop.asked or self.writer.failed)
                 self.step = batch.step + 1
                 last = self.step == self.max_steps
                 seconds = time.perf_counter() - started
                 record |= speed(record["num_tokens"], seconds, started - waiting_since, self.dims.world_size)
-                record["peak_memory_gib"] = peak_memory_gib(self.device)
+                record |= {"peak_memory_gib": peak_memory_gib(self.device), "checkpoint_seconds": waited}
                 if validation and (last or (self.train.validate_every and self.step % self.train.validate_every == 0)):
                     record["validation_loss"] = self.validation_losses[self.step] = self.validate(validation())
                 self.metrics.write(record)
                 progress.advance(loss=record["loss"], tokens_per_second=round(record["tokens_per_second"]))
-                every = self.train.checkpoint.every
+                every, waited = self.train.checkpoint.every, 0.0
                 if last or stop_asked or (every and self.step % every == 0):
-                    self.save()
+                    waited = self.save(wait=last or stop_asked)
                 if stop_asked and not last:
                     raise Interrupted(self.step)
                 waiting_since = time.perf_counter()
@@ -208,11 +215,16 @@ class Trainer:
         self.module.train()
         return self._sum_over_tokens(loss_sum) / max(self._sum_over_rows([num_labels])[0], 1)
 
-    def save(self) -> None:
-        """Write a checkpoint of the present step."""
-        trainer = {"identity": self.identity, "validation_losses": self.validation_losses}
-        keep = self.train.checkpoint.keep_last
-        checkpoint.save_checkpoint(self.checkpoints, self.step, self.module, self.optimizer, trainer, keep)
+    def save(self, *, wait: bool) -> float:
+        """Checkpoint the present step; with `wait` it is complete on return. Returns the seconds that took here."""
+        started = time.perf_counter()
+        trainer = {"identity": self.identity, "validation_losses": dict(self.validation_losses)}
+        self.writer.save(self.step, checkpoint.state_of(self.module, self.optimizer, for_saving=True), trainer)
+        if wait:
+            self.writer.wait()
+        seconds = time.perf_counter() - started
+        self.checkpoint_seconds += seconds
+        return seconds
 
     @torch.no_grad()
     def logits(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:

@@ -65,6 +65,11 @@ def _launch(args: argparse.Namespace, arguments: list[str]) -> None:
     dims = ParallelDims(world_size=run.parallelism.world_size, **sizes)
     dims.grad_accum_steps(run.train.global_batch_size, run.train.local_batch_size)
     check_rows(TokenRows(args.tokens / "train", run.tokenize.seq_len), dims.dp)  # before any process is started
+    if run.train.checkpoint.keep_best and not (args.tokens / "validation").is_dir():
+        raise ConfigError(
+            f"train.checkpoint.keep_best {run.train.checkpoint.keep_best} needs a validation loss, but {args.tokens} "
+            "has no validation rows: hold some out (data.validation_size), or set keep_best to 0"
+        )
     _check_fit(run, args)
     directory = args.output / "checkpoints"
     if found := checkpoint.checkpoints(directory):
@@ -198,6 +203,7 @@ def _write_results(args: argparse.Namespace, run: RunConfig, trainer: Any, rows:
     import torch
     from safetensors.torch import save_file
 
+    from dayzero.engine.checkpoint import best_checkpoint, step_of
     from dayzero.engine.lora import save_adapter
 
     row = rows.row(0)
@@ -212,6 +218,10 @@ def _write_results(args: argparse.Namespace, run: RunConfig, trainer: Any, rows:
             save_adapter(adapter, run.method.lora, weights, base_model=str(run.model.source))
     with atomic_file(args.output / "probe.safetensors") as file:
         save_file({"input_ids": probe, "logits": logits.contiguous()}, file)
+    best: dict[str, Any] | None = None
+    if run.train.checkpoint.keep_best and (path := best_checkpoint(trainer.checkpoints, trainer.validation_losses)):
+        loss = trainer.validation_losses[step_of(path)]
+        best = {"checkpoint": f"checkpoints/{path.name}", "step": step_of(path), "validation_loss": loss}
     records = trainer.metrics.records
     with atomic_file(args.output / "metrics.jsonl") as file:
         shutil.copyfile(trainer.metrics.path, file)
@@ -233,6 +243,8 @@ def _write_results(args: argparse.Namespace, run: RunConfig, trainer: Any, rows:
             "trainable_parameters": trainer.trainable_parameters,
             "total_parameters": trainer.total_parameters,
             "checkpoint": f"checkpoints/step_{trainer.step}",
+            "best_checkpoint": best,
+            "checkpoint_seconds": round(trainer.checkpoint_seconds, 3),
             "seed": run.seed,
             "provenance": clock.provenance(identity=trainer.identity),
         },

@@ -1,0 +1,178 @@
+"""Checkpoints in one process: what is copied, kept, refused, and left when the disk is full."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dayzero.config import Checkpoint
+from dayzero.engine import checkpoint_writer
+from dayzero.engine.checkpoint import best_checkpoint, checkpoints, load_checkpoint, state_of
+from dayzero.engine.checkpoint_writer import CheckpointFailed, CheckpointWriter
+from dayzero.errors import ConfigError
+from torch import nn
+
+
+class Training:
+    """A small model with AdamW, and its writer."""
+
+    def __init__(self, folder: Path, width: int = 8, **config: Any) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(8, width), nn.Linear(width, 8))
+        self.optimizer = torch.optim.AdamW(self.model.parameters())
+        self.writer = CheckpointWriter(folder, Checkpoint(**config))
+
+    def step(self) -> None:
+        self.model(torch.randn(4, 8)).pow(2).mean().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def save(self, step: int, losses: dict[int, float] | None = None) -> None:
+        self.writer.save(step, state_of(self.model, self.optimizer), {"validation_losses": losses or {}})
+
+    def values(self) -> dict[str, torch.Tensor]:
+        return {name: tensor.clone() for name, tensor in state_of(self.model, self.optimizer).items()}
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Nothing is written before this event."""
+    event, real = threading.Event(), checkpoint_writer.dcp.save
+
+    def save(*args: Any, **options: Any) -> None:
+        assert event.wait(60)
+        real(*args, **options)
+
+    monkeypatch.setattr(checkpoint_writer.dcp, "save", save)
+    yield event
+    event.set()
+
+
+def test_weights_may_change_while_they_are_written(tmp_path: Path, held: threading.Event) -> None:
+    training = Training(tmp_path)
+    training.step()
+    before = training.values()
+    training.save(1)
+    training.step()
+    assert checkpoints(tmp_path) == []
+    held.set()
+    training.writer.wait()
+    assert not torch.equal(training.values()["model.0.weight"], before["model.0.weight"])
+    again = Training(tmp_path)
+    load_checkpoint(tmp_path / "step_1", again.model, again.optimizer)
+    assert again.values().keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in again.values().items())
+
+
+def test_one_checkpoint_at_a_time_and_none_left_behind(tmp_path: Path, held: threading.Event) -> None:
+    training = Training(tmp_path, keep_last=5)
+    training.step()
+    with training.writer:
+        training.save(1)
+        threading.Timer(0.2, held.set).start()
+        training.save(2)  # waits for step 1
+        assert [p.name for p in checkpoints(tmp_path)] in (["step_1"], ["step_1", "step_2"])
+    assert [p.name for p in checkpoints(tmp_path)] == ["step_1", "step_2"]
+
+
+def test_an_error_in_training_goes_on_once_the_checkpoint_is_written(tmp_path: Path, held: threading.Event) -> None:
+    training = Training(tmp_path)
+    training.step()
+
+    def fail() -> None:
+        with training.writer:
+            training.save(1)
+            threading.Timer(0.2, held.set).start()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert [p.name for p in checkpoints(tmp_path)] == ["step_1"]
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
+    training = Training(tmp_path, keep_last=2, keep_best=2)
+    training.step()
+    losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: 2.0, 6: 4.0, 7: 5.0}  # no validation at step 5
+    kept = []
+    for step in range(1, 8):
+        training.save(step, {s: loss for s, loss in losses.items() if s <= step})
+        training.writer.wait()
+        kept.append("".join(p.name.removeprefix("step_") for p in checkpoints(tmp_path)))
+    assert kept == ["1", "12", "23", "234", "2345", "2356", "2367"]
+    assert best_checkpoint(tmp_path, losses) == tmp_path / "step_2"
+    assert best_checkpoint(tmp_path, {}) is None
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_2", "step_3", "step_6", "step_7"]
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_full_disk_is_one_line_and_leaves_the_earlier_checkpoint(tmp_path: Path, asynchronous: bool) -> None:
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", tmp_path], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"cannot mount a small disk: {made.stderr.strip()}")
+    try:
+        training = Training(tmp_path, width=8000, asynchronous=asynchronous)  # 1.6 MB a checkpoint
+        training.step()
+        training.save(1)
+        training.writer.wait()
+        with pytest.raises(CheckpointFailed) as failed, training.writer:
+            training.save(2)
+        left = sorted(p.name for p in tmp_path.iterdir())
+    finally:
+        subprocess.run(["umount", "-l", tmp_path], check=True)
+    assert re.fullmatch(
+        rf"the checkpoint of step 2 is not written: .*no space left on the disk of {tmp_path}/step_2\S*: "
+        r"free some, or set results_dir to a larger disk",
+        str(failed.value),
+    )
+    assert left == ["step_1"]
+    training.writer.wait()  # said once
+
+
+def test_a_checkpoint_of_another_shape_is_one_line(tmp_path: Path) -> None:
+    training = Training(tmp_path)
+    training.step()
+    training.save(1)
+    training.writer.wait()
+    other = Training(tmp_path, width=9)
+    before = other.values()
+    with pytest.raises(ConfigError) as refused:
+        load_checkpoint(tmp_path / "step_1", other.model, other.optimizer)
+    said = str(refused.value)
+    assert said.startswith(f"{tmp_path}/step_1 is a checkpoint of another model, with model.0.weight [8, 8] where the ")
+    assert "model has [9, 8]; model.0.bias [8] where the model has [9]; " in said
+    assert said.endswith(f" and 6 more: continue it with its own model, or remove {tmp_path} to train afresh")
+    assert all(torch.equal(other.values()[name], tensor) for name, tensor in before.items())
+    for model, says in (
+        (
+            nn.Sequential(*training.model, nn.Linear(8, 8)),
+            "with no model.2.weight; no model.2.bias: continue it with its",
+        ),
+        (
+            training.model[:1],
+            "with model.1.weight that the model has not; model.1.bias that the model has not; optimizer.",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(says)):
+            load_checkpoint(tmp_path / "step_1", model, torch.optim.AdamW(model.parameters()))
+
+
+def test_a_parameter_without_gradients_has_no_moments(tmp_path: Path) -> None:
+    """Some models have parameters that no forward pass reaches; they must not stop a run from being continued."""
+    training = Training(tmp_path)
+    for parameter in training.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    training.model[1].bias.grad = None
+    training.optimizer.step()
+    training.save(1)
+    training.writer.wait()
+    again = Training(tmp_path)
+    load_checkpoint(tmp_path / "step_1", again.model, again.optimizer)
+    assert again.values().keys() == training.values().keys()
+    assert "optimizer.1.bias.step" not in again.values()
