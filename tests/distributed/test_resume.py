@@ -274,3 +274,20 @@ def test_a_checkpoint_of_another_config_is_refused_with_the_differing_keys(stage
     process = start(stage, "--set-aside-other-checkpoints")
     assert process.wait(timeout=120) == 0
     assert (stage["output"] / "checkpoints.superseded" / "step_2").is_dir()
+
+
+def test_a_world_size_that_torchrun_did_not_give_is_refused_on_all_ranks(stage: dict[str, Any]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", "-m",
+         "dayzero.stages.train", "--config", str(stage["config"]), "--tokens", str(stage["tokens"]), "--output",
+         str(stage["output"])],
+        cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 1
+    said = {line for line in done.stderr.splitlines() if line.startswith("train: ")}
+    assert said == {
+        "train: error: parallelism: dp_replicate 1 x dp_shard 2 x cp 1 x tp 1 = 2, but the world size is 3: "
+        "start 2 processes, or change the sizes so that their product is 3"
+    }
+    assert "Traceback" not in done.stderr
+    assert not stage["output"].exists()

@@ -34,6 +34,11 @@ def is_worker() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ and "LOCAL_RANK" in os.environ
 
 
+def reports_errors() -> bool:
+    """Whether a stage started torchrun, and so says the error that `errors_reported` leaves."""
+    return _ERRORS in os.environ
+
+
 def run_torchrun(module: str, arguments: list[str], processes: int) -> bool:
     """Run `python -m module arguments` in `processes` local ranks; False when they stopped as asked.
 

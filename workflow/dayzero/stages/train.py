@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -120,10 +121,17 @@ def _source(run: RunConfig, args: argparse.Namespace) -> Any:
 
 
 def _rank(args: argparse.Namespace) -> None:
+    from dayzero.engine.parallel_dims import ParallelDims
+
+    # torchrun may have been started by hand: its number of processes is held against the config's before they meet
+    run = _read_run(args)
+    ParallelDims(world_size=int(os.environ["WORLD_SIZE"]), **run.parallelism.model_dump())
+
     from dayzero.engine import distributed
-    from dayzero.engine.launch import EXIT_INTERRUPTED, errors_reported
+    from dayzero.engine.launch import EXIT_INTERRUPTED, errors_reported, reports_errors
     from dayzero.engine.trainer import Interrupted
 
+    handlers = log.handlers
     with distributed.process_group() as device, errors_reported(distributed.rank()):
         if distributed.rank() != 0:
             log.handlers = [logging.NullHandler()]
@@ -133,7 +141,8 @@ def _rank(args: argparse.Namespace) -> None:
         except Interrupted:
             raise SystemExit(EXIT_INTERRUPTED) from None
         except Exception:
-            log.handlers = [logging.NullHandler()]  # the launching process says it, once for all ranks
+            # the launching process says it, once for all ranks; under a torchrun started by hand each rank does
+            log.handlers = [logging.NullHandler()] if reports_errors() else handlers
             raise
 
 
