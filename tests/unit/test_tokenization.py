@@ -10,7 +10,7 @@ from dayzero.config import Tokenize
 from dayzero.data import tokenization
 from dayzero.data.documents import DocumentEncoder
 from dayzero.data.tokenization import tokenize_split
-from dayzero.data.tokenizer import TokenizerSource
+from dayzero.data.tokenizer import TokenizerSource, text_ids
 from dayzero.data.tokens import IGNORE, TokenRows
 from dayzero.errors import ConfigError, DataError
 from dayzero.stages import tokenize as stage
@@ -94,6 +94,46 @@ def test_text_has_bos_and_eos_once_and_is_all_supervised_but_its_first_token(tok
     assert counts["special_token_text"] == 2
 
 
+def test_texts_at_once_get_the_tokens_that_the_tokenizer_gives_each(tokenizer):
+    texts = [
+        *sentences(50),
+        "",
+        " ",
+        "<|im_end|> x <s>",
+        "a\x00b \u200d\U0001f468\u200d\U0001f469 e\u0301",
+        "fox " * 3000,
+    ]
+    expected = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    assert text_ids(tokenizer, texts) == expected
+    tokenizer("fox " * 50, truncation=True, max_length=4, padding="max_length")  # leaves its mark in the backend
+    assert text_ids(tokenizer, texts) == expected
+    tokenizer.split_special_tokens = True
+    try:
+        assert text_ids(tokenizer, texts) == [tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts]
+    finally:
+        tokenizer.split_special_tokens = False
+
+    class Own(type(tokenizer)):
+        def __call__(self, text, **options):
+            return {"input_ids": [len(text)]}
+
+    own = Own(tokenizer_object=tokenizer.backend_tokenizer)
+    assert text_ids(own, ["abc", "a"]) == [[3], [1]], "a class with a way of its own is asked as it wants"
+
+
+def test_many_rows_at_once_become_the_documents_of_each(tokenizer):
+    texts = [*sentences(20), "", "fox", "fox"]
+    for data_format, rows in (
+        ("text", [{"text": t} for t in texts]),
+        ("prompt_completion", [{"prompt": t, "completion": t[::-1]} for t in texts]),
+    ):
+        one, many = (
+            DocumentEncoder(tokenizer, data_format, Tokenize(seq_len=16, long_documents="split")) for _ in "ab"
+        )
+        assert list(many.encode_rows(rows)) == [(i, d) for i, row in enumerate(rows) for d in one.encode(row)]
+        assert many.counts == one.counts
+
+
 def test_prompt_and_completion_keep_their_border(tokenizer):
     row = {"prompt": "What is 17 + 25?\n", "completion": "\nThe answer is 42."}
     [[(ids, mask)]], _ = documents(tokenizer, "prompt_completion", [row])
@@ -171,6 +211,7 @@ def test_without_packing_a_row_is_a_document_in_file_order(tmp_path, path):
 
 def test_any_number_of_workers_gives_the_same_bytes(tmp_path, path, monkeypatch):
     monkeypatch.setattr(tokenization, "BYTES_PER_WORKER", 10_000)
+    monkeypatch.setattr(tokenization, "BYTES_PER_TASK", 5_000)
     source = parquet(tmp_path / "train.parquet", text=sentences(350))
     asked = []
     in_processes = tokenization._encode_in_processes

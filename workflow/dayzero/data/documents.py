@@ -13,14 +13,14 @@ A document's first token is never supervised: nothing stands before it to predic
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from dayzero.config import Tokenize
 from dayzero.data.chat import ChatEncoder
-from dayzero.data.tokenizer import affixes, special_token_pattern
+from dayzero.data.tokenizer import affixes, special_token_pattern, special_tokens, text_ids
 from dayzero.errors import ConfigError, DataError
 
 COLUMNS = {"text": ["text"], "prompt_completion": ["prompt", "completion"], "messages": ["messages"]}
@@ -42,6 +42,8 @@ class DocumentEncoder:
         self.tokenizer, self.format, self.options = tokenizer, data_format, options
         self.counts: Counter[str] = Counter()
         self._special = special_token_pattern(tokenizer)
+        self._special_starts = {token[0] for token in special_tokens(tokenizer)}
+        self._known: dict[str, list[int]] = {}
         if data_format == "messages":
             self._chat = ChatEncoder(tokenizer)
             return
@@ -51,6 +53,16 @@ class DocumentEncoder:
                 f"the tokenizer in {tokenizer.name_or_path} has no EOS token to end a document of format {data_format} "
                 "with: name an eos_token in its tokenizer_config.json"
             )
+
+    def encode_rows(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, Document]]:
+        """(index of the row, document) for many rows; see `encode`. Their texts go to the tokenizer in one call."""
+        if self.format != "messages":
+            texts = {row[c] for row in rows for c in COLUMNS[self.format] if row.get(c)}
+            self._known = dict(zip(texts, text_ids(self.tokenizer, list(texts)), strict=True))
+        for index, row in enumerate(rows):
+            for document in self.encode(row):
+                yield index, document
+        self._known = {}
 
     def encode(self, row: Mapping[str, Any]) -> Iterator[Document]:
         """The documents of one row: none, one, or several where a long one is split.
@@ -113,7 +125,8 @@ class DocumentEncoder:
         return self._chat.encode(messages) if messages else ([], [])
 
     def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        known = self._known.get(text)
+        return text_ids(self.tokenizer, [text])[0] if known is None else known
 
     def _with_prefix(self, ids: list[int]) -> list[int]:
         return ids if ids[: len(self._prefix)] == self._prefix else self._prefix + ids
@@ -123,5 +136,5 @@ class DocumentEncoder:
         return ids if ids[-1:] == [eos] else [*ids, eos]
 
     def _count_special(self, *texts: str) -> None:
-        if self._special and any(map(self._special.search, texts)):
+        if self._special and any(self._special.search(t) for t in texts if any(c in t for c in self._special_starts)):
             self.counts["special_token_text"] += 1

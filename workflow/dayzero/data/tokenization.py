@@ -7,6 +7,7 @@ rows to the store: one pass. The result does not depend on the number of workers
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -28,8 +29,8 @@ from dayzero.data.tokenizer import TokenizerSource, check_model_limits
 from dayzero.data.tokens import TokenWriter
 from dayzero.errors import DataError
 
-ROWS_PER_TASK = 64
-"""Source rows a worker is handed at a time."""
+BYTES_PER_TASK, ROWS_PER_TASK = 2**17, 4096
+"""Source rows a worker is handed at a time: about so many bytes, at most so many rows."""
 BYTES_PER_WORKER = 8 * 2**20
 """Workers take seconds to start: less text than this is not worth one more."""
 TASKS_AHEAD = 4
@@ -144,8 +145,7 @@ def _encode(
     file = _open(source, data_format)
     setup = tokenizer, data_format, options
     rows = file.metadata.num_rows
-    size = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
-    num_workers = min(num_workers, 1 + size // BYTES_PER_WORKER)
+    num_workers = min(num_workers, 1 + _num_bytes(file) // BYTES_PER_WORKER)
     with ProgressBar(f"tokenize {name}", rows) as bar:
         parts = _encode_here(file, setup) if num_workers <= 1 else _encode_in_processes(file, setup, num_workers)
         for part in parts:
@@ -156,15 +156,21 @@ def _encode(
 def _tasks(file: pq.ParquetFile, data_format: str) -> Iterator[tuple[int, pa.RecordBatch]]:
     """Pieces of the file with the number of their first row."""
     names = [c for c in ("id", "origin", *COLUMNS[data_format]) if c in file.schema_arrow.names]
+    row_bytes = _num_bytes(file) // max(file.metadata.num_rows, 1)
+    rows = min(max(BYTES_PER_TASK // max(row_bytes, 1), 1), ROWS_PER_TASK)
     first = 0
     try:
-        for batch in file.iter_batches(batch_size=ROWS_PER_TASK, columns=names, use_threads=False):
+        for batch in file.iter_batches(batch_size=rows, columns=names, use_threads=False):
             yield first, batch
             first += batch.num_rows
     except (pa.ArrowException, OSError) as error:
         raise DataError(
             f"cannot read rows of the Parquet file after row {first} ({error}): fetch the data again"
         ) from error
+
+
+def _num_bytes(file: pq.ParquetFile) -> int:
+    return sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
 
 
 def _encode_here(file: pq.ParquetFile, setup: tuple[TokenizerSource, str, Tokenize]) -> Iterator[_Encoded]:
@@ -202,6 +208,7 @@ _encoder: DocumentEncoder | None = None  # one in each worker process
 
 def _start_worker(tokenizer: TokenizerSource, data_format: str, options: Tokenize) -> None:
     global _encoder
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes share the cores, not threads within each
     _encoder = DocumentEncoder(tokenizer.load(), data_format, options)
 
 
@@ -209,19 +216,19 @@ def _encode_task(first: int, batch: pa.RecordBatch) -> _Encoded:
     """Encode rows `first`, `first + 1`, ... of the source."""
     assert _encoder is not None
     _encoder.counts.clear()
-    ids: list[NDArray[np.int32]] = []
-    masks: list[NDArray[np.bool_]] = []
-    document_ids = []
-    for index, row in enumerate(batch.to_pylist(), start=first):
-        for tokens, mask in _encoder.encode(row):
-            ids.append(np.array(tokens, dtype=np.int32))
-            masks.append(np.array(mask, dtype=np.bool_))
-            document_ids.append(index)
+    ids: list[int] = []
+    mask: list[bool] = []
+    lengths, document_ids = [], []
+    for index, (tokens, supervised) in _encoder.encode_rows(batch.to_pylist()):
+        ids += tokens
+        mask += supervised
+        lengths.append(len(tokens))
+        document_ids.append(first + index)
     return _Encoded(
         documents=Documents(
-            input_ids=np.concatenate(ids) if ids else np.empty(0, np.int32),
-            loss_mask=np.concatenate(masks) if masks else np.empty(0, np.bool_),
-            lengths=np.array([len(i) for i in ids], dtype=np.int64),
+            input_ids=np.array(ids, dtype=np.int32),
+            loss_mask=np.array(mask, dtype=np.bool_),
+            lengths=np.array(lengths, dtype=np.int64),
             document_ids=np.array(document_ids, dtype=np.int64),
         ),
         counts=Counter(_encoder.counts),

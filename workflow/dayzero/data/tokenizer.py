@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dayzero.config_checks import CONTEXT_LENGTHS
 from dayzero.console import log
@@ -78,6 +79,23 @@ def special_token_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]
     """Matches any control token in a text; None where the tokenizer has none."""
     tokens = sorted(special_tokens(tokenizer), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, tokens))) if tokens else None
+
+
+def text_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """The token ids of each text without BOS or EOS: what `tokenizer(text, add_special_tokens=False)` gives.
+
+    A tokenizer of the `tokenizers` library is asked directly, for all texts at once and without offsets, unless its
+    class has a way of its own.
+    """
+    kind = type(tokenizer)
+    usual = getattr(kind, "_encode_plus", None) is getattr(PreTrainedTokenizerFast, "_encode_plus", 0)
+    if not (usual and kind.__call__ is PreTrainedTokenizerBase.__call__):
+        return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = tokenizer.split_special_tokens
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def affixes(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

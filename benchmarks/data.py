@@ -1,0 +1,169 @@
+"""Tokenising and packing against the raw tokenizer and against `datasets.map` + TRL's packing: same rows, one run.
+
+    python benchmarks/data.py --tokenizer results/store/models/KEY --text results/store/data/KEY/train.parquet
+
+Verses (or whatever rows the file's `text` column has) are joined into documents of mixed length. Every way is run in
+turn, several times over; the best counts, in seconds of wall time and of CPU time of all its processes. CPU time is what
+to compare on a machine that others use too. TRL is measured where it can be imported; it is no dependency:
+`pip install --no-deps --target DIR trl`, then PYTHONPATH=DIR.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from dayzero.config import Tokenize
+from dayzero.data.loader import TrainBatches
+from dayzero.data.packing import best_fit_rows
+from dayzero.data.tokenization import tokenize_split
+from dayzero.data.tokenizer import TokenizerSource
+from dayzero.data.tokens import TokenRows
+
+try:
+    from trl.data_utils import pack_dataset
+except ImportError:
+    pack_dataset = None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", required=True, type=Path, help="HF directory")
+    parser.add_argument("--text", required=True, type=Path, help="Parquet file with a column `text`")
+    parser.add_argument("--documents", type=int, default=20_000)
+    parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--repeat", type=int, default=3)
+    args = parser.parse_args()
+    datasets.disable_progress_bars()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = Path(folder) / "rows.parquet"
+        texts = mixed_documents(args.text, args.documents)
+        number = [str(i) for i in range(len(texts))]
+        pq.write_table(pa.table({"id": number, "origin": number, "text": texts}), rows, row_group_size=1000)
+        tokenise_and_pack(args, rows, texts, Path(folder))
+        load(args, Path(folder))
+
+
+def mixed_documents(file: Path, count: int) -> list[str]:
+    """Documents of one to some hundred rows of the file, read round and round."""
+    source = pq.read_table(file, columns=["text"]).column("text").to_pylist()
+    sizes = np.random.default_rng(0).lognormal(1.5, 1.0, count).astype(int) + 1
+    ends = np.cumsum(sizes)
+    return [
+        " ".join(source[i % len(source)] for i in range(end - size, end))
+        for size, end in zip(sizes.tolist(), ends.tolist(), strict=True)
+    ]
+
+
+def tokenise_and_pack(args: argparse.Namespace, rows: Path, texts: list[str], folder: Path) -> None:
+    """Print the table of tokenising and packing."""
+    source = TokenizerSource(args.tokenizer)
+    tokenizer = source.load()
+    eos, backend = tokenizer.eos_token_id, tokenizer.backend_tokenizer
+    counter = iter(range(10**6))
+
+    def raw() -> tuple[int, int]:
+        tokens = 0
+        for start in range(0, len(texts), 256):
+            part = backend.encode_batch(texts[start : start + 256], add_special_tokens=False)
+            tokens += sum(len(encoding.ids) for encoding in part)
+        return tokens, 0
+
+    def ours(workers: int) -> tuple[int, int]:
+        made = tokenize_split(
+            rows,
+            folder / f"ours{next(counter)}",
+            name="rows",
+            data_format="text",
+            tokenizer=source,
+            options=Tokenize(seq_len=args.seq_len),
+            num_workers=workers,
+        )
+        return made["tokens"], made["rows"]
+
+    def peer(workers: int) -> tuple[int, int]:
+        data = datasets.Dataset.from_parquet(str(rows), cache_dir=str(folder / f"cache{next(counter)}"))
+
+        def encode(batch: dict[str, list[str]]) -> dict[str, Any]:
+            ids = tokenizer(batch["text"], add_special_tokens=False)["input_ids"]
+            return {"input_ids": [[*i, eos][: args.seq_len] for i in ids]}
+
+        processes = workers if workers > 1 else None
+        encoded = data.map(encode, batched=True, remove_columns=data.column_names, num_proc=processes)
+        packed = pack_dataset(encoded, args.seq_len, "bfd", {"num_proc": processes})
+        lengths = packed.with_format("arrow")["input_ids"]
+        return sum(len(flat) for chunk in lengths.chunks for flat in [chunk.flatten()]), len(packed)
+
+    ways: dict[str, Callable[[], tuple[int, int]]] = {
+        "tokenizers encode_batch": raw,
+        "dayzero, 1 process": lambda: ours(1),
+        "dayzero, 2 processes": lambda: ours(2),
+    }
+    if pack_dataset is not None:
+        ways |= {"datasets.map + TRL, 1 process": lambda: peer(1), "datasets.map + TRL, 2 processes": lambda: peer(2)}
+    results: dict[str, tuple[int, int]] = {}
+    wall = dict.fromkeys(ways, float("inf"))
+    cpu = dict.fromkeys(ways, float("inf"))
+    for _ in range(args.repeat):
+        for name, way in ways.items():
+            before = time.perf_counter(), cpu_seconds()
+            results[name] = way()
+            wall[name] = min(wall[name], time.perf_counter() - before[0])
+            cpu[name] = min(cpu[name], cpu_seconds() - before[1])
+    print(f"{len(texts):,} documents, rows of {args.seq_len} tokens, best of {args.repeat}")
+    print(f"{'':32} {'tokens':>12} {'filled':>8} {'wall s':>8} {'CPU s':>8} {'of raw, CPU':>12} {'of raw, wall':>13}")
+    base = "tokenizers encode_batch"
+    for name, (tokens, made) in results.items():
+        filled = f"{100 * tokens / made / args.seq_len:.2f} %" if made else ""
+        of_raw = [f"{100 * seconds[base] / seconds[name]:.0f} %" for seconds in (cpu, wall)]
+        print(f"{name:32} {tokens:12,} {filled:>8} {wall[name]:8.2f} {cpu[name]:8.2f} {of_raw[0]:>12} {of_raw[1]:>13}")
+    lengths = np.concatenate([np.diff(np.load(folder / "ours0/document_offsets.npy"))])
+    fewest = len(best_fit_rows(lengths, args.seq_len)[1])
+    made = results["dayzero, 1 process"][1]
+    print(
+        f"rows: {made:,} in one pass, {fewest:,} by the offline best-fit-decreasing: {100 * made / fewest - 100:+.3f} %"
+    )
+
+
+def load(args: argparse.Namespace, folder: Path) -> None:
+    """Print how many tokens a second the loader gives from the page cache."""
+    rows = TokenRows(folder / "ours0")
+    print(f"\nloader, {len(rows):,} rows, micro-batches of 8, page cache warm")
+    for workers in (0, 1):
+        best = {"wall": 0.0, "CPU": 0.0}
+        for _ in range(args.repeat):
+            batches = TrainBatches(rows, global_batch_size=32, local_batch_size=8, num_epochs=8, num_workers=workers)
+            stream = iter(batches)
+            next(stream)
+            before, tokens = (time.perf_counter(), cpu_seconds()), 0
+            for batch in stream:
+                tokens += batch.num_tokens
+            best["wall"] = max(best["wall"], tokens / (time.perf_counter() - before[0]))
+            best["CPU"] = max(best["CPU"], tokens / (cpu_seconds() - before[1]))
+        what = f"{workers} worker process" if workers else "in the training process"
+        print(f"{what:32} {best['wall'] / 1e6:8.1f} M tokens/s of wall time, {best['CPU'] / 1e6:8.1f} M of CPU time")
+
+
+def cpu_seconds() -> float:
+    """User and system time of this process and its ended children."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime + u.ru_stime for u in used)
+
+
+if __name__ == "__main__":
+    main()
