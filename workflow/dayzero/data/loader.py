@@ -46,11 +46,11 @@ class Batch:
 
 @dataclass
 class _Flat:
-    """A batch as loader processes send it: plain arrays go through the pipe, tensors would each open shared memory."""
+    """A batch as loader processes send it through a pipe: plain arrays, where tensors would each open shared memory."""
 
     step: int
     epoch: float
-    arrays: tuple[NDArray[np.int64], ...]
+    arrays: tuple[NDArray[np.int32], ...]
     """Input ids, labels and position ids of all micro-batches end to end."""
     widths: list[int]
     """T of each micro-batch."""
@@ -67,7 +67,7 @@ class _Flat:
             shape = self.local_batch_size, width
             part = slice(at, at + self.local_batch_size * width)
             at = part.stop
-            tensors = [torch.from_numpy(array[part]).view(shape) for array in self.arrays]
+            tensors = [torch.from_numpy(array[part]).view(shape).long() for array in self.arrays]
             micro_batches.append(dict(zip(("input_ids", "labels", "position_ids"), tensors, strict=True)))
         return Batch(self.step, self.epoch, micro_batches, self.row_ids, self.num_label_tokens, self.num_tokens)
 
@@ -108,6 +108,10 @@ def check_rows(rows: TokenRows, dp_size: int) -> None:
         )
 
 
+MESSAGE_TOKENS = 2**16
+"""Loader processes send about so many tokens at a time, small batches several together."""
+
+
 class _Batches:
     """What training and validation share: `self[step]` is this rank's batch; iterating walks `steps`."""
 
@@ -118,6 +122,7 @@ class _Batches:
         self.rows, self.local_batch_size, self.padding = rows, local_batch_size, padding
         self.dp_rank, self.dp_size, self.num_workers = dp_rank, dp_size, num_workers
         self.steps = range(0)
+        self.rows_per_step = local_batch_size
 
     def __len__(self) -> int:
         """Batches an iteration yields."""
@@ -131,15 +136,17 @@ class _Batches:
             return map(self.__getitem__, self.steps)
         # A generator of its own: DataLoader would draw its workers' seed from torch's global one, which a resumed run
         # would then find in another state.
+        tokens = max(self.rows_per_step * self.rows.num_tokens // max(len(self.rows), 1), 1)
+        together = max(MESSAGE_TOKENS // tokens, 1)
         workers = DataLoader(
             _Worker(self),
             batch_size=None,
-            sampler=self.steps,
+            sampler=[self.steps[i : i + together] for i in range(0, len(self.steps), together)],
             num_workers=self.num_workers,
             collate_fn=_identity,
             generator=torch.Generator().manual_seed(0),
         )
-        return map(_Flat.batch, workers)
+        return (flat.batch() for message in workers for flat in message)
 
     def _make(self, step: int) -> _Flat:
         raise NotImplementedError
@@ -162,14 +169,14 @@ class _Batches:
         )
 
 
-class _Worker(Dataset[_Flat]):
-    """What a loader process is given."""
+class _Worker(Dataset[list[_Flat]]):
+    """What a loader process is given: asked for some steps, it makes their batches."""
 
     def __init__(self, batches: _Batches) -> None:
         self.batches = batches
 
-    def __getitem__(self, step: int) -> _Flat:
-        return self.batches._make(step)
+    def __getitem__(self, steps: range) -> list[_Flat]:
+        return [self.batches._make(step) for step in steps]
 
 
 class TrainBatches(_Batches):
@@ -211,6 +218,7 @@ class TrainBatches(_Batches):
         assert global_batch_size % (local_batch_size * dp_size) == 0
         check_rows(rows, dp_size)
         self.global_batch_size, self.seed = global_batch_size, seed
+        self.rows_per_step = global_batch_size // dp_size
         self.num_steps = steps_of(len(rows), global_batch_size, max_steps=max_steps, num_epochs=num_epochs)
         """Steps of the whole run."""
         self.num_samples = self.num_steps * global_batch_size if max_steps else _samples(len(rows), num_epochs)

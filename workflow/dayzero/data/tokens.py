@@ -118,13 +118,14 @@ class TokenRows:
         rows = np.array([index])
         (first,), (last,) = self._documents_of(rows)
         starts = self._document_offsets[first : last + 1] - self._document_offsets[first]
-        arrays = self.batch(rows, starts[-1:])
-        return Row(*arrays, self._document_ids[first:last].copy(), starts.astype(np.int32))
+        ids, labels, positions = (array.astype(np.int64) for array in self.batch(rows, starts[-1:]))
+        return Row(ids, labels, positions, self._document_ids[first:last].copy(), starts.astype(np.int32))
 
     def batch(
         self, rows: NDArray[np.int64], widths: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Rows end to end, each padded to its width: input ids, labels and position ids as in `Row`, [sum(widths)].
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
+        """Rows end to end, each padded to its width: input ids, labels and position ids as in `Row`, [sum(widths)],
+        fewer than 2^31.
 
         Padding goes on from a row's last document, which cannot see it: a restart of the positions would make
         transformers take a row of one document for a packed one and build a mask where plain causal attention does.
@@ -134,19 +135,20 @@ class TokenRows:
         assert (stops - starts <= widths).all()
         places = np.cumsum(widths) - widths
         total = int(widths.sum())
-        input_ids, mask = np.zeros(total, np.int64), np.zeros(total, np.bool_)
+        input_ids, mask = np.zeros(total, np.int32), np.zeros(total, np.bool_)
         for at, start, stop in zip(places.tolist(), starts.tolist(), stops.tolist(), strict=True):
             input_ids[at : at + stop - start] = self._input_ids[start:stop]
             mask[at : at + stop - start] = self._loss_mask[start:stop]
         # A document's first token is never supervised, so the shift cannot reach over a document's or a row's end.
-        labels = np.full(total, IGNORE)
+        labels = np.full(total, IGNORE, np.int32)
         np.copyto(labels[:-1], input_ids[1:], where=mask[1:])
         # Positions count from the latest start of a document, or of a row that has none.
         documents = np.maximum(last - first, 1)
         owner = np.repeat(np.arange(len(rows)), documents)
         document = np.arange(len(owner)) + (first - (np.cumsum(documents) - documents))[owner]
         restarts = self._document_offsets[document] + (places - starts)[owner]
-        position_ids = np.arange(total) - np.repeat(restarts, np.diff(restarts, append=total))
+        position_ids = np.arange(total, dtype=np.int32)
+        position_ids -= np.repeat(restarts.astype(np.int32), np.diff(restarts, append=total))
         return input_ids, labels, position_ids
 
     def num_label_tokens(self, rows: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
