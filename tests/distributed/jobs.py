@@ -26,7 +26,6 @@ from dayzero.engine import checkpoint_writer, distributed
 from dayzero.engine.model import ModelSource, build_model
 from dayzero.engine.parallel_dims import ParallelDims
 from dayzero.engine.trainer import Trainer
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 
 from tests.tiny import ARCHITECTURES, write_rows
@@ -103,8 +102,10 @@ def reference(job: dict[str, Any]) -> dict[str, Any]:
 def make_trainer(job: dict[str, Any], directory: Path) -> Trainer:
     train, method = settings(job)
     sizes = {"strategy": job["strategy"], "dp_replicate": job.get("dp_replicate", 1)}
-    sizes |= {name: job[name] for name in ("tp", "sequence_parallel", "cp", "cp_method") if name in job}
-    rows = distributed.world_size() // sizes.get("tp", 1) // sizes.get("cp", 1)
+    sizes |= {
+        name: job[name] for name in ("tp", "sequence_parallel", "cp", "cp_method", "pp", "pp_schedule") if name in job
+    }
+    rows = distributed.world_size() // sizes.get("tp", 1) // sizes.get("cp", 1) // sizes.get("pp", 1)
     sizes["dp_shard"] = rows // sizes["dp_replicate"]
     trainer = Trainer(
         source=source_of(job),
@@ -127,18 +128,23 @@ def share_of(trainer: Trainer) -> tuple[int, int]:
 
 
 def all_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-    state = get_model_state_dict(trainer.module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    return {name.removeprefix("model."): tensor.clone() for name, tensor in state.items()}
+    return {name: tensor.clone() for name, tensor in trainer.all_weights().items()}
 
 
 def replica_spread(trainer: Trainer) -> float:
-    """Largest difference of any parameter between two ranks that should hold the same values."""
-    spread = 0.0
-    for parameter in trainer.module.parameters():
+    """Largest difference of any parameter between two ranks that should hold the same values, by name: the stages of a
+    pipeline hold different ones, but for tied ones."""
+    names = {second: first for first, second in trainer.pipeline.copies} if trainer.pipeline else {}
+    mine: list[tuple[str, torch.Tensor]] = []
+    for name, parameter in trainer.module.named_parameters():
         whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-        copies = [torch.empty_like(whole) for _ in range(distributed.world_size())]
-        torch.distributed.all_gather(copies, whole.detach().contiguous())
-        spread = max(spread, *((c - copies[0]).abs().max().item() for c in copies))
+        mine.append((names.get(name, name), whole.detach().clone()))
+    everyone: list[Any] = [None] * distributed.world_size()
+    torch.distributed.all_gather_object(everyone, mine)
+    first: dict[str, torch.Tensor] = {}
+    spread = 0.0
+    for name, whole in (item for part in everyone for item in part):
+        spread = max(spread, (whole - first.setdefault(name, whole)).abs().max().item())
     return spread
 
 
@@ -273,7 +279,7 @@ def bad_step(job: dict[str, Any]) -> dict[str, Any]:
         next(p for p in trainer.module.parameters() if p.requires_grad).fill_(float("inf"))
     before = all_weights(trainer)
     try:
-        trainer.fit(lambda start: batches_of(job, trainer.train, start, distributed.rank(), trainer.dims.dp), None)
+        trainer.fit(lambda start: batches_of(job, trainer.train, start, *share_of(trainer)), None)
     except ValueError as error:
         after = all_weights(trainer)
         same = all(torch.equal(before[k], after[k]) for k in before)

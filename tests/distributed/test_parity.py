@@ -15,6 +15,8 @@ from tests.distributed.launch import run_ranks
 
 pytestmark = pytest.mark.distributed
 
+PP: dict[str, Any] = {"strategy": "fsdp2", "pp": 2}
+
 Results = dict[str, dict[str, Any]]
 
 CASES = [(m, t, r) for m in ("llama", "qwen3") for t in ("full", "lora") for r in ("padded", "packed")]
@@ -89,6 +91,15 @@ def two(folder: Path) -> Results:
         job("train", "qwen3", "full", "packed", folder, strategy="fsdp2", cp=2, cp_method="ulysses"),
         job("train", "llama", "lora", "packed", folder, strategy="fsdp2", cp=2, cp_method="ring"),
     ]
+    jobs += [
+        job("train", "llama", "full", "packed", folder, **PP, pp_schedule="1f1b"),
+        job("train", "qwen3", "lora", "padded", folder, **PP, pp_schedule="1f1b", train={"loss": "cross_entropy"}),
+        job("train", "llama", "full", "padded", folder, **PP, pp_schedule="interleaved"),
+        job("train", "qwen3", "lora", "packed", folder, **PP, pp_schedule="interleaved", local_batch_size=1),
+        job("train", "llama", "full", "packed", folder, **PP, pp_schedule="zero_bubble", local_batch_size=1),
+        job("train", "qwen3", "lora", "padded", folder, **PP, pp_schedule="zero_bubble",
+            train={"activation_checkpointing": "full"}),
+    ]  # fmt: skip
     jobs.append(uneven("train", folder, strategy="fsdp2"))
     bf16 = {"strategy": "fsdp2", "train": {"precision": "bf16", "activation_checkpointing": "full"}}
     jobs += [
@@ -96,6 +107,8 @@ def two(folder: Path) -> Results:
         job("bf16_logits", "qwen3", "lora", "packed", folder, **bf16),
         job("bf16_logits", "qwen3", "lora", "padded", folder, **bf16, tp=2),
         job("bf16_logits", "llama", "full", "padded", folder, **bf16, cp=2, cp_method="ring"),
+        job("bf16_logits", "llama", "full", "packed", folder, **bf16, pp=2, pp_schedule="zero_bubble"),
+        job("leak", "llama", "full", "packed", folder, **PP, pp_schedule="interleaved"),
     ]
     return run_ranks(2, jobs, folder / "two")
 
@@ -113,7 +126,12 @@ def four(folder: Path) -> Results:
         job("train", "llama", "lora", "packed", folder, strategy="fsdp2", tp=2, sequence_parallel=True),
         job("train", "qwen3", "full", "packed", folder, strategy="fsdp2", cp=2, cp_method="ring"),
         job("train", "llama", "lora", "packed", folder, strategy="fsdp2", cp=4, cp_method="ulysses"),
-    ]
+        job("train", "llama", "full", "padded", folder, **PP, pp_schedule="1f1b"),
+        job("train", "qwen3", "lora", "packed", folder, **PP, dp_replicate=2, pp_schedule="interleaved"),
+        job("train", "llama", "full", "packed", folder, **PP, tp=2, pp_schedule="zero_bubble"),
+        job("train", "llama", "full", "packed", folder, **PP, pp_schedule="1f1b", cp=2, cp_method="ring",
+            train={"activation_checkpointing": "full"}),
+    ]  # fmt: skip
     jobs.append(uneven("train", folder, strategy="fsdp2", cp=2, cp_method="ring"))
     jobs.append(uneven("train", folder, strategy="fsdp2", dp_replicate=2))
     return run_ranks(4, jobs, folder / "four")
@@ -142,11 +160,11 @@ def test_one_process_equals_the_plain_loop(one: Results) -> None:
 
 
 def test_two_ranks_equal_the_plain_loop(two: Results, one: Results) -> None:
-    check(two, one, len(CASES) + 12)
+    check(two, one, len(CASES) + 18)
 
 
 def test_four_ranks_equal_the_plain_loop(four: Results, one: Results) -> None:
-    check(four, one, 8)
+    check(four, one, 12)
 
 
 def test_uneven_data_ends_with_a_short_step(one: Results, two: Results, four: Results) -> None:
@@ -225,7 +243,7 @@ def test_the_last_checkpoints_are_kept(two: Results) -> None:
 
 def test_weights_trained_in_bf16_have_float32_logits(two: Results) -> None:
     found = {name: got for name, got in two.items() if name.startswith("bf16_logits")}
-    assert len(found) == 4
+    assert len(found) == 5
     for name, got in found.items():
         size = got["plain"].abs().max()
         assert (got["float32"] - got["plain"]).abs().max() <= 1e-5 * size, name
@@ -239,3 +257,7 @@ def test_a_model_whose_packed_documents_leak_is_found(one: Results, precision: s
     assert found["llama"] is None
     assert found["qwen3"] is None
     assert found["mamba"] > 1e-2
+
+
+def test_a_pipeline_can_be_asked_whether_it_leaks(two: Results) -> None:
+    assert two["leak-llama-full-packed-fsdp2-2-interleaved"]["leak"] is None

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.distributed
 # 20 packed rows, 8 rows a step: step 5 ends and step 6 begins in mid-epoch; local batch 2 on 2 ranks accumulates twice
 CASE = ("llama", "full", "packed")
 SETTINGS: dict[str, Any] = {"strategy": "fsdp2", "local_batch_size": 2}
+V_PIPELINE: dict[str, Any] = {"pp": 2, "pp_schedule": "zero_bubble"}
 LORA: dict[str, Any] = {**SETTINGS, "method_options": {"lora": {"rank": 4, "dropout": 0.2}}}
 
 
@@ -61,6 +62,8 @@ def runs(folder: Path) -> dict[str, dict[str, Any]]:
     named = {"full": full, "lora": lora, "ddp": ddp, "loader": loader, "late": late, "sync": sync, "tp": tp,
              "plain-lora": plain_lora, "tp-lora": tp_lora}  # fmt: skip
     named["bad"] = job("bad_step", *CASE, folder, **SETTINGS)
+    named["pipeline"] = pipeline = job("train", *CASE, folder, **SETTINGS, **V_PIPELINE, **every)
+    named["bad-pipeline"] = job("bad_step", *CASE, folder, **SETTINGS, pp=2)
     for fails in ("write", "rename"):
         named[fails] = job("failing_save", *CASE, folder, **SETTINGS, fails=fails)
     results = run_ranks(2, list(named.values()), folder / "first")
@@ -81,6 +84,10 @@ def runs(folder: Path) -> dict[str, dict[str, Any]]:
         copy_of(full, folder, "full-done", 10),
         copy_of(full, folder, "full-5-without-moments", 5, lose_moments=True),
         copy_of(full, folder, "full-5-on-tp", 5, tp=2),
+        copy_of(pipeline, folder, "pipeline-5", 5),
+        copy_of(pipeline, folder, "pipeline-5-on-fsdp2", 5, pp=1, pp_schedule="1f1b"),
+        copy_of(pipeline, folder, "pipeline-5-on-1f1b", 5, pp_schedule="1f1b"),
+        copy_of(full, folder, "full-5-on-pipeline", 5, **V_PIPELINE),
         copy_of(plain_lora, folder, "plain-lora-5-on-tp", 5, tp=2),
         copy_of(tp, folder, "tp-5-on-fsdp2", 5, tp=1),
         copy_of(tp_lora, folder, "tp-lora-5-on-fsdp2", 5, tp=1),
@@ -102,7 +109,7 @@ def runs(folder: Path) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize(("whole", "resumed", "step"), [
     ("full", "full-5", 5), ("lora", "lora-3", 3), ("ddp", "ddp-7", 7), ("loader", "loader-5", 5), ("late", "late-6", 6),
-    ("sync", "sync-5", 5), ("full", "late-6", 6),
+    ("sync", "sync-5", 5), ("full", "late-6", 6), ("pipeline", "pipeline-5", 5),
 ])  # fmt: skip
 def test_resumed_equals_uninterrupted_bit_for_bit(
     runs: dict[str, dict[str, Any]], whole: str, resumed: str, step: int
@@ -119,7 +126,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
     ("full", "full-5-on-1", 5), ("full", "full-5-on-4", 5), ("full", "full-5-on-tp", 5), ("full", "full-5-on-ddp", 5),
     ("plain-lora", "plain-lora-5-on-tp", 5), ("plain-lora", "plain-lora-5-on-ddp", 5), ("tp", "tp-5-on-fsdp2", 5),
     ("tp-lora", "tp-lora-5-on-fsdp2", 5), ("four", "four-3-on-2", 3), ("four-lora", "four-lora-3-on-2", 3),
-    ("four", "four-6-on-2-on-1", 6), ("four-lora", "four-lora-6-on-2-on-1", 6),
+    ("four", "four-6-on-2-on-1", 6), ("four-lora", "four-lora-6-on-2-on-1", 6), ("full", "full-5-on-pipeline", 5),
+    ("pipeline", "pipeline-5-on-fsdp2", 5), ("pipeline", "pipeline-5-on-1f1b", 5),
 ])  # fmt: skip
 def test_resumed_on_another_mesh(runs: dict[str, dict[str, Any]], whole: str, resumed: str, step: int) -> None:
     assert runs[resumed]["started_at"] == step
@@ -160,8 +168,11 @@ def test_a_finished_run_does_nothing_more(runs: dict[str, dict[str, Any]]) -> No
     assert runs["full-done"]["losses"] == runs["full"]["losses"]
 
 
-def test_a_step_that_is_not_finite_names_its_rows_and_changes_nothing(runs: dict[str, dict[str, Any]]) -> None:
-    bad = runs["bad"]
+@pytest.mark.parametrize("run", ["bad", "bad-pipeline"])
+def test_a_step_that_is_not_finite_names_its_rows_and_changes_nothing(
+    runs: dict[str, dict[str, Any]], run: str
+) -> None:
+    bad = runs[run]
     assert bad["type"] == "NonFiniteLoss"
     assert "step 1" in bad["error"]
     assert "source rows [" in bad["error"]

@@ -22,7 +22,7 @@ def test_the_plan_names_every_split_linear_and_the_norms_between_them() -> None:
     assert of_layer["self_attn.q_proj"] == "colwise"
     assert of_layer["mlp.down_proj"] == "rowwise"
     assert of_layer["self_attn.q_norm"] == "replicated_with_grad_allreduce"
-    assert len(plan) == 3 * 9
+    assert len(plan) == 4 * 9
     assert plan == tensor_parallel_plan(empty("qwen3", "lora"), 2)
 
 

@@ -174,6 +174,34 @@ def test_a_default_context_of_a_new_architecture(
 
 
 @pytest.mark.parametrize(
+    ("fields", "sizes", "said"),
+    [
+        ({}, {"pp": 5}, "parallelism.pp: pp 5 > 4 layers: use at most pp 4"),
+        (
+            {},
+            {"pp": 3, "pp_schedule": "interleaved"},
+            "pp 3 x 2 of interleaved = 6 stages > 4 layers: use at most pp 2",
+        ),
+        ({}, {"pp": 9}, "global_batch_size 8 / (local_batch_size 1 * dp 1) = 8 micro-batches < pp 9"),
+    ],
+)
+def test_a_pipeline_that_does_not_fit(
+    fields: dict[str, Any],
+    sizes: dict[str, Any],
+    said: str,
+    tokens: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = {"architecture": {**ARCHITECTURES["llama"], **fields}}
+    rows = {"max_steps": 2, "global_batch_size": 8, "local_batch_size": 1}
+    config = _config(tmp_path, method={"name": "pretrain"}, model=model, parallelism=sizes, train=rows)
+    assert train.main(["--config", config, "--tokens", str(tokens), "--output", str(tmp_path / "out")]) == 1
+    assert said in _last_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
     ("method", "arguments", "said"),
     [
         ("lora", [], "--train belongs to trained runs, and only to those"),

@@ -201,11 +201,19 @@ class Parallelism(_Section):
     """Ranks that split the tokens of each row (context parallelism), for long rows. 1: off."""
     cp_method: Literal["allgather", "ulysses", "ring"] = "allgather"
     """How attention reaches the other ranks' tokens: keys gathered, heads exchanged, or keys passed round."""
+    pp: PositiveInt = 1
+    """Ranks (of each data-parallel share) that split the layers between them (pipeline parallelism), at most as many as
+    there are layers; global_batch_size / (local_batch_size x dp) micro-batches, at least `pp`, keep them busy. 1: off.
+    """
+    pp_schedule: Literal["1f1b", "interleaved", "zero_bubble"] = "1f1b"
+    """1f1b: one piece of the model a rank. interleaved, zero_bubble: two pieces a rank (pp x 2 at most the layers) and
+    less waiting; interleaved passes round twice, zero_bubble there and back, with weight gradients filling the waits.
+    """
 
     @property
     def world_size(self) -> int:
         """Number of training processes."""
-        return self.dp_replicate * self.dp_shard * self.cp * self.tp
+        return self.pp * self.dp_replicate * self.dp_shard * self.cp * self.tp
 
 
 class Export(_Section):

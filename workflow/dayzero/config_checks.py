@@ -206,6 +206,8 @@ def _parallelism(run: RunConfig) -> Iterator[tuple[str, str]]:
         dims.grad_accum_steps(run.train.global_batch_size, run.train.local_batch_size)
     except SizeError as error:
         yield error.key, error.reason
+    if run.train.compile and run.parallelism.pp_schedule == "zero_bubble":
+        yield "train.compile", "does not go with pp_schedule zero_bubble, which splits backward passes: turn one off"
 
 
 def _other(run: RunConfig) -> Iterator[tuple[str, str]]:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -20,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.nn.parallel import DistributedDataParallel
 
 from dayzero.console import log
-from dayzero.engine.distributed import rank
+from dayzero.engine.distributed import gather_objects, rank
 from dayzero.errors import ConfigError
 from dayzero.files import read_json
 
@@ -29,25 +31,36 @@ SHOWN = 3
 """Differing keys in a message."""
 
 
-def state_of(model: nn.Module, optimizer: torch.optim.Optimizer, *, for_saving: bool = False) -> dict[str, Tensor]:
+NONE: Mapping[str, str] = MappingProxyType({})
+
+
+def state_of(
+    model: nn.Module, optimizer: torch.optim.Optimizer, copies: Mapping[str, str] = NONE, *, for_saving: bool = False
+) -> dict[str, Tensor]:
     """Name -> tensor of everything a checkpoint holds, sharing the memory of model and optimizer.
 
     Weights are `model.NAME`, an optimizer's values `optimizer.NAME.KEY`: names are the model's own, so any mesh can
     read them. Learning rate and other settings are not in it; they come from the config. With `for_saving` a rank
-    leaves out what rank 0 holds whole too (DDP).
+    leaves out what rank 0 holds whole too (DDP). `copies`: names of parameters that are copies of others (tied ones in
+    a pipeline) -> those; an optimizer's values are there once, under the latter.
     """
     if for_saving and isinstance(model, DistributedDataParallel) and rank() != 0:
         return {}
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     state = {f"model.{name}": tensor for name, tensor in get_model_state_dict(inner, options=OPTIONS).items()}
     names = {id(parameter): name for name, parameter in inner.named_parameters()}
+    moments: dict[str, Tensor] = {}
     for parameter, values in optimizer.state.items():
-        state |= {f"optimizer.{names[id(parameter)]}.{key}": value for key, value in values.items()}
-    return cast(dict[str, Tensor], state)
+        name = names[id(parameter)]
+        own = {f"optimizer.{copies.get(name, name)}.{key}": value for key, value in values.items()}
+        moments = own | moments if name in copies else moments | own
+    return cast(dict[str, Tensor], state | moments)
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Load weights and optimizer state in place, resharding to the present ranks.
+def load_checkpoint(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, copies: Mapping[str, str] = NONE
+) -> None:
+    """Load weights and optimizer state in place, resharding to the present ranks; `copies`: see `state_of`.
 
     Raises `ConfigError` naming the weights in which the checkpoint differs from the model.
     """
@@ -56,11 +69,16 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     for name, parameter in inner.named_parameters():
         # a parameter without a gradient so far has no moments yet
-        if not any(key.startswith(f"optimizer.{name}.") for key in saved):
+        if not any(key.startswith(f"optimizer.{copies.get(name, name)}.") for key in saved):
             optimizer.state.pop(parameter, None)
-    state = state_of(model, optimizer)
+    state = state_of(model, optimizer, copies)
     _check_fits(path, saved, state)
     dcp.load(state, checkpoint_id=path)
+    parameters = dict(inner.named_parameters())
+    for copy, name in copies.items():
+        if copy in parameters and name in parameters and parameters[name] in optimizer.state:  # one rank holds both
+            for key, value in optimizer.state[parameters[name]].items():
+                optimizer.state[parameters[copy]][key].copy_(value)
 
 
 def _make_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
@@ -79,11 +97,15 @@ def _make_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
 
 def _check_fits(path: Path, saved: dict[str, Any], state: dict[str, Tensor]) -> None:
     wrong = [f"no {name}" for name in state if name not in saved]
-    wrong += [f"{name} that the model has not" for name in saved if name not in state]
     for name, tensor in state.items():
         size = getattr(saved.get(name), "size", None)
         if size is not None and size != tensor.shape:
             wrong.append(f"{name} {list(size)} where the model has {list(tensor.shape)}")
+    # the ranks of a pipeline hold different tensors
+    everyone: list[tuple[list[str], list[str]]] = gather_objects((list(state), wrong))
+    held = {name for names, _ in everyone for name in names}
+    wrong = list(dict.fromkeys(line for _, lines in everyone for line in lines))
+    wrong += [f"{name} that the model has not" for name in saved if name not in held]
     if wrong:
         more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
         raise ConfigError(

@@ -15,6 +15,8 @@ width.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,6 +106,22 @@ class ContextParallel:
     def _places(self, tokens: int) -> list[Tensor]:
         pieces = torch.arange(tokens).chunk(2 * self.size)
         return [torch.cat([pieces[r], pieces[2 * self.size - 1 - r]]) for r in range(self.size)]
+
+
+def recalled() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For activation checkpointing (its `context_fn`): what is computed again attends as it did the first time, also
+    where other rows have passed since, as in a pipeline."""
+    return nullcontext(), _as_before(_state)
+
+
+@contextmanager
+def _as_before(state: _State | None) -> Iterator[None]:
+    global _state
+    present, _state = _state, state
+    try:
+        yield
+    finally:
+        _state = present
 
 
 def attention(

@@ -41,6 +41,10 @@ class CausalLMWithLoss(nn.Module):
 
         With `labels` None: logits [B, T, V].
         """
+        return self.run(input_ids, labels, position_ids)
+
+    def run(self, input_ids: Tensor, labels: Tensor | None, position_ids: Tensor) -> Tensor:
+        """What `forward` does on one rank; a pipeline puts itself in `forward`'s place and has its last stage do it."""
         if labels is None:
             return self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
         return self._loss(self.model, input_ids, labels, position_ids, self._chunk_size)

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from dayzero.config import Method
@@ -74,14 +75,23 @@ def build_model(
 
 
 def load_weights(
-    module: nn.Module, model: PreTrainedModel, values: PreTrainedModel | None, device: torch.device
+    module: nn.Module,
+    model: PreTrainedModel,
+    values: PreTrainedModel | None,
+    device: torch.device,
+    *,
+    in_parts: bool = False,
 ) -> None:
     """Give the (sharded) meta-device `module` around `model` memory and the values that rank 0 holds in `values`.
 
     Buffers are sent too: those that are not in a checkpoint, such as rotary frequencies, are garbage after `to_empty`.
+    With `in_parts` each rank's model has only some of the parameters.
     """
     assert (values is not None) == (rank() == 0)
     module.to_empty(device=device)
+    if in_parts:
+        _load_parts(model, values)
+        return
     model.tie_weights()
     prefix = next(name for name, child in module.named_modules() if child is model)
     state = {f"{prefix}.{name}": tensor for name, tensor in values.state_dict().items()} if values is not None else {}
@@ -95,6 +105,27 @@ def load_weights(
                 buffer.copy_(buffers[name])
             if dist.is_initialized():
                 dist.broadcast(buffer, src=0)
+
+
+@torch.no_grad()
+def _load_parts(model: PreTrainedModel, values: PreTrainedModel | None) -> None:
+    """Send every tensor to all ranks, one at a time; each keeps its share of those that its part of `model` has."""
+    here = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+    all_values: dict[str, torch.Tensor] = {}
+    if values is not None:
+        all_values = {**dict(values.named_buffers()), **dict(values.named_parameters(remove_duplicate=False))}
+    listed = [[(name, tensor.shape, tensor.dtype) for name, tensor in all_values.items()]]
+    dist.broadcast_object_list(listed, src=0)
+    for name, shape, dtype in listed[0]:
+        place = here.get(name)
+        device = next(iter(here.values())).device
+        whole = all_values[name].to(device) if all_values else torch.empty(shape, dtype=dtype, device=device)
+        dist.broadcast(whole.detach(), src=0)
+        if isinstance(place, DTensor):
+            share = distribute_tensor(whole.detach(), place.device_mesh, place.placements, src_data_rank=None)
+            place.to_local().copy_(share.to_local())
+        elif place is not None:
+            place.copy_(whole)
 
 
 def share_weights(module: nn.Module, owner: nn.Module) -> None:

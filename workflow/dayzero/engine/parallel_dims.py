@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 STRATEGIES = ("fsdp2", "ddp", "none")
+SCHEDULES = ("1f1b", "interleaved", "zero_bubble")
 
 
 class SizeError(ConfigError):
@@ -36,12 +37,15 @@ class ParallelDims:
     sequence_parallel: bool = False
     cp: int = 1
     cp_method: str = "allgather"
+    pp: int = 1
+    pp_schedule: str = "1f1b"
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
             raise SizeError("parallelism.strategy", f"{self.strategy!r} is unknown: use one of {', '.join(STRATEGIES)}")
-        product = self.dp * self.cp * self.tp
-        sizes = {"dp_replicate": self.dp_replicate, "dp_shard": self.dp_shard, "cp": self.cp, "tp": self.tp}
+        product = self.pp * self.dp * self.cp * self.tp
+        sizes = {"pp": self.pp} if self.pp > 1 else {}
+        sizes |= {"dp_replicate": self.dp_replicate, "dp_shard": self.dp_shard, "cp": self.cp, "tp": self.tp}
         equation = " x ".join(f"{name} {size}" for name, size in sizes.items()) + f" = {product}"
         if product != self.world_size:
             raise SizeError(
@@ -60,6 +64,19 @@ class ParallelDims:
             raise SizeError("parallelism.strategy", f"ddp splits only rows, but {equation}: use fsdp2 with tp and cp")
         if self.sequence_parallel and self.tp == 1:
             raise SizeError("parallelism.sequence_parallel", "is on, but tp is 1: set tp, or turn it off")
+        self._check_pp(equation)
+
+    def _check_pp(self, equation: str) -> None:
+        if self.pp_schedule not in SCHEDULES:
+            raise SizeError("parallelism.pp_schedule", f"{self.pp_schedule!r} is unknown: use {', '.join(SCHEDULES)}")
+        if self.pp == 1:
+            if self.pp_schedule != "1f1b":
+                raise SizeError("parallelism.pp_schedule", f"is {self.pp_schedule}, but pp is 1: set pp, or leave it")
+            return
+        if self.strategy != "fsdp2":
+            raise SizeError("parallelism.strategy", f"{self.strategy} keeps whole models, but {equation}: use fsdp2")
+        if self.sequence_parallel:
+            raise SizeError("parallelism.sequence_parallel", f"does not go with pp {self.pp}: turn it off, or set pp 1")
 
     @property
     def dp(self) -> int:
@@ -67,8 +84,39 @@ class ParallelDims:
         return self.dp_replicate * self.dp_shard
 
     def dp_rank(self, rank: int) -> int:
-        """Which share of the rows `rank` sees; the ranks of a cp and tp group, which are neighbours, see the same."""
-        return rank // (self.cp * self.tp)
+        """Which share of the rows `rank` sees; the ranks of a cp and tp group, which are neighbours, see the same, and
+        so do those of a pp group."""
+        return rank // (self.cp * self.tp) % self.dp
+
+    def seed_rank(self, rank: int) -> int:
+        """Ranks with the same number draw the same dropout: those that hold parts of the same activations."""
+        return self.pp_rank(rank) * self.dp + self.dp_rank(rank)
+
+    def pp_rank(self, rank: int) -> int:
+        """Which stages `rank` holds; pp is the outermost axis."""
+        return rank // (self.dp * self.cp * self.tp)
+
+    @property
+    def num_stages(self) -> int:
+        """Pieces the model is cut into: one a rank, or two in the schedules that go through the ranks twice."""
+        return self.pp * (1 if self.pp_schedule == "1f1b" else 2)
+
+    def stages_of(self, pp_rank: int) -> list[int]:
+        """The stages of a pp rank in the order of the model; zero_bubble goes through the ranks there and back."""
+        if self.pp_schedule == "zero_bubble":
+            return [pp_rank, 2 * self.pp - 1 - pp_rank]
+        return list(range(pp_rank, self.num_stages, self.pp))
+
+    def stage_owner(self, stage: int) -> int:
+        """The pp rank that holds `stage`."""
+        return next(rank for rank in range(self.pp) if stage in self.stages_of(rank))
+
+    def check_layers(self, num_layers: int) -> None:
+        """Raise `SizeError` where the model has fewer layers than stages."""
+        if self.num_stages > num_layers:
+            twice = "" if self.num_stages == self.pp else f" x 2 of {self.pp_schedule} = {self.num_stages} stages"
+            most = num_layers // (self.num_stages // self.pp)
+            raise SizeError("parallelism.pp", f"pp {self.pp}{twice} > {num_layers} layers: use at most pp {most}")
 
     @property
     def token_multiple(self) -> int:
@@ -86,30 +134,48 @@ class ParallelDims:
                 f"global_batch_size {global_batch_size} % (local_batch_size {local_batch_size} * dp {self.dp}) = "
                 f"{left}, must be 0: use {near}, or another local_batch_size",
             )
-        return global_batch_size // rows
+        steps = global_batch_size // rows
+        self._check_micro_batches(steps, f"{global_batch_size} / (local_batch_size {local_batch_size} * dp {self.dp})")
+        return steps
+
+    def _check_micro_batches(self, steps: int, quotient: str) -> None:
+        if self.pp == 1:
+            return
+        given = f"global_batch_size {quotient} = {steps} micro-batches"
+        if steps < self.pp:
+            raise SizeError("train.local_batch_size", f"{given} < pp {self.pp}: lower it, or raise global_batch_size")
+        rounds = steps // self.pp
+        if self.pp_schedule == "interleaved" and steps % rounds:
+            raise SizeError(
+                "train.global_batch_size",
+                f"{given}, and {steps} % ({steps} // pp {self.pp}) = {steps % rounds}, must be 0 for pp_schedule "
+                f"interleaved: have {rounds * self.pp} or {(rounds + 1) * self.pp} of them, or use another schedule",
+            )
 
     def build_mesh(self, device_type: str) -> DeviceMesh:
-        """The mesh of the weights, with axes (dp_replicate, dp_shard, tp); some strategies leave some out.
+        """The mesh of the weights, with axes (pp, dp_replicate, dp_shard, tp); some strategies leave some out.
 
         Ranks that split a row hold the same weights, so cp counts into dp_shard here. tp is innermost: it talks most,
-        so its ranks are neighbours on one node.
+        so its ranks are neighbours on one node; pp, which talks least, is outermost.
         """
         from torch.distributed.device_mesh import init_device_mesh
 
-        axes = {"dp_replicate": self.dp_replicate, "dp_shard": self.dp_shard * self.cp, "tp": self.tp}
+        axes = {"pp": self.pp, "dp_replicate": self.dp_replicate, "dp_shard": self.dp_shard * self.cp, "tp": self.tp}
         if self.strategy == "ddp":
             del axes["dp_shard"]
         elif self.dp_replicate == 1:
             del axes["dp_replicate"]  # a replicate axis, even of size 1, costs an all-reduce for each gradient
-        if self.tp == 1:
-            del axes["tp"]
+        for name in ("pp", "tp"):
+            if axes[name] == 1:
+                del axes[name]
         return init_device_mesh(device_type, tuple(axes.values()), mesh_dim_names=tuple(axes))
 
     def build_cp_mesh(self, device_type: str) -> DeviceMesh:
         """The one-dimensional mesh of the ranks that split this rank's rows."""
         from torch.distributed.device_mesh import init_device_mesh
 
-        return init_device_mesh(device_type, (self.dp, self.cp, self.tp), mesh_dim_names=("dp", "cp", "tp"))["cp"]
+        sizes = (self.pp * self.dp, self.cp, self.tp)
+        return init_device_mesh(device_type, sizes, mesh_dim_names=("dp", "cp", "tp"))["cp"]
 
     def data_mesh(self, mesh: DeviceMesh) -> DeviceMesh:
         """The axes of `mesh` over which parameters are sharded or copied."""

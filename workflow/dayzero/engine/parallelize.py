@@ -1,8 +1,9 @@
 """All parallelism is applied here, in one order. The model's own code stays single-device.
 
-tensor parallelism -> activation checkpointing -> compile -> FSDP2 | DDP
+pipeline -> tensor parallelism -> activation checkpointing -> compile -> FSDP2 | DDP
 
-- Tensor parallelism comes first: FSDP2 then shards what is left of each matrix, on the other mesh axes.
+- The pipeline comes first: what a rank does not hold need not be split, wrapped or sharded.
+- Tensor parallelism comes before FSDP2, which then shards what is left of each matrix, on the other mesh axes.
 - Adapters are in the model already: put in after sharding they would differ between ranks, with no error.
 - Activation checkpointing comes before compile, so that the compiler sees (and may fuse) the recomputation.
 - Compile comes before FSDP2, so that its hooks stay outside the compiled graphs.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -21,8 +23,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from dayzero.config import Train
+from dayzero.engine.context_parallel import recalled
+from dayzero.engine.distributed import local_device
 from dayzero.engine.loss import CausalLMWithLoss
 from dayzero.engine.parallel_dims import ParallelDims
+from dayzero.engine.pipeline_cut import Anatomy
+from dayzero.engine.pipeline_parallel import Pipeline
 from dayzero.engine.precision import mixed_precision_policy
 from dayzero.engine.structure import find_layers
 from dayzero.engine.tensor_parallel import apply_tensor_parallel, partial_parameters
@@ -34,21 +40,31 @@ def parallelize(
     mesh: DeviceMesh | None,
     train: Train,
     load: Callable[[], None],
-) -> tuple[nn.Module, list[nn.Parameter]]:
+    found: Anatomy | None = None,
+) -> tuple[nn.Module, list[nn.Parameter], Pipeline | None]:
     """Apply everything that `train` and `dims` ask for to the meta-device `module`, and call `load` to fill it.
 
-    Returns the module to call in the training step and the parameters of whose gradients each tp rank has only a part.
-    `mesh` is None for strategy none.
+    Returns the module to call in the training step, the parameters of whose gradients each tp rank has only a part, and
+    with pp the pipeline that trains. `mesh` is None for strategy none; `found` says where a pipeline cuts the model.
     """
-    layers = find_layers(module.model)
+    pipeline: Pipeline | None = None
+    roots: list[nn.Module] = [module]
+    layers: list[nn.Module] = list(find_layers(module.model))
+    if dims.pp > 1:
+        assert mesh is not None
+        assert found is not None
+        pipeline = Pipeline(module, found, dims, mesh.get_group("pp"), local_device(), train.precision)
+        roots = list(pipeline.stages)
+        layers = [layer for stage in pipeline.stages for layer in stage.layers]
     partial_modules: set[int] = set()
     if dims.tp > 1:
         assert mesh is not None
         partial_modules = apply_tensor_parallel(module.model, mesh["tp"], sequence_parallel=dims.sequence_parallel)
     if train.activation_checkpointing == "full":
+        again: dict[str, Any] = {"context_fn": recalled} if pipeline and dims.cp > 1 else {}
         for layer in layers:
             # on the instance's forward: no wrapper module, so no parameter is renamed, and FSDP2's hooks stay outside
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, **again)
     if train.compile:
         for layer in layers:
             layer.compile()
@@ -57,16 +73,19 @@ def parallelize(
         assert mesh is not None
         policy = mixed_precision_policy(train.precision)
         data_mesh = dims.data_mesh(mesh)
+        # in a pipeline the next micro-batch needs the weights again at once: gathered for each they would cost too much
+        kept: dict[str, Any] = {"reshard_after_forward": False} if pipeline else {}
         for layer in layers:
             if not _shares_parameters(layer, module):
-                fully_shard(layer, mesh=data_mesh, mp_policy=policy)
-        fully_shard(module, mesh=data_mesh, mp_policy=policy)
+                fully_shard(layer, mesh=data_mesh, mp_policy=policy, **kept)
+        for root in roots:
+            fully_shard(root, mesh=data_mesh, mp_policy=policy, **kept)
         load()
-        return module, partial_parameters(module, partial_modules)
+        return module, partial_parameters(module, partial_modules), pipeline
     load()
     if dims.strategy == "ddp":
-        return DistributedDataParallel(module, device_mesh=mesh), []
-    return module, []
+        return DistributedDataParallel(module, device_mesh=mesh), [], None
+    return module, [], None
 
 
 def _shares_parameters(layer: nn.Module, root: nn.Module) -> bool:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -33,6 +34,7 @@ from dayzero.engine.optimizer import build_optimizer, clip_grad_norm
 from dayzero.engine.packing import packing_leak
 from dayzero.engine.parallel_dims import ParallelDims
 from dayzero.engine.parallelize import parallelize
+from dayzero.engine.pipeline_cut import anatomy
 from dayzero.engine.precision import autocast
 from dayzero.engine.signals import StopRequest
 from dayzero.engine.tensor_parallel import pad_tokens, sum_partial_gradients
@@ -102,10 +104,12 @@ class Trainer:
         if self.dims.cp > 1:
             self.context = ContextParallel(self.dims.build_cp_mesh(self.device.type).get_group(), self.dims.cp_method)
         self.mesh = None if self.dims.strategy == "none" else self.dims.build_mesh(self.device.type)
-        self.module, self.partial = parallelize(
-            bare, self.dims, self.mesh, self.train, load=lambda: load_weights(bare, model, values, self.device)
+        load = partial(load_weights, bare, model, values, self.device, in_parts=self.dims.pp > 1)
+        self.module, self.partial, self.pipeline = parallelize(
+            bare, self.dims, self.mesh, self.train, load, self.anatomy
         )
-        self.optimizer = build_optimizer(self.module, self.train.optimizer)
+        self.copies = self.pipeline.copies_here() if self.pipeline else frozenset[int]()
+        self.optimizer = build_optimizer(self.module, self.train.optimizer, copies=self.copies)
         self.metrics = MetricsLog(self.checkpoints / "metrics.jsonl", enabled=self.is_main)
         self.writer = CheckpointWriter(self.checkpoints, self.train.checkpoint)
 
@@ -113,6 +117,7 @@ class Trainer:
         """The model with its loss, on the meta device."""
         config = self.source.config(self.tokenizer_directory)
         model = build_model(self.source, config, self.method, self.seed, meta=True)
+        self.anatomy = anatomy(model, self.dims.pp) if self.dims.pp > 1 else None
         if self.dims.cp > 1:
             use_context_parallel(model, self.dims.cp, self.dims.cp_method)
         return CausalLMWithLoss(model, loss=self.train.loss, chunk_size=self.train.loss_chunk_size)
@@ -125,6 +130,10 @@ class Trainer:
     def checkpoints(self) -> Path:
         return self.directory / "checkpoints"
 
+    @property
+    def _names_of_copies(self) -> dict[str, str]:
+        return {copy: name for name, copy in self.pipeline.copies} if self.pipeline else {}
+
     def resume(self) -> None:
         """Continue from the newest complete checkpoint, if there is one."""
         if self.is_main:
@@ -133,7 +142,7 @@ class Trainer:
         found = checkpoint.checkpoints(self.checkpoints)
         if found:
             saved = checkpoint.check_identity(found[-1], self.identity)
-            checkpoint.load_checkpoint(found[-1], self.module, self.optimizer)
+            checkpoint.load_checkpoint(found[-1], self.module, self.optimizer, self._names_of_copies)
             self.step = saved["step"]
             self.validation_losses = {int(k): v for k, v in saved["validation_losses"].items()}
             if self.is_main:
@@ -176,24 +185,22 @@ class Trainer:
         """One optimizer step; returns its record and whether any rank was asked to stop."""
         step = batch.step + 1
         # every step has its own seed, so a resumed run needs no saved RNG state
-        torch.manual_seed((self.seed * 1_000_003 + step) * 1_009 + self.dims.dp_rank(distributed.rank()))
+        torch.manual_seed((self.seed * 1_000_003 + step) * 1_009 + self.dims.seed_rank(distributed.rank()))
         lr = self.train.optimizer.lr * lr_factor(step, self.max_steps, self.train.lr_scheduler)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         num_labels, num_tokens, stops = self._sum_over_rows([batch.num_label_tokens, batch.num_tokens, stop])
         # FSDP2 and DDP average gradients over ranks; the loss is a sum over ranks
         scale = self.dims.dp * self.dims.cp / max(num_labels, 1)
-        loss_sum = 0.0
-        for index, micro_batch in enumerate(batch.micro_batches):
-            with self._gradient_sync(last=index == len(batch.micro_batches) - 1):
-                loss = self._loss_sum(micro_batch)
-                (loss * scale).backward()
-            loss_sum += loss.item()
+        loss_sum = self._backward(batch.micro_batches, scale)
         loss_value = self._sum_over_tokens(loss_sum) / max(num_labels, 1)
         if self.partial:
             assert self.mesh is not None
             sum_partial_gradients(self.partial, self.mesh.get_group("tp"))
-        grad_norm = clip_grad_norm(self.module.parameters(), self.train.max_grad_norm)
+        stages = self.pipeline.group if self.pipeline else None
+        grad_norm = clip_grad_norm(
+            self.module.parameters(), self.train.max_grad_norm, copies=self.copies, across=stages
+        )
         if not (math.isfinite(loss_value) and math.isfinite(grad_norm)):
             raise NonFiniteLoss(
                 f"loss {loss_value} and gradient norm {grad_norm} at step {step}, source rows {batch.row_ids}: inspect "
@@ -203,6 +210,18 @@ class Trainer:
         self.optimizer.zero_grad()
         record = {"step": step, "epoch": batch.epoch, "loss": loss_value, "grad_norm": grad_norm, "lr": lr}
         return record | {"num_label_tokens": int(num_labels), "num_tokens": int(num_tokens)}, stops > 0
+
+    def _backward(self, micro_batches: list[dict[str, Tensor]], scale: float) -> float:
+        """Gradients of `scale` times the summed loss of all `micro_batches`; returns the share of the sum seen here."""
+        if self.pipeline:
+            return self.pipeline.train(micro_batches, scale, self.context)
+        loss_sum = 0.0
+        for index, micro_batch in enumerate(micro_batches):
+            with self._gradient_sync(last=index == len(micro_batches) - 1):
+                loss = self._loss_sum(micro_batch)
+                (loss * scale).backward()
+            loss_sum += loss.item()
+        return loss_sum
 
     @torch.no_grad()
     def validate(self, batches: Iterable[Batch]) -> float:
@@ -219,7 +238,8 @@ class Trainer:
         """Checkpoint the present step; with `wait` it is complete on return. Returns the seconds that took here."""
         started = time.perf_counter()
         trainer = {"identity": self.identity, "validation_losses": dict(self.validation_losses)}
-        self.writer.save(self.step, checkpoint.state_of(self.module, self.optimizer, for_saving=True), trainer)
+        state = checkpoint.state_of(self.module, self.optimizer, self._names_of_copies, for_saving=True)
+        self.writer.save(self.step, state, trainer)
         if wait:
             self.writer.wait()
         seconds = time.perf_counter() - started
@@ -242,12 +262,13 @@ class Trainer:
         if self.train.precision != "fp32" and self.dims.strategy == "fsdp2":
             changed = {"precision": "fp32", "activation_checkpointing": "none", "compile": False}
             bare = self._empty_module()
-            module, _ = parallelize(
+            module, _, _ = parallelize(
                 bare,
                 self.dims,
                 self.mesh,
                 self.train.model_copy(update=changed),
                 load=lambda: share_weights(bare, self.module),
+                found=self.anatomy,
             )
         return self._logits(module, input_ids, position_ids, "fp32")
 
@@ -263,9 +284,20 @@ class Trainer:
 
     def trained_weights(self) -> dict[str, Tensor]:
         """Every trained parameter whole, by the model's own names, on rank 0's CPU; empty on other ranks."""
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-        state = get_model_state_dict(self.module, options=options)
-        return {name.removeprefix("model."): cast(Tensor, tensor) for name, tensor in state.items()}
+        return self._whole_weights(frozen=False)
+
+    def all_weights(self) -> dict[str, Tensor]:
+        """`trained_weights` and the frozen ones."""
+        return self._whole_weights(frozen=True)
+
+    def _whole_weights(self, *, frozen: bool) -> dict[str, Tensor]:
+        options = StateDictOptions(
+            full_state_dict=True, cpu_offload=self.pipeline is None, ignore_frozen_params=not frozen
+        )
+        state = cast(dict[str, Tensor], get_model_state_dict(self.module, options=options))
+        if self.pipeline:
+            state = self.pipeline.collect(state)
+        return {name.removeprefix("model."): tensor for name, tensor in state.items()}
 
     def _sum_over_rows(self, values: list[float]) -> list[float]:
         """Sum over the ranks that see different rows."""

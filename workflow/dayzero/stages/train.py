@@ -13,7 +13,7 @@ import shutil
 import sys
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dayzero.config import RunConfig
 from dayzero.console import log
@@ -21,6 +21,9 @@ from dayzero.errors import ConfigError
 from dayzero.files import atomic_directory, atomic_file, read_json, write_json
 from dayzero.provenance import Clock
 from dayzero.stages.base import read_config, run_stage, stage_parser
+
+if TYPE_CHECKING:
+    from dayzero.engine.parallel_dims import ParallelDims
 
 PROBE_TOKENS = 32
 """Length of the text on which the exported model must give the logits of training."""
@@ -71,7 +74,7 @@ def _launch(args: argparse.Namespace, arguments: list[str]) -> None:
             f"train.checkpoint.keep_best {run.train.checkpoint.keep_best} needs a validation loss, but {args.tokens} "
             "has no validation rows: hold some out (data.validation_size), or set keep_best to 0"
         )
-    _check_fit(run, args)
+    _check_fit(run, args, dims)
     directory = args.output / "checkpoints"
     if found := checkpoint.checkpoints(directory):
         try:
@@ -88,8 +91,11 @@ def _launch(args: argparse.Namespace, arguments: list[str]) -> None:
         raise SystemExit(EXIT_INTERRUPTED)
 
 
-def _check_fit(run: RunConfig, args: argparse.Namespace) -> None:
-    """Hold the token rows against the model: its context and its vocabulary. Raises `ConfigError`."""
+def _check_fit(run: RunConfig, args: argparse.Namespace, dims: ParallelDims) -> None:
+    """Hold the token rows against the model, its context and its vocabulary, and the pipeline against its layers.
+
+    Raises `ConfigError`.
+    """
     from dayzero.data.model_files import context_length
     from dayzero.data.tokens import TokenRows
 
@@ -107,6 +113,11 @@ def _check_fit(run: RunConfig, args: argparse.Namespace) -> None:
             f"{args.tokens} has the token id {largest}, but the model's vocab_size is {vocab_size}: use the model's "
             "own tokenizer, or a larger model.architecture.vocab_size"
         )
+    if dims.pp > 1:
+        from dayzero.engine.model import build_model
+        from dayzero.engine.pipeline_cut import check_pipeline
+
+        check_pipeline(build_model(_source(run, args), config, run.method, run.seed, meta=True), dims)
 
 
 def _source(run: RunConfig, args: argparse.Namespace) -> Any:
