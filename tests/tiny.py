@@ -23,6 +23,23 @@ _SHAPE = {
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", **_SHAPE, "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", **_SHAPE, "head_dim": 8, "tie_word_embeddings": False},
+    "mixtral": {
+        "model_type": "mixtral",
+        **_SHAPE,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "router_aux_loss_coef": 0.1,
+        "output_router_logits": True,
+    },
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        **_SHAPE,
+        "moe_intermediate_size": 24,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [1],
+    },
     "mamba": {
         "model_type": "mamba",
         "vocab_size": VOCAB_SIZE,
@@ -32,7 +49,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
 }
 """Config fields of random models: one with tied embeddings, one with query and key norms and an untied head, one
-with a state that packed documents would share."""
+with a state that packed documents would share, and two mixtures of experts: one with its auxiliary loss on, one with a
+dense layer among its layers and a number of experts that 4 ranks do not share evenly."""
 
 
 def write_rows(path: Path, *, packed: bool, documents: int = 40, seed: int = 0) -> Path:

@@ -78,7 +78,9 @@ def reference(job: dict[str, Any]) -> dict[str, Any]:
         {"params": [p for p in parameters if p.ndim < 2 or id(p) in embeddings], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), foreach=False)
-    losses, norms = [], []
+    losses, norms, router_losses = [], [], []
+    own = ARCHITECTURES[job["model"]].get("router_aux_loss_coef")
+    coefficient = job.get("train", {}).get("router_aux_loss_coef", own)
     whole = Train(**{**train.model_dump(), "local_batch_size": train.global_batch_size})
     batches = batches_of(job, whole, 0, 0, 1)
     decay = batches.num_steps - 2
@@ -91,20 +93,37 @@ def reference(job: dict[str, Any]) -> dict[str, Any]:
         (micro,) = batch.micro_batches
         logits = model(input_ids=micro["input_ids"], position_ids=micro["position_ids"], use_cache=False).logits
         loss = F.cross_entropy(logits.flatten(0, 1), micro["labels"].flatten(), ignore_index=-100)
+        if coefficient:
+            router_loss = plain_router_loss(model, micro)
+            router_losses.append(router_loss.item())
+            loss = loss + coefficient * router_loss
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(parameters, 1.0).item())
         losses.append(loss.item())
         optimizer.step()
         optimizer.zero_grad()
-    return {"losses": losses, "grad_norms": norms, "weights": dict(model.state_dict())}
+    return {
+        "losses": losses,
+        "grad_norms": norms,
+        "router_losses": router_losses,
+        "weights": dict(model.state_dict()),
+    }
+
+
+def plain_router_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """transformers' own load balancing loss of each row alone, without padding, averaged over the rows."""
+    row_losses = []
+    for b, length in enumerate(batch["lengths"].tolist()):
+        row = {name: batch[name][b : b + 1, :length] for name in ("input_ids", "position_ids")}
+        row_losses.append(model(**row, use_cache=False, output_router_logits=True).aux_loss)
+    return torch.stack(row_losses).mean()
 
 
 def make_trainer(job: dict[str, Any], directory: Path) -> Trainer:
     train, method = settings(job)
     sizes = {"strategy": job["strategy"], "dp_replicate": job.get("dp_replicate", 1)}
-    sizes |= {
-        name: job[name] for name in ("tp", "sequence_parallel", "cp", "cp_method", "pp", "pp_schedule") if name in job
-    }
+    names = "tp", "sequence_parallel", "cp", "cp_method", "pp", "pp_schedule", "ep"
+    sizes |= {name: job[name] for name in names if name in job}
     rows = distributed.world_size() // sizes.get("tp", 1) // sizes.get("cp", 1) // sizes.get("pp", 1)
     sizes["dp_shard"] = rows // sizes["dp_replicate"]
     trainer = Trainer(
@@ -157,6 +176,7 @@ def train(job: dict[str, Any], trainer: Trainer | None = None) -> dict[str, Any]
         "losses": [r["loss"] for r in trainer.metrics.records],
         "grad_norms": [r["grad_norm"] for r in trainer.metrics.records],
         "checkpoint_seconds": [r["checkpoint_seconds"] for r in trainer.metrics.records],
+        "router_losses": [r["router_aux_loss"] for r in trainer.metrics.records if "router_aux_loss" in r],
         "validation_losses": list(trainer.validation_losses.values()),
         "before": before,
         "weights": all_weights(trainer),

@@ -169,6 +169,9 @@ class Train(_Section):
     """chunked: only label positions pass the LM head, in chunks, so that full logits never exist."""
     loss_chunk_size: PositiveInt = 1024
     """Label positions in a chunk."""
+    router_aux_loss_coef: float | None = Field(default=None, ge=0)
+    """Weight of the load balancing loss of a mixture of experts (the mean over rows of each row's). null: the model's
+    own where its config has output_router_logits, else off. 0: off."""
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Clip the global gradient norm to this. 0: off."""
     activation_checkpointing: Literal["none", "full"] = "none"
@@ -209,6 +212,8 @@ class Parallelism(_Section):
     """1f1b: one piece of the model a rank. interleaved, zero_bubble: two pieces a rank (pp x 2 at most the layers) and
     less waiting; interleaved passes round twice, zero_bubble there and back, with weight gradients filling the waits.
     """
+    ep: PositiveInt = 1
+    """Ranks that share out a mixture's experts and exchange tokens; borrowed from dp_shard x cp. 1: off."""
 
     @property
     def world_size(self) -> int:

@@ -35,7 +35,8 @@ class Batch:
     epoch: float
     """Passes over the rows when this batch is done."""
     micro_batches: list[dict[str, torch.Tensor]]
-    """Each with `input_ids`, `labels` (already shifted) and `position_ids`, all int64 [B, T]."""
+    """Each with `input_ids`, `labels` (already shifted) and `position_ids`, all int64 [B, T], and `lengths` [B], the
+    tokens of each row, padding left out."""
     row_ids: list[int]
     """Source rows of the whole global batch, all ranks: indices into the split's Parquet file."""
     num_label_tokens: int
@@ -54,6 +55,8 @@ class _Flat:
     """Input ids, labels and position ids of all micro-batches end to end."""
     widths: list[int]
     """T of each micro-batch."""
+    lengths: NDArray[np.int64]
+    """[micro-batches, B] tokens of each row, padding left out."""
     local_batch_size: int
     row_ids: list[int]
     num_label_tokens: int
@@ -63,12 +66,13 @@ class _Flat:
         """The same arrays as tensors."""
         micro_batches = []
         at = 0
-        for width in self.widths:
+        for width, lengths in zip(self.widths, self.lengths, strict=True):
             shape = self.local_batch_size, width
             part = slice(at, at + self.local_batch_size * width)
             at = part.stop
             tensors = [torch.from_numpy(array[part]).view(shape).long() for array in self.arrays]
-            micro_batches.append(dict(zip(("input_ids", "labels", "position_ids"), tensors, strict=True)))
+            tensors.append(torch.from_numpy(lengths))
+            micro_batches.append(dict(zip(("input_ids", "labels", "position_ids", "lengths"), tensors, strict=True)))
         return Batch(self.step, self.epoch, micro_batches, self.row_ids, self.num_label_tokens, self.num_tokens)
 
 
@@ -154,14 +158,15 @@ class _Batches:
     def _flat(self, step: int, epoch: float, rows: NDArray[np.int64], shares: NDArray[np.int64]) -> _Flat:
         """A batch of all `rows`, of which this rank has one micro-batch for each of `shares`, [micro-batches, B]."""
         mine = shares.ravel()
-        lengths = self.rows.lengths_of(mine)
-        widths = [self.padding(longest) for longest in lengths.reshape(shares.shape).max(axis=1).tolist()]
+        lengths = self.rows.lengths_of(mine).reshape(shares.shape)
+        widths = [self.padding(longest) for longest in lengths.max(axis=1).tolist()]
         arrays = self.rows.batch(mine, np.repeat(widths, shares.shape[1]))
         return _Flat(
             step=step,
             epoch=epoch,
             arrays=arrays,
             widths=widths,
+            lengths=lengths,
             local_batch_size=self.local_batch_size,
             row_ids=self.rows.source_rows(rows),
             num_label_tokens=int(np.count_nonzero(arrays[1] != IGNORE)),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from dayzero.engine.router_loss import RouterLoss
 from dayzero.engine.structure import find_decoder
 
 IGNORE = -100
@@ -30,16 +31,32 @@ class CausalLMWithLoss(nn.Module):
     (embedding, LM head) are gathered.
     """
 
-    def __init__(self, model: PreTrainedModel, *, loss: str = "chunked", chunk_size: int = 1024) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        loss: str = "chunked",
+        chunk_size: int = 1024,
+        router_loss: RouterLoss | None = None,
+    ) -> None:
         super().__init__()
         self.model: PreTrainedModel = model
+        self.router_loss = router_loss
         self._loss = LOSSES[loss]
         self._chunk_size = chunk_size
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None, position_ids: Tensor) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None,
+        position_ids: Tensor,
+        real_tokens: Tensor | None = None,
+        router_weight: float = 0.0,
+    ) -> Tensor:
         """input_ids, labels, position_ids [B, T] -> sum of token losses, float32 scalar.
 
-        With `labels` None: logits [B, T, V].
+        With `labels` None: logits [B, T, V]. With `router_weight` the auxiliary losses of the rows are added, so many
+        times; `real_tokens` bool [B, T] says then what is no padding.
         """
         return self.run(input_ids, labels, position_ids)
 
@@ -47,7 +64,12 @@ class CausalLMWithLoss(nn.Module):
         """What `forward` does on one rank; a pipeline puts itself in `forward`'s place and has its last stage do it."""
         if labels is None:
             return self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
-        return self._loss(self.model, input_ids, labels, position_ids, self._chunk_size)
+        loss = self._loss(self.model, input_ids, labels, position_ids, self._chunk_size)
+        if router_weight:
+            assert self.router_loss is not None
+            assert real_tokens is not None
+            loss = loss + router_weight * self.router_loss(real_tokens)
+        return loss
 
 
 def cross_entropy(model: nn.Module, input_ids: Tensor, labels: Tensor, position_ids: Tensor, _: int) -> Tensor:

@@ -39,6 +39,8 @@ class ParallelDims:
     cp_method: str = "allgather"
     pp: int = 1
     pp_schedule: str = "1f1b"
+    ep: int = 1
+    """Borrows its ranks from dp_shard x cp, so it is no factor of the world size."""
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
@@ -65,6 +67,7 @@ class ParallelDims:
         if self.sequence_parallel and self.tp == 1:
             raise SizeError("parallelism.sequence_parallel", "is on, but tp is 1: set tp, or turn it off")
         self._check_pp(equation)
+        self._check_ep()
 
     def _check_pp(self, equation: str) -> None:
         if self.pp_schedule not in SCHEDULES:
@@ -77,6 +80,26 @@ class ParallelDims:
             raise SizeError("parallelism.strategy", f"{self.strategy} keeps whole models, but {equation}: use fsdp2")
         if self.sequence_parallel:
             raise SizeError("parallelism.sequence_parallel", f"does not go with pp {self.pp}: turn it off, or set pp 1")
+
+    def _check_ep(self) -> None:
+        if self.ep == 1:
+            return
+        if self.strategy != "fsdp2":
+            raise SizeError("parallelism.ep", f"{self.ep} needs strategy fsdp2, not {self.strategy}")
+        shards = self.dp_shard * self.cp
+        if shards % self.ep:
+            cp = f" x cp {self.cp} = {shards}" if self.cp > 1 else ""
+            raise SizeError(
+                "parallelism.ep",
+                f"takes its ranks from dp_shard {self.dp_shard}{cp}, but {shards} / ep {self.ep} = "
+                f"{shards / self.ep:.4g}: use a divisor of {shards}",
+            )
+        if self.tp > 1 and not self.sequence_parallel:
+            raise SizeError(
+                "parallelism.ep",
+                f"{self.ep} with tp {self.tp}: every tp rank would send all tokens to the experts, tp times too many: "
+                "set sequence_parallel true, or tp 1",
+            )
 
     @property
     def dp(self) -> int:
@@ -170,6 +193,21 @@ class ParallelDims:
                 del axes[name]
         return init_device_mesh(device_type, tuple(axes.values()), mesh_dim_names=tuple(axes))
 
+    def build_expert_mesh(self, device_type: str) -> DeviceMesh:
+        """The mesh of the experts' weights, over the same ranks: axes (dp_replicate, efsdp, ep, tp), some left out.
+
+        Where `build_mesh` has dp_shard, here are efsdp x ep: each ep rank holds other experts, and FSDP2 shards those
+        over efsdp. The ranks of an ep group are neighbours, since they exchange tokens in every layer.
+        """
+        from torch.distributed.device_mesh import init_device_mesh
+
+        axes = {"dp_replicate": self.dp_replicate, "efsdp": self.dp_shard * self.cp // self.ep, "ep": self.ep}
+        axes["tp"] = self.tp
+        for name in ("dp_replicate", "tp"):
+            if axes[name] == 1:
+                del axes[name]
+        return init_device_mesh(device_type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+
     def build_cp_mesh(self, device_type: str) -> DeviceMesh:
         """The one-dimensional mesh of the ranks that split this rank's rows."""
         from torch.distributed.device_mesh import init_device_mesh
@@ -179,5 +217,5 @@ class ParallelDims:
 
     def data_mesh(self, mesh: DeviceMesh) -> DeviceMesh:
         """The axes of `mesh` over which parameters are sharded or copied."""
-        names = tuple(name for name in mesh.mesh_dim_names or () if name.startswith("dp"))
+        names = tuple(name for name in mesh.mesh_dim_names or () if name in ("dp_replicate", "dp_shard", "efsdp"))
         return mesh[names]

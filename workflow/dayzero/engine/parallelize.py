@@ -1,9 +1,11 @@
 """All parallelism is applied here, in one order. The model's own code stays single-device.
 
-pipeline -> tensor parallelism -> activation checkpointing -> compile -> FSDP2 | DDP
+pipeline -> tensor parallelism -> expert parallelism -> activation checkpointing -> compile -> FSDP2 | DDP
 
 - The pipeline comes first: what a rank does not hold need not be split, wrapped or sharded.
 - Tensor parallelism comes before FSDP2, which then shards what is left of each matrix, on the other mesh axes.
+- Expert parallelism splits only experts, tensor parallelism only what is around them. The experts that a rank keeps get
+  an FSDP2 mesh of their own, inside that of their layer.
 - Adapters are in the model already: put in after sharding they would differ between ranks, with no error.
 - Activation checkpointing comes before compile, so that the compiler sees (and may fuse) the recomputation.
 - Compile comes before FSDP2, so that its hooks stay outside the compiled graphs.
@@ -25,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from dayzero.config import Train
 from dayzero.engine.context_parallel import recalled
 from dayzero.engine.distributed import local_device
+from dayzero.engine.expert_parallel import apply_expert_parallel, shard_experts
 from dayzero.engine.loss import CausalLMWithLoss
 from dayzero.engine.parallel_dims import ParallelDims
 from dayzero.engine.pipeline_cut import Anatomy
@@ -60,6 +63,11 @@ def parallelize(
     if dims.tp > 1:
         assert mesh is not None
         partial_modules = apply_tensor_parallel(module.model, mesh["tp"], sequence_parallel=dims.sequence_parallel)
+    experts: list[nn.Module] = []
+    if dims.ep > 1:
+        assert mesh is not None
+        expert_mesh = dims.build_expert_mesh(mesh.device_type)
+        experts = apply_expert_parallel(module.model, expert_mesh["ep"])
     if train.activation_checkpointing == "full":
         again: dict[str, Any] = {"context_fn": recalled} if pipeline and dims.cp > 1 else {}
         for layer in layers:
@@ -75,6 +83,8 @@ def parallelize(
         data_mesh = dims.data_mesh(mesh)
         # in a pipeline the next micro-batch needs the weights again at once: gathered for each they would cost too much
         kept: dict[str, Any] = {"reshard_after_forward": False} if pipeline else {}
+        if experts:
+            shard_experts(experts, dims.data_mesh(expert_mesh), policy)
         for layer in layers:
             if not _shares_parameters(layer, module):
                 fully_shard(layer, mesh=data_mesh, mp_policy=policy, **kept)

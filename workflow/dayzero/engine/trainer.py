@@ -1,7 +1,8 @@
 """The training loop. It knows batches and a place for its files; not where either comes from.
 
 The loss of a step is the sum of token losses over the global batch (all ranks and micro-batches) divided by the global
-number of label tokens: what is logged is exactly what is optimised, and it does not depend on how rows are dealt.
+number of label tokens, plus the auxiliary loss of a mixture of experts if that is on: what is logged is exactly what is
+optimised, and it does not depend on how rows are dealt.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from dayzero.console import ProgressBar, log
 from dayzero.engine import checkpoint, distributed
 from dayzero.engine.checkpoint_writer import CheckpointWriter
 from dayzero.engine.context_parallel import ContextParallel, use_context_parallel
+from dayzero.engine.expert_parallel import average_expert_gradients
 from dayzero.engine.loss import IGNORE, CausalLMWithLoss
 from dayzero.engine.lr_scheduler import lr_factor
 from dayzero.engine.metrics import MetricsLog, peak_memory_gib
@@ -36,6 +38,7 @@ from dayzero.engine.parallel_dims import ParallelDims
 from dayzero.engine.parallelize import parallelize
 from dayzero.engine.pipeline_cut import anatomy
 from dayzero.engine.precision import autocast
+from dayzero.engine.router_loss import RouterLoss, router_loss_coefficient
 from dayzero.engine.signals import StopRequest
 from dayzero.engine.tensor_parallel import pad_tokens, sum_partial_gradients
 
@@ -96,13 +99,15 @@ class Trainer:
         config = self.source.config(self.tokenizer_directory)
         # rank 0 first: a model that cannot be loaded is said once, before any rank waits for another
         values = build_model(self.source, config, self.method, self.seed, meta=False) if self.is_main else None
+        self.context: ContextParallel | None = None
+        if self.dims.cp > 1:
+            self.context = ContextParallel(self.dims.build_cp_mesh(self.device.type).get_group(), self.dims.cp_method)
         bare = self._empty_module()
         model = bare.model
         self.vocab_size: int = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
         self.trainable_parameters, self.total_parameters = count_parameters(model)
-        self.context: ContextParallel | None = None
-        if self.dims.cp > 1:
-            self.context = ContextParallel(self.dims.build_cp_mesh(self.device.type).get_group(), self.dims.cp_method)
+        self.router_loss = bare.router_loss
+        self.router_coefficient = router_loss_coefficient(model, self.train.router_aux_loss_coef)
         self.mesh = None if self.dims.strategy == "none" else self.dims.build_mesh(self.device.type)
         load = partial(load_weights, bare, model, values, self.device, in_parts=self.dims.pp > 1)
         self.module, self.partial, self.pipeline = parallelize(
@@ -120,7 +125,12 @@ class Trainer:
         self.anatomy = anatomy(model, self.dims.pp) if self.dims.pp > 1 else None
         if self.dims.cp > 1:
             use_context_parallel(model, self.dims.cp, self.dims.cp_method)
-        return CausalLMWithLoss(model, loss=self.train.loss, chunk_size=self.train.loss_chunk_size)
+        router_loss = None
+        if router_loss_coefficient(model, self.train.router_aux_loss_coef):
+            router_loss = RouterLoss(model, self.context.group if self.context else None)
+        return CausalLMWithLoss(
+            model, loss=self.train.loss, chunk_size=self.train.loss_chunk_size, router_loss=router_loss
+        )
 
     @property
     def is_main(self) -> bool:
@@ -189,14 +199,20 @@ class Trainer:
         lr = self.train.optimizer.lr * lr_factor(step, self.max_steps, self.train.lr_scheduler)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        num_labels, num_tokens, stops = self._sum_over_rows([batch.num_label_tokens, batch.num_tokens, stop])
+        rows = sum(int((m["lengths"] > 0).sum()) for m in batch.micro_batches)
+        counts: list[float] = [batch.num_label_tokens, batch.num_tokens, rows, stop]
+        num_labels, num_tokens, num_rows, stops = self._sum_over_rows(counts)
         # FSDP2 and DDP average gradients over ranks; the loss is a sum over ranks
         scale = self.dims.dp * self.dims.cp / max(num_labels, 1)
-        loss_sum = self._backward(batch.micro_batches, scale)
+        # a mean over rows, written as a part of the sum that is divided by the label tokens
+        router_weight = self.router_coefficient * max(num_labels, 1) / num_rows
+        loss_sum = self._backward(batch.micro_batches, scale, router_weight)
         loss_value = self._sum_over_tokens(loss_sum) / max(num_labels, 1)
         if self.partial:
             assert self.mesh is not None
             sum_partial_gradients(self.partial, self.mesh.get_group("tp"))
+        if self.dims.ep > 1:
+            average_expert_gradients(self.module.parameters(), self.dims.ep)
         stages = self.pipeline.group if self.pipeline else None
         grad_norm = clip_grad_norm(
             self.module.parameters(), self.train.max_grad_norm, copies=self.copies, across=stages
@@ -209,23 +225,25 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         record = {"step": step, "epoch": batch.epoch, "loss": loss_value, "grad_norm": grad_norm, "lr": lr}
+        if self.router_loss:
+            record["router_aux_loss"] = self._sum_over_tokens(self.router_loss.take_sum()) / num_rows
         return record | {"num_label_tokens": int(num_labels), "num_tokens": int(num_tokens)}, stops > 0
 
-    def _backward(self, micro_batches: list[dict[str, Tensor]], scale: float) -> float:
+    def _backward(self, micro_batches: list[dict[str, Tensor]], scale: float, router_weight: float) -> float:
         """Gradients of `scale` times the summed loss of all `micro_batches`; returns the share of the sum seen here."""
         if self.pipeline:
             return self.pipeline.train(micro_batches, scale, self.context)
         loss_sum = 0.0
         for index, micro_batch in enumerate(micro_batches):
             with self._gradient_sync(last=index == len(micro_batches) - 1):
-                loss = self._loss_sum(micro_batch)
+                loss = self._loss_sum(micro_batch, router_weight)
                 (loss * scale).backward()
             loss_sum += loss.item()
         return loss_sum
 
     @torch.no_grad()
     def validate(self, batches: Iterable[Batch]) -> float:
-        """Mean loss of a label token over all validation rows."""
+        """Mean loss of a label token over all validation rows, without auxiliary losses."""
         self.module.eval()
         loss_sum = num_labels = 0.0
         for batch in batches:
@@ -308,12 +326,20 @@ class Trainer:
         """Sum over the ranks that see different tokens."""
         return distributed.all_reduce_sum([value], self.device)[0] / self.dims.tp
 
-    def _loss_sum(self, micro_batch: dict[str, Tensor]) -> Tensor:
+    def _loss_sum(self, micro_batch: dict[str, Tensor], router_weight: float = 0.0) -> Tensor:
         rows = micro_batch["input_ids"], micro_batch["labels"], micro_batch["position_ids"]
-        return self._forward(self.module, self.train.precision, *rows)
+        real_tokens = torch.arange(rows[0].shape[1]) < micro_batch["lengths"].unsqueeze(1) if router_weight else None
+        return self._forward(self.module, self.train.precision, *rows, real_tokens, router_weight)
 
     def _forward(
-        self, module: nn.Module, precision: str, input_ids: Tensor, labels: Tensor | None, position_ids: Tensor
+        self,
+        module: nn.Module,
+        precision: str,
+        input_ids: Tensor,
+        labels: Tensor | None,
+        position_ids: Tensor,
+        real_tokens: Tensor | None = None,
+        router_weight: float = 0.0,
     ) -> Tensor:
         """[B, T] rows, on any device -> this rank's summed loss, or without labels all logits [B, T, V]."""
         multiple, tokens = self.dims.token_multiple, input_ids.shape[1]
@@ -321,13 +347,14 @@ class Trainer:
             pad_tokens(input_ids, multiple, 0),
             None if labels is None else pad_tokens(labels, multiple, IGNORE),
             pad_tokens(position_ids, multiple, None),
+            None if real_tokens is None else pad_tokens(real_tokens, multiple, False),
         ]
         if self.context:
             self.context.enter(cast(Tensor, inputs[2]).to(self.device))
             inputs = [None if x is None else self.context.split(x) for x in inputs]
         inputs = [None if x is None else x.to(self.device, non_blocking=True) for x in inputs]
         with autocast(precision, self.dims.strategy, self.device):
-            output = module(*inputs)
+            output = module(*inputs, router_weight)
         if labels is not None:
             return output
         return (self.context.join(output) if self.context else output)[:, :tokens]
