@@ -7,12 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dayzero.config import Lora
-from dayzero.errors import ConfigError
+from dayzero.console import log
+from dayzero.engine.expert_parallel import find_experts
+from dayzero.errors import ConfigError, one_line
 
 ADAPTER = "default"
 
@@ -33,7 +36,8 @@ def peft_config(config: Lora) -> LoraConfig:
 def inject_lora(model: PreTrainedModel, config: Lora) -> None:
     """Put adapters into `model` in place and freeze all else. Before FSDP2: after it the ranks would diverge.
 
-    Raises `ConfigError` when `targets`, or one name among them, match no module, naming those that would.
+    Raises `ConfigError` when `targets`, or one name among them, match no module, naming those that would, and when
+    PEFT cannot adapt what they match.
     """
     names = [name for name, _ in model.named_modules()]
     for target in config.targets if isinstance(config.targets, list) else ():
@@ -42,13 +46,30 @@ def inject_lora(model: PreTrainedModel, config: Lora) -> None:
     try:
         inject_adapter_in_model(peft_config(config), model, adapter_name=ADAPTER)
     except ValueError as error:
-        if "arget modules" not in str(error):
-            raise
-        raise _no_match(model, config.targets) from error
+        if "arget modules" in str(error):
+            raise _no_match(model, config.targets) from error
+        if config.dropout and find_experts(model):
+            raise ConfigError(
+                f"method.lora.dropout {config.dropout:g}: PEFT adapts fused experts without dropout only: set 0, or "
+                "method.lora.targets that name no expert"
+            ) from error
+        raise ConfigError(f"method.lora.targets {config.targets!r}: {one_line(error)}") from error
     except re.error as error:
         raise ConfigError(f"method.lora.targets {config.targets!r} is no regular expression: {error}") from error
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
+
+
+def warn_of_frozen_experts(model: nn.Module, config: Lora) -> None:
+    """Say so where `targets` give a mixture's experts no adapters.
+
+    They are fused tensors, not linear modules: PEFT reaches those of Mixtral and Qwen-MoE like models by the names of
+    their former linears (https://github.com/huggingface/peft, transformers_weight_conversion.py), others not.
+    """
+    adapted = {id(m.get_base_layer()) for m in model.modules() if isinstance(m, ParamWrapper)}
+    experts = find_experts(model).values()
+    if frozen := sum(p.numel() for m in experts if id(m) not in adapted for p in m.parameters(recurse=False)):
+        log.warning("method.lora.targets %r reach no expert: their %d parameters stay frozen", config.targets, frozen)
 
 
 def _no_match(model: PreTrainedModel, targets: str | list[str]) -> ConfigError:

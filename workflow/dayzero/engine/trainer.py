@@ -28,6 +28,7 @@ from dayzero.engine import checkpoint, distributed
 from dayzero.engine.checkpoint_writer import CheckpointWriter
 from dayzero.engine.context_parallel import ContextParallel, use_context_parallel
 from dayzero.engine.expert_parallel import average_expert_gradients
+from dayzero.engine.lora import warn_of_frozen_experts
 from dayzero.engine.loss import IGNORE, CausalLMWithLoss
 from dayzero.engine.lr_scheduler import lr_factor
 from dayzero.engine.metrics import MetricsLog, peak_memory_gib
@@ -106,6 +107,8 @@ class Trainer:
         model = bare.model
         self.vocab_size: int = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
         self.trainable_parameters, self.total_parameters = count_parameters(model)
+        if self.method.name == "lora" and self.is_main:
+            warn_of_frozen_experts(model, self.method.lora)
         self.router_loss = bare.router_loss
         self.router_coefficient = router_loss_coefficient(model, self.train.router_aux_loss_coef)
         self.mesh = None if self.dims.strategy == "none" else self.dims.build_mesh(self.device.type)
