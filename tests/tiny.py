@@ -28,8 +28,6 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         **_SHAPE,
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
-        "router_aux_loss_coef": 0.1,
-        "output_router_logits": True,
     },
     "qwen3_moe": {
         "model_type": "qwen3_moe",
@@ -49,8 +47,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
 }
 """Config fields of random models: one with tied embeddings, one with query and key norms and an untied head, one
-with a state that packed documents would share, and two mixtures of experts: one with its auxiliary loss on, one with a
-dense layer among its layers and a number of experts that 4 ranks do not share evenly."""
+with a state that packed documents would share, and two mixtures of experts, one with a dense layer among its layers and
+a number of experts that 4 ranks do not share evenly."""
 
 
 def write_rows(path: Path, *, packed: bool, documents: int = 40, seed: int = 0) -> Path:

@@ -78,9 +78,9 @@ def reference(job: dict[str, Any]) -> dict[str, Any]:
         {"params": [p for p in parameters if p.ndim < 2 or id(p) in embeddings], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), foreach=False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     losses, norms, router_losses = [], [], []
-    own = ARCHITECTURES[job["model"]].get("router_aux_loss_coef")
-    coefficient = job.get("train", {}).get("router_aux_loss_coef", own)
+    coefficient = train.router_aux_loss_coef
     whole = Train(**{**train.model_dump(), "local_batch_size": train.global_batch_size})
     batches = batches_of(job, whole, 0, 0, 1)
     decay = batches.num_steps - 2
@@ -106,6 +106,7 @@ def reference(job: dict[str, Any]) -> dict[str, Any]:
         "losses": losses,
         "grad_norms": norms,
         "router_losses": router_losses,
+        "before": before,
         "weights": dict(model.state_dict()),
     }
 
@@ -114,6 +115,8 @@ def plain_router_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tenso
     """transformers' own load balancing loss of each row alone, without padding, averaged over the rows."""
     row_losses = []
     for b, length in enumerate(batch["lengths"].tolist()):
+        if not length:
+            continue
         row = {name: batch[name][b : b + 1, :length] for name in ("input_ids", "position_ids")}
         row_losses.append(model(**row, use_cache=False, output_router_logits=True).aux_loss)
     return torch.stack(row_losses).mean()
@@ -181,6 +184,14 @@ def train(job: dict[str, Any], trainer: Trainer | None = None) -> dict[str, Any]
         "before": before,
         "weights": all_weights(trainer),
         "spread": replica_spread(trainer),
+        "mesh_axes": sorted(
+            {
+                a
+                for p in trainer.module.parameters()
+                if isinstance(p, DTensor)
+                for a in p.device_mesh.mesh_dim_names or ()
+            }
+        ),
         "checkpoints": [p.name for p in sorted(trainer.checkpoints.glob("step_*"))],
     }
 

@@ -19,6 +19,7 @@ def run_ranks(world_size: int, jobs: list[dict[str, Any]], folder: Path, timeout
 
     Raises AssertionError with the processes' output when they fail.
     """
+    assert len({job["name"] for job in jobs}) == len(jobs), "two jobs of one name"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps(jobs))
     done = subprocess.run(

@@ -61,6 +61,7 @@ def runs(folder: Path) -> dict[str, dict[str, Any]]:
     tp_lora = job("train", "qwen3", "lora", "padded", folder, **plain, tp=2, **every)
     named = {"full": full, "lora": lora, "ddp": ddp, "loader": loader, "late": late, "sync": sync, "tp": tp,
              "plain-lora": plain_lora, "tp-lora": tp_lora}  # fmt: skip
+    named["moe"] = moe = job("train", "mixtral", "full", "packed", folder, **SETTINGS, ep=2, **every)
     named["bad"] = job("bad_step", *CASE, folder, **SETTINGS)
     named["pipeline"] = pipeline = job("train", *CASE, folder, **SETTINGS, **V_PIPELINE, **every)
     named["bad-pipeline"] = job("bad_step", *CASE, folder, **SETTINGS, pp=2)
@@ -71,6 +72,7 @@ def runs(folder: Path) -> dict[str, dict[str, Any]]:
     named["four"] = job("train", *CASE, folder, strategy="fsdp2", local_batch_size=1, **every)
     named["four-lora"] = job("train", "qwen3", "lora", "padded", folder, **{**plain, "local_batch_size": 1}, **every)
     on_4 = [copy_of(full, folder, "full-5-on-4", 5, local_batch_size=1), named["four"], named["four-lora"]]
+    on_4.append(copy_of(moe, folder, "moe-5-on-4", 5, local_batch_size=1))
     results |= run_ranks(4, on_4, folder / "on-4")
 
     replicas = {"strategy": "ddp", "dp_replicate": 2}
@@ -100,6 +102,7 @@ def runs(folder: Path) -> dict[str, dict[str, Any]]:
     then = {run["name"]: run for run in on_2}
     on_1 = [
         copy_of(full, folder, "full-5-on-1", 5),
+        copy_of(moe, folder, "moe-5-on-1", 5, ep=1),
         copy_of(then["four-3-on-2"], folder, "four-6-on-2-on-1", 6),
         copy_of(then["four-lora-3-on-2"], folder, "four-lora-6-on-2-on-1", 6),
     ]
@@ -128,6 +131,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
     ("tp-lora", "tp-lora-5-on-fsdp2", 5), ("four", "four-3-on-2", 3), ("four-lora", "four-lora-3-on-2", 3),
     ("four", "four-6-on-2-on-1", 6), ("four-lora", "four-lora-6-on-2-on-1", 6), ("full", "full-5-on-pipeline", 5),
     ("pipeline", "pipeline-5-on-fsdp2", 5), ("pipeline", "pipeline-5-on-1f1b", 5),
+    ("moe", "moe-5-on-1", 5), ("moe", "moe-5-on-4", 5),
 ])  # fmt: skip
 def test_resumed_on_another_mesh(runs: dict[str, dict[str, Any]], whole: str, resumed: str, step: int) -> None:
     assert runs[resumed]["started_at"] == step

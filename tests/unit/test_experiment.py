@@ -132,7 +132,7 @@ runs:
         "exp.yaml:13: runs.A: differs from runs.a only in case: rename one",
         "exp.yaml:5: data.validation_siez: unknown key; did you mean data.validation_size?",
         "exp.yaml:6: train.lr: unknown key; did you mean train.optimizer.lr?",
-        "exp.yaml:8: parallelism = 4: expected a mapping with keys of strategy, dp_replicate, dp_shard, tp, sequence_parallel, cp, cp_method, pp, pp_schedule",
+        "exp.yaml:8: parallelism = 4: expected a mapping with keys of strategy, dp_replicate, dp_shard, tp, sequence_parallel, cp, cp_method, pp, pp_schedule, ep",
         "exp.yaml:6: train.max_steps = '1e3': expected an integer above 0 or null; YAML reads 1e3 as text: write 1000",
         "exp.yaml:10: train.num_epochs = '2': expected a number above 0 or null; it is quoted, so it is text: leave the quotes out",
         "exp.yaml:6: train.compile = 'yes': expected true or false",

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from dayzero.config import Lora, Method
-from dayzero.engine.lora import inject_lora, save_adapter
+from dayzero.console import log
+from dayzero.engine.lora import inject_lora, save_adapter, warn_of_frozen_experts
 from dayzero.engine.model import ModelSource, build_model
 from dayzero.errors import ConfigError
 from peft import PeftModel
@@ -70,6 +71,52 @@ def test_peft_reads_the_adapter_and_the_merge_agrees(base: Path, tmp_path: Path)
     torch.testing.assert_close(logits(loaded), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(logits(loaded.merge_and_unload()), expected, rtol=1e-5, atol=1e-5)
     assert (expected - logits(AutoModelForCausalLM.from_pretrained(base).eval())).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_peft_reads_the_adapters_of_fused_experts(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = ModelSource(directory=None, architecture=ARCHITECTURES[name], random_weights=True)
+    build_model(source, source.config(), Method(name="full"), seed=0, meta=False).save_pretrained(tmp_path / "base")
+    model = adapted(tmp_path / "base", Lora(rank=4))
+    with monkeypatch.context() as patch:
+        patch.setattr(log, "propagate", True)
+        warn_of_frozen_experts(model, Lora(rank=4))
+    assert "reach no expert" not in caplog.text
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.1)
+    expected = logits(model)
+    save_adapter(tmp_path / "adapter", Lora(rank=4), model.state_dict(), base_model=str(tmp_path / "base"))
+    fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    loaded = PeftModel.from_pretrained(fresh, str(tmp_path / "adapter")).eval()
+    torch.testing.assert_close(logits(loaded), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(loaded.merge_and_unload()), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        (Lora(dropout=0.1), r"dropout 0.1: PEFT adapts fused experts without dropout only: set 0"),
+        (Lora(targets=["gate_proj"]), r"targets \['gate_proj'\]: .*without also targeting up_proj"),
+    ],
+)
+def test_what_peft_cannot_do_with_experts_is_said(lora: Lora, message: str) -> None:
+    source = ModelSource(directory=None, architecture=ARCHITECTURES["qwen3_moe"])
+    with pytest.raises(ConfigError, match=message):
+        build_model(source, source.config(), Method(name="lora", lora=lora), seed=0, meta=True)
+
+
+def test_experts_without_adapters_are_said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    lora = Lora(targets=["q_proj"])
+    source = ModelSource(directory=None, architecture=ARCHITECTURES["mixtral"])
+    model = build_model(source, source.config(), Method(name="lora", lora=lora), seed=0, meta=True)
+    monkeypatch.setattr(log, "propagate", True)
+    with caplog.at_level("WARNING", logger=log.name):
+        warn_of_frozen_experts(model, lora)
+    assert "reach no expert: their 73728 parameters stay frozen" in caplog.text
 
 
 def test_targets_that_match_nothing_name_those_that_would(base: Path) -> None:

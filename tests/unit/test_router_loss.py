@@ -9,11 +9,15 @@ import torch
 from dayzero.config import Method
 from dayzero.engine.loss import CausalLMWithLoss
 from dayzero.engine.model import ModelSource, build_model
+from dayzero.engine.parallel_dims import ParallelDims
 from dayzero.engine.router_loss import RouterLoss, load_balancing_loss, router_loss_coefficient
 from dayzero.errors import ConfigError
 from transformers import PreTrainedModel
 
 from tests.tiny import ARCHITECTURES
+
+ONE = ParallelDims(strategy="none", world_size=1)
+ON = {"output_router_logits": True, "router_aux_loss_coef": 0.1}
 
 
 def model_of(name: str, *, meta: bool = False, **changed) -> PreTrainedModel:
@@ -63,15 +67,22 @@ def test_the_sum_of_the_rows_is_added_once(loss: str) -> None:
 
 
 def test_the_coefficient_is_the_models_own_unless_set() -> None:
-    mixtral, qwen = model_of("mixtral", meta=True), model_of("qwen3_moe", meta=True)
-    assert router_loss_coefficient(mixtral, None) == 0.1
-    assert router_loss_coefficient(mixtral, 0) == 0
-    assert router_loss_coefficient(qwen, None) == 0  # its config does not turn router logits on
-    assert router_loss_coefficient(qwen, 0.01) == 0.01
-    assert router_loss_coefficient(model_of("llama", meta=True), None) == 0
-    assert router_loss_coefficient(model_of("llama", meta=True), 0) == 0
+    mixtral, qwen = model_of("mixtral", meta=True, **ON), model_of("qwen3_moe", meta=True)
+    assert router_loss_coefficient(mixtral, None, ONE) == 0.1
+    assert router_loss_coefficient(mixtral, 0, ONE) == 0
+    assert router_loss_coefficient(qwen, None, ONE) == 0  # its config does not turn router logits on
+    assert router_loss_coefficient(qwen, 0.01, ONE) == 0.01
+    assert router_loss_coefficient(model_of("llama", meta=True), None, ONE) == 0
+    assert router_loss_coefficient(model_of("llama", meta=True), 0, ONE) == 0
 
 
 def test_a_coefficient_for_a_model_without_router_logits_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"router_aux_loss_coef 0.01: LlamaForCausalLM defines no load balancing"):
-        router_loss_coefficient(model_of("llama", meta=True), 0.01)
+        router_loss_coefficient(model_of("llama", meta=True), 0.01, ONE)
+
+
+def test_a_mesh_on_which_no_rank_sees_all_router_logits_is_refused() -> None:
+    dims = ParallelDims(strategy="fsdp2", world_size=2, tp=2, sequence_parallel=True)
+    with pytest.raises(ConfigError, match=r"router_aux_loss_coef 0.1: with sequence_parallel no rank has the router"):
+        router_loss_coefficient(model_of("mixtral", meta=True, **ON), None, dims)
+    assert router_loss_coefficient(model_of("mixtral", meta=True), None, dims) == 0

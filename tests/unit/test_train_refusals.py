@@ -202,6 +202,31 @@ def test_a_pipeline_that_does_not_fit(
 
 
 @pytest.mark.parametrize(
+    ("model", "sections", "said"),
+    [
+        ("llama", {"parallelism": {"dp_shard": 2, "ep": 2}}, "ep 2: LlamaForCausalLM has no grouped experts"),
+        ("mixtral", {"parallelism": {"dp_shard": 3, "ep": 3}}, "has experts 4 / 3 = 1.333: use a divisor of 4"),
+        ("llama", {"router_aux_loss_coef": 0.1}, "LlamaForCausalLM defines no load balancing loss of router logits"),
+        ("mixtral", {"router_aux_loss_coef": 0.1, "parallelism": {"tp": 2, "sequence_parallel": True}},
+         "router_aux_loss_coef 0.1: with sequence_parallel no rank has the router logits of all its tokens"),
+    ],
+)  # fmt: skip
+def test_experts_that_the_model_does_not_have(
+    model: str, sections: dict[str, Any], said: str, tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sections = dict(sections)
+    trained = {"max_steps": 2, "global_batch_size": 12, "local_batch_size": 2}
+    if "router_aux_loss_coef" in sections:
+        trained["router_aux_loss_coef"] = sections.pop("router_aux_loss_coef")
+    architecture = {"architecture": ARCHITECTURES[model]}
+    config = _config(tmp_path, method={"name": "pretrain"}, model=architecture, train=trained,
+                     tokenize={"seq_len": 128}, **sections)  # fmt: skip
+    assert train.main(["--config", config, "--tokens", str(tokens), "--output", str(tmp_path / "out")]) == 1
+    assert said in _last_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
     ("method", "arguments", "said"),
     [
         ("lora", [], "--train belongs to trained runs, and only to those"),

@@ -100,7 +100,8 @@ class Lora(_Section):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the adapter's input. 0: off."""
     targets: str | list[str] = "all-linear"
-    """Module name suffixes, one regular expression over full names, or `all-linear` (all but the LM head)."""
+    """Module name suffixes, one regular expression over full names, or `all-linear` (all but the LM head; fused experts
+    where PEFT knows them, else the log says that they stay frozen)."""
 
 
 class Method(_Section):

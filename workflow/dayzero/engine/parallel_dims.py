@@ -94,6 +94,8 @@ class ParallelDims:
                 f"takes its ranks from dp_shard {self.dp_shard}{cp}, but {shards} / ep {self.ep} = "
                 f"{shards / self.ep:.4g}: use a divisor of {shards}",
             )
+        if self.pp > 1:
+            raise SizeError("parallelism.ep", f"{self.ep} does not go with pp {self.pp}: set one of them to 1")
         if self.tp > 1 and not self.sequence_parallel:
             raise SizeError(
                 "parallelism.ep",

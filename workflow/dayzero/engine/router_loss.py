@@ -20,25 +20,34 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dayzero.engine.parallel_dims import ParallelDims
 from dayzero.engine.structure import find_decoder
 from dayzero.errors import ConfigError
 
 
-def router_loss_coefficient(model: PreTrainedModel, setting: float | None) -> float:
+def router_loss_coefficient(model: PreTrainedModel, setting: float | None, dims: ParallelDims) -> float:
     """The weight of the auxiliary loss: `setting`, or where it is None what the model's own config says; 0 is off.
 
-    Raises `ConfigError` for a number above 0 where the model has no such loss.
+    Raises `ConfigError` for a number above 0 where the model has no such loss, or no rank sees what it is made of.
     """
     config = model.config.get_text_config()
     if setting is None:
         own = getattr(config, "router_aux_loss_coef", 0.0) if getattr(config, "output_router_logits", False) else 0.0
-        return float(own) if _has_router_loss(model) else 0.0
-    if setting and not _has_router_loss(model):
+        coefficient = float(own) if _has_router_loss(model) else 0.0
+    elif setting and not _has_router_loss(model):
         raise ConfigError(
             f"train.router_aux_loss_coef {setting:g}: {type(model).__name__} defines no load balancing loss of router "
             "logits: set 0 or null"
         )
-    return setting
+    else:
+        coefficient = setting
+    parts = {"sequence_parallel": dims.sequence_parallel, "pp": dims.pp > 1}
+    if coefficient and any(parts.values()):
+        raise ConfigError(
+            f"train.router_aux_loss_coef {coefficient:g}: with {' and '.join(k for k, on in parts.items() if on)} no "
+            "rank has the router logits of all its tokens in all layers: turn that off, or set the coefficient to 0"
+        )
+    return coefficient
 
 
 def _has_router_loss(model: PreTrainedModel) -> bool:

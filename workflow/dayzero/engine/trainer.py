@@ -110,7 +110,7 @@ class Trainer:
         if self.method.name == "lora" and self.is_main:
             warn_of_frozen_experts(model, self.method.lora)
         self.router_loss = bare.router_loss
-        self.router_coefficient = router_loss_coefficient(model, self.train.router_aux_loss_coef)
+        self.router_coefficient = router_loss_coefficient(model, self.train.router_aux_loss_coef, self.dims)
         self.mesh = None if self.dims.strategy == "none" else self.dims.build_mesh(self.device.type)
         load = partial(load_weights, bare, model, values, self.device, in_parts=self.dims.pp > 1)
         self.module, self.partial, self.pipeline = parallelize(
@@ -129,7 +129,7 @@ class Trainer:
         if self.dims.cp > 1:
             use_context_parallel(model, self.dims.cp, self.dims.cp_method)
         router_loss = None
-        if router_loss_coefficient(model, self.train.router_aux_loss_coef):
+        if router_loss_coefficient(model, self.train.router_aux_loss_coef, self.dims):
             router_loss = RouterLoss(model, self.context.group if self.context else None)
         return CausalLMWithLoss(
             model, loss=self.train.loss, chunk_size=self.train.loss_chunk_size, router_loss=router_loss
@@ -356,8 +356,10 @@ class Trainer:
             self.context.enter(cast(Tensor, inputs[2]).to(self.device))
             inputs = [None if x is None else self.context.split(x) for x in inputs]
         inputs = [None if x is None else x.to(self.device, non_blocking=True) for x in inputs]
+        real_tokens = inputs.pop()
+        router = {} if real_tokens is None else {"real_tokens": real_tokens, "router_weight": router_weight}
         with autocast(precision, self.dims.strategy, self.device):
-            output = module(*inputs, router_weight)
+            output = module(*inputs, **router)
         if labels is not None:
             return output
         return (self.context.join(output) if self.context else output)[:, :tokens]

@@ -113,11 +113,24 @@ def _check_fit(run: RunConfig, args: argparse.Namespace, dims: ParallelDims) -> 
             f"{args.tokens} has the token id {largest}, but the model's vocab_size is {vocab_size}: use the model's "
             "own tokenizer, or a larger model.architecture.vocab_size"
         )
-    if dims.pp > 1:
-        from dayzero.engine.model import build_model
-        from dayzero.engine.pipeline_cut import check_pipeline
+    if dims.pp > 1 or dims.ep > 1 or dims.sequence_parallel or run.train.router_aux_loss_coef:
+        _check_model(run, args, dims)
 
-        check_pipeline(build_model(_source(run, args), config, run.method, run.seed, meta=True), dims)
+
+def _check_model(run: RunConfig, args: argparse.Namespace, dims: ParallelDims) -> None:
+    """Hold what the config says of layers and experts against the model without weights. Raises `ConfigError`."""
+    from dayzero.engine.expert_parallel import check_expert_parallel
+    from dayzero.engine.model import build_model
+    from dayzero.engine.pipeline_cut import check_pipeline
+    from dayzero.engine.router_loss import router_loss_coefficient
+
+    source = _source(run, args)
+    model = build_model(source, source.config(args.tokenizer), run.method, run.seed, meta=True)
+    router_loss_coefficient(model, run.train.router_aux_loss_coef, dims)
+    if dims.ep > 1:
+        check_expert_parallel(model, dims.ep)
+    if dims.pp > 1:
+        check_pipeline(model, dims)
 
 
 def _source(run: RunConfig, args: argparse.Namespace) -> Any:
