@@ -47,7 +47,7 @@ def test_only_adapters_are_trained_and_the_head_has_none(base: Path) -> None:
     assert trained
     assert all("lora_" in n for n in trained)
     assert not any("lm_head" in n for n in trained)
-    assert len(trained) == 3 * 7 * 2  # layers x projections x (A, B)
+    assert len(trained) == 4 * 7 * 2  # layers x projections x (A, B)
 
 
 def test_the_seed_decides_the_adapters(base: Path) -> None:
@@ -116,7 +116,7 @@ def test_experts_without_adapters_are_said(caplog: pytest.LogCaptureFixture, mon
     monkeypatch.setattr(log, "propagate", True)
     with caplog.at_level("WARNING", logger=log.name):
         warn_of_frozen_experts(model, lora)
-    assert "reach no expert: their 73728 parameters stay frozen" in caplog.text
+    assert "reach no expert: their 98304 parameters stay frozen" in caplog.text
 
 
 def test_targets_that_match_nothing_name_those_that_would(base: Path) -> None:

@@ -58,18 +58,18 @@ class CausalLMWithLoss(nn.Module):
         With `labels` None: logits [B, T, V]. With `router_weight` the auxiliary losses of the rows are added, so many
         times; `real_tokens` bool [B, T] says then what is no padding.
         """
-        return self.run(input_ids, labels, position_ids)
-
-    def run(self, input_ids: Tensor, labels: Tensor | None, position_ids: Tensor) -> Tensor:
-        """What `forward` does on one rank; a pipeline puts itself in `forward`'s place and has its last stage do it."""
-        if labels is None:
-            return self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
-        loss = self._loss(self.model, input_ids, labels, position_ids, self._chunk_size)
+        loss = self.run(input_ids, labels, position_ids)
         if router_weight:
             assert self.router_loss is not None
             assert real_tokens is not None
             loss = loss + router_weight * self.router_loss(real_tokens)
         return loss
+
+    def run(self, input_ids: Tensor, labels: Tensor | None, position_ids: Tensor) -> Tensor:
+        """What `forward` does on one rank; a pipeline puts itself in `forward`'s place and has its last stage do it."""
+        if labels is None:
+            return self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+        return self._loss(self.model, input_ids, labels, position_ids, self._chunk_size)
 
 
 def cross_entropy(model: nn.Module, input_ids: Tensor, labels: Tensor, position_ids: Tensor, _: int) -> Tensor:

@@ -57,7 +57,7 @@ class Pipeline:
         self.stages[0].install()  # between calls the model has the modules of all stages
         for stage in self.stages:
             stage.install_own()
-        whole.forward = self.evaluate  # type: ignore[method-assign]
+        whole.forward = self.evaluate  # type: ignore[method-assign, assignment]
         self._whole = whole
         self._deferred = [DeferredGradients(s) for s in self.stages] if dims.pp_schedule == "zero_bubble" else []
         self._shape: tuple[int, ...] = ()
