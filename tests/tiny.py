@@ -38,6 +38,15 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
         "mlp_only_layers": [1],
     },
+    "opt": {
+        "model_type": "opt",
+        **{name: size for name, size in _SHAPE.items() if name not in ("intermediate_size", "num_key_value_heads")},
+        "ffn_dim": 64,
+        "word_embed_proj_dim": 32,
+        "dropout": 0.0,
+        "tie_word_embeddings": True,
+    },
+    "stablelm": {"model_type": "stablelm", **_SHAPE, "tie_word_embeddings": False},
     "mamba": {
         "model_type": "mamba",
         "vocab_size": VOCAB_SIZE,
@@ -48,7 +57,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 """Config fields of random models: one with tied embeddings, one with query and key norms and an untied head, one
 with a state that packed documents would share, and two mixtures of experts, one with a dense layer among its layers and
-a number of experts that 4 ranks do not share evenly."""
+a number of experts that 4 ranks do not share evenly; opt and stablelm ship no tensor-parallel plan."""
 
 
 def write_rows(path: Path, *, packed: bool, documents: int = 40, seed: int = 0) -> Path:

@@ -107,11 +107,23 @@ def chunked(model: nn.Module, input_ids: Tensor, labels: Tensor, position_ids: T
 
 @contextmanager
 def decoder_returns(decoder: nn.Module, output: Any) -> Iterator[None]:
-    """While active, calling `decoder` returns `output`, so that calling the whole model runs just its head."""
+    """While active, calling `decoder` returns `output`, so that calling the whole model runs just its head.
+
+    Raises `ValueError` where the model did not call it: its loss would be that of something else.
+    """
     own = decoder.__dict__.get("forward")
-    decoder.forward = lambda *_, **__: output
+    calls = 0
+
+    def forward(*_: Any, **__: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return output
+
+    decoder.forward = forward
     try:
         yield
+        if not calls:
+            raise ValueError(f"the model does not call its {type(decoder).__name__}: use train.loss: cross_entropy")
     finally:
         if own is None:
             del decoder.forward

@@ -1,7 +1,7 @@
-"""Tensor parallelism: attention and MLP matrices split over the tp axis, by the model's own plan.
+"""Tensor parallelism: attention and MLP matrices split over the tp axis, by the model's own plan or a derived one.
 
-transformers ships the plan (`base_model_tp_plan`: which linear is split by columns, which by rows) and the module hooks
-that turn activations into DTensors and back. Three things are added here:
+transformers ships the plan of many models (`base_model_tp_plan`: which linear is split by columns, which by rows), and
+the module hooks that turn activations into DTensors and back. Three things are added here:
 
 - Adapters. A column-split linear with LoRA splits its base and lora_B by columns and keeps lora_A whole; a row-split
   one splits its base and lora_A by rows and keeps lora_B whole, so that the update is split exactly like the weight.
@@ -26,35 +26,57 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers import PreTrainedModel
 from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES, RowwiseParallel, apply_tensor_parallelism
 
+from dayzero.engine.derived_plan import (
+    COLUMN,
+    GRADIENT_SUM,
+    ROW,
+    DerivedPlan,
+    NoPlan,
+    derive_plan,
+    unsplit_matrix,
+    wildcard,
+)
 from dayzero.engine.structure import find_layers
 from dayzero.errors import ConfigError
 
-COLUMN, ROW, GRADIENT_SUM = "colwise", "rowwise", "replicated_with_grad_allreduce"
 ROW_SCATTERED = "dayzero_rowwise_scattered"
 """Row-split, each rank keeping its share of the tokens of the sum (a reduce-scatter in place of an all-reduce)."""
 
 ALL_PARALLEL_STYLES.register(ROW_SCATTERED, RowwiseParallel(output_layouts=Shard(1)))  # type: ignore[arg-type]
 
 
-def tensor_parallel_plan(model: PreTrainedModel, tp: int) -> dict[str, str]:
-    """Module name -> style for every split linear and every norm between them; adapters are not in it.
+def tensor_parallel_plan(model: PreTrainedModel, tp: int, *, sequence_parallel: bool = False) -> DerivedPlan:
+    """Style of every split linear and every norm between them by the module's full name, adapters left out.
 
-    Raises `ConfigError` with the equation where a size does not divide by `tp`, or where the model has no plan.
+    It is the model's own plan or, where it ships none, a derived one: see `derived_plan.py`.
+    Raises `ConfigError` with the equation where a size does not divide by `tp`, or where no plan is right.
     """
-    plan = {name: style for name, style in (model.tp_plan or {}).items() if style in (COLUMN, ROW, GRADIENT_SUM)}
-    if not plan:
-        raise ConfigError(f"parallelism.tp {tp}: {type(model).__name__} ships no tensor-parallel plan: use dp_shard")
+    own = {name: style for name, style in (model.tp_plan or {}).items() if style in (COLUMN, ROW, GRADIENT_SUM)}
     _check_heads(model, tp)
+    plan = DerivedPlan(own) if own else _derived(model, tp, sequence_parallel)
     found: dict[str, str] = {}
     for name, module in model.named_modules():
-        style = plan.get(_wildcard(name))
+        style = plan.styles.get(wildcard(name))
         if style in (COLUMN, ROW):
             linear = getattr(module, "base_layer", module)
             size = linear.out_features if style == COLUMN else linear.in_features
             _check_divides(tp, f"{name} has {'outputs' if style == COLUMN else 'inputs'}", size)
         if style:
             found[name] = style
-    return found
+    return DerivedPlan(found, {n: plan.divided.get(wildcard(n), ()) for n, _ in model.named_modules()})
+
+
+def _derived(model: PreTrainedModel, tp: int, sequence_parallel: bool) -> DerivedPlan:
+    says = f"parallelism.tp {tp}: {type(model).__name__} ships no tensor-parallel plan"
+    if sequence_parallel:
+        raise ConfigError(f"{says}, which parallelism.sequence_parallel needs: turn sequence_parallel off")
+    try:
+        plan = derive_plan(model, tp)
+        if unsplit := unsplit_matrix(model, plan.styles):
+            raise NoPlan(unsplit)
+    except NoPlan as reason:
+        raise ConfigError(f"{says} and none can be derived: {reason}: use dp_shard") from None
+    return plan
 
 
 def apply_tensor_parallel(model: PreTrainedModel, mesh: DeviceMesh, *, sequence_parallel: bool) -> set[int]:
@@ -62,7 +84,12 @@ def apply_tensor_parallel(model: PreTrainedModel, mesh: DeviceMesh, *, sequence_
 
     Returns the ids of the modules whose parameters' gradients each rank has only a part of: see `partial_parameters`.
     """
-    plan = tensor_parallel_plan(model, mesh.size())
+    found = tensor_parallel_plan(model, mesh.size(), sequence_parallel=sequence_parallel)
+    plan = found.styles
+    for name, attributes in found.divided.items():
+        for attribute in attributes:
+            module = model.get_submodule(name)
+            setattr(module, attribute, getattr(module, attribute) // mesh.size())
     split: dict[str, str] = {}
     partial = {id(model.get_submodule(name)) for name, style in plan.items() if style == GRADIENT_SUM}
     for name, style in plan.items():
@@ -79,7 +106,7 @@ def apply_tensor_parallel(model: PreTrainedModel, mesh: DeviceMesh, *, sequence_
         split |= {f"{name}.{adapters}.{adapter}": actual for adapter in getattr(module, adapters)}
         if sequence_parallel and style == ROW:
             partial |= {id(b) for b in cast(nn.ModuleDict, module.lora_B).values()}  # sees this rank's tokens only
-    apply_tensor_parallelism(model, mesh, {_wildcard(name): style for name, style in split.items()})
+    apply_tensor_parallelism(model, mesh, {wildcard(name): style for name, style in split.items()})
     if sequence_parallel:
         partial |= _apply_sequence_parallel(model, mesh, [n for n, style in plan.items() if style == COLUMN])
     return partial
@@ -119,11 +146,6 @@ def _check_heads(model: PreTrainedModel, tp: int) -> None:
 def _check_divides(tp: int, what: str, size: int) -> None:
     if size % tp:
         raise ConfigError(f"parallelism.tp {tp}: {what} {size} / {tp} = {size / tp:.4g}: use a divisor of {size}")
-
-
-def _wildcard(name: str) -> str:
-    """The name as plans write it: layer numbers as `*`."""
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def _apply_sequence_parallel(model: PreTrainedModel, mesh: DeviceMesh, columns: list[str]) -> set[int]:

@@ -98,6 +98,7 @@ def _check_fit(run: RunConfig, args: argparse.Namespace, dims: ParallelDims) -> 
     """
     from dayzero.data.model_files import context_length
     from dayzero.data.tokens import TokenRows
+    from dayzero.engine.model import build_model
 
     config = _source(run, args).config(args.tokenizer)
     longest, context = TokenRows(args.tokens / "train").longest(), context_length(config)
@@ -113,7 +114,7 @@ def _check_fit(run: RunConfig, args: argparse.Namespace, dims: ParallelDims) -> 
             f"{args.tokens} has the token id {largest}, but the model's vocab_size is {vocab_size}: use the model's "
             "own tokenizer, or a larger model.architecture.vocab_size"
         )
-    if dims.pp > 1 or dims.ep > 1 or dims.sequence_parallel or run.train.router_aux_loss_coef:
+    if dims.pp > 1 or dims.ep > 1 or dims.tp > 1 or run.train.router_aux_loss_coef:
         _check_model(run, args, dims)
 
 
@@ -123,6 +124,7 @@ def _check_model(run: RunConfig, args: argparse.Namespace, dims: ParallelDims) -
     from dayzero.engine.model import build_model
     from dayzero.engine.pipeline_cut import check_pipeline
     from dayzero.engine.router_loss import router_loss_coefficient
+    from dayzero.engine.tensor_parallel import tensor_parallel_plan
 
     source = _source(run, args)
     model = build_model(source, source.config(args.tokenizer), run.method, run.seed, meta=True)
@@ -131,6 +133,8 @@ def _check_model(run: RunConfig, args: argparse.Namespace, dims: ParallelDims) -
         check_expert_parallel(model, dims.ep)
     if dims.pp > 1:
         check_pipeline(model, dims)
+    if dims.tp > 1:
+        tensor_parallel_plan(model, dims.tp, sequence_parallel=dims.sequence_parallel)
 
 
 def _source(run: RunConfig, args: argparse.Namespace) -> Any:
