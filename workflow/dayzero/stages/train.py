@@ -98,7 +98,6 @@ def _check_fit(run: RunConfig, args: argparse.Namespace, dims: ParallelDims) -> 
     """
     from dayzero.data.model_files import context_length
     from dayzero.data.tokens import TokenRows
-    from dayzero.engine.model import build_model
 
     config = _source(run, args).config(args.tokenizer)
     longest, context = TokenRows(args.tokens / "train").longest(), context_length(config)
