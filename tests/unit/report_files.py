@@ -140,7 +140,23 @@ def _write_shared(shelf: Path, run: RunConfig) -> None:
         _write(
             shelf / "tokenizers" / store.tokenizer_key(run) / "manifest.json", {"provenance": provenance(3.3, 0.5, 3)}
         )
-    counts = {"dropped": {"no_labels": 2}, "truncated": 9, "split": 0, "packing_efficiency": 0.9731}
+    if run.method.name != "none":
+        found = {"found": 3, "looked_at": 1580, "share": 3 / 1580}
+        rows = {
+            "rows": 1580,
+            "empty_answers": 4,
+            "characters": {"counts": [4, 0, 900, 676], "longest": 7, "total": 6320},
+            "exact_duplicates": found,
+            "near_duplicates": {**found, "similarity": 0.8},
+            "languages": {"en": 987, "es": 13},
+        }
+        tasks = {"tool_calls": {"items": 120, "too_short": 7, "contaminated": 2, "share": 2 / 120, "worst": []}}
+        contamination = {"tasks": tasks, "ngram": 8, "overlap": 0.7, "max_contamination": 0.05}
+        check = {"format": "messages", "splits": {"train": rows}, "contamination": contamination}
+        check_file = shelf / "checks" / store.check_key(run) / "manifest.json"
+        _write(check_file, {**check, "provenance": provenance(2.2, 0.3, 2)})
+    counts: dict[str, Any] = {"dropped": {"no_labels": 2}, "truncated": 9, "split": 0, "packing_efficiency": 0.9731}
+    counts["document_tokens"] = {"counts": [0, 0, 0, 400, 978, 200], "longest": 31, "total": 20_000}
     tokens = {
         "seq_len": run.tokenize.seq_len,
         "packing": run.tokenize.packing,

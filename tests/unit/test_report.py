@@ -77,6 +77,14 @@ def test_the_page_says_what_the_experiment_asks(demo: tuple[list[Path], Path], t
     assert '<p class="description">Does &lt;b&gt; help?</p>' in page
 
 
+def test_the_page_holds_the_data_report(demo: tuple[list[Path], Path]) -> None:
+    _, output = demo
+    dom = (output / "index.html").read_text()
+    for shown in ("2 (1.7 %)", "with 70 % of their 8-grams in training rows", "3 of 1,580 (0.2 %)", "en 987, es 13"):
+        assert shown in dom
+    assert "15.3 %" in dom, "the share of supervised tokens"
+
+
 def test_csv_has_one_row_for_each_score_with_the_values_of_the_files(demo: tuple[list[Path], Path]) -> None:
     runs, output = demo
     frame = pd.read_csv(output / "results.csv")
@@ -263,7 +271,7 @@ def test_the_last_line_of_a_repeated_step_counts(tmp_path: Path) -> None:
 
 def test_shared_stages_are_counted_once(tmp_path: Path) -> None:
     bars = stage_seconds(read_runs(write_demo(tmp_path)))
-    assert bars["shared"] == {"fetch_model": 24.1, "fetch_data": 6.4, "tokenize": 9.8}
+    assert bars["shared"] == {"fetch_model": 24.1, "fetch_data": 6.4, "check_data": 2.2, "tokenize": 9.8}
     assert set(bars["base"]) == {"export", "evaluate", "verify_serving"}
     assert bars["lora"]["train"] == 181.0
 

@@ -95,7 +95,9 @@ class Project:
 
 @cache
 def _server() -> subprocess.Popen[str]:
-    environment = dict(os.environ, OMP_NUM_THREADS="1", COLUMNS="200", PYTHONPATH=str(STAND_IN))
+    environment = dict(
+        os.environ, OMP_NUM_THREADS="1", COLUMNS="200", PYTHONPATH=f"{STAND_IN}{os.pathsep}{ROOT / 'workflow'}"
+    )
     command = [sys.executable, Path(__file__).with_name("snakemake_server.py")]
     return subprocess.Popen(command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 

@@ -20,11 +20,12 @@ def jobs(*rules: str, runs: tuple[str, ...] = RUNS) -> Jobs:
 
 
 ALL_OF_A_RUN = ("resolve_config", "train", "export", "evaluate", "verify_serving")
-AFTER_DATA = {"tokenize", "report"} | jobs("train", "export", runs=TRAINED) | jobs("evaluate", "verify_serving")
+AFTER_TOKENS = {"tokenize", "report"} | jobs("train", "export", runs=TRAINED) | jobs("evaluate", "verify_serving")
+AFTER_DATA = AFTER_TOKENS | {"check_data"}
 
 SETTINGS: dict[str, tuple[str, Jobs]] = {
     "nothing": ("", set()),
-    "the tasks": ("evaluate.tasks=[other]", jobs("resolve_config", "evaluate") | {"report"}),
+    "the tasks": ("evaluate.tasks=[other]", jobs("resolve_config", "evaluate") | {"check_data", "report"}),
     "one run's learning rate": ("runs.low.train.optimizer.lr=2e-3", jobs(*ALL_OF_A_RUN, runs=("low",)) | {"report"}),
     "one run's seed": ("runs.high.seed=7", jobs(*ALL_OF_A_RUN, runs=("high",)) | {"report"}),
     "one run's exported dtype": (
@@ -36,6 +37,10 @@ SETTINGS: dict[str, tuple[str, Jobs]] = {
         set(),
     ),
     "the serving tolerance": ("serving.tolerance=1e-2", jobs("resolve_config", "verify_serving") | {"report"}),
+    "the allowed contamination": (
+        "data_check.max_contamination=0.5",
+        jobs("resolve_config") | {"check_data", "report"},
+    ),
     "the split's seed": ("data.split_seed=1", {"fetch_data"} | AFTER_DATA | jobs("resolve_config")),
     "the row length": (
         "tokenize.seq_len=512",
@@ -53,8 +58,9 @@ SETTINGS: dict[str, tuple[str, Jobs]] = {
 
 OUTPUTS: dict[str, Jobs] = {
     "store/data": {"fetch_data"} | AFTER_DATA,
-    "store/models": {"fetch_model"} | AFTER_DATA | {"export:base"},
-    "store/tokens": AFTER_DATA - {"evaluate:base"},
+    "store/models": {"fetch_model"} | AFTER_TOKENS | {"export:base"},
+    "store/checks": {"check_data", "report"},
+    "store/tokens": AFTER_TOKENS - {"evaluate:base"},
     "tiny/low/config.json": {"resolve_config:low", "report"},
     "tiny/low/train/summary.json": jobs("train", "export", "evaluate", "verify_serving", runs=("low",)) | {"report"},
     "tiny/low/train/metrics.jsonl": jobs("train", "export", "evaluate", "verify_serving", runs=("low",)) | {"report"},
@@ -74,8 +80,8 @@ FILES: dict[str, tuple[str, str, Jobs]] = {
     "the description": ("config/experiments/tiny.yaml", TINY.replace("small", "little"), {"report"}),
     "a data file": ("local/rows.jsonl", '{"text": "b"}\n', {"fetch_data"} | AFTER_DATA),
     "a data file's time": ("local/rows.jsonl", '{"text": "a"}\n', set()),
-    "a model file": ("local/model/config.json", "{ }\n", {"fetch_model"} | AFTER_DATA | {"export:base"}),
-    "a task": ("config/tasks/exact.yaml", "task: exact\nversion: 2\n", jobs("evaluate") | {"report"}),
+    "a model file": ("local/model/config.json", "{ }\n", {"fetch_model"} | AFTER_TOKENS | {"export:base"}),
+    "a task": ("config/tasks/exact.yaml", "task: exact\nversion: 2\n", jobs("evaluate") | {"check_data", "report"}),
     "a task that no run uses": ("config/tasks/other.yaml", "task: other\nversion: 2\n", set()),
 }
 

@@ -77,6 +77,21 @@ class Data(_Section):
     """Leave out rows with more characters than this, and count them. null: no limit."""
 
 
+class DataCheck(_Section):
+    """What the data report looks at, and what it does not let pass (docs/data.md)."""
+
+    max_contamination: float | None = Field(default=0.05, ge=0, le=1)
+    """Largest share of a task's items that may stand in the training rows; more fails the stage. null: any share."""
+    ngram: PositiveInt = 8
+    """Words in a row by which an item is found in a training row; shorter items are too short to tell."""
+    overlap: float = Field(default=0.7, gt=0, le=1)
+    """An item counts as contaminated when this share of its word runs stands in training rows."""
+    near_duplicate: float = Field(default=0.8, gt=0, lt=1)
+    """Rows are near-duplicates when they share this much of their runs of 5 words (Jaccard similarity)."""
+    sample_rows: PositiveInt = 20_000
+    """Rows of a split that near-duplicates are looked for among; of more rows a share, the same every time."""
+
+
 class Tokenize(_Section):
     """From rows to token rows of at most `seq_len`."""
 
@@ -279,6 +294,7 @@ class Resources(_Section):
     """Machine settings by stage; they are not part of a run's identity."""
 
     fetch: StageResources = StageResources(threads=1, mem_mb=4000, runtime=120)
+    check_data: StageResources = StageResources(threads=1)
     tokenize: StageResources = StageResources()
     train: StageResources = StageResources(mem_mb=6000, runtime=240)
     export: StageResources = StageResources(mem_mb=6000)
@@ -298,6 +314,7 @@ class RunConfig(_Section):
     """Seed of weights, adapters, dropout and the order of rows."""
     model: Model = Model()
     data: Data = Data()
+    data_check: DataCheck = DataCheck()
     tokenize: Tokenize = Tokenize()
     method: Method = Method()
     train: Train = Train()

@@ -42,6 +42,15 @@ def tokens_spec(run: RunConfig) -> dict[str, Any]:
     return spec
 
 
+def check_spec(run: RunConfig) -> dict[str, Any]:
+    """What the data report of `store/checks/{key}` depends on."""
+    return {
+        **data_spec(run),
+        "data_check": run.data_check.model_dump(mode="json"),
+        "tasks": [*run.evaluate.tasks, *run.evaluate.extra_tasks],
+    }
+
+
 def data_key(run: RunConfig) -> str:
     return _key(_first(run.data.source), data_spec(run))
 
@@ -56,6 +65,10 @@ def tokenizer_key(run: RunConfig) -> str:
 
 def tokens_key(run: RunConfig) -> str:
     return _key(_first(run.data.source), tokens_spec(run))
+
+
+def check_key(run: RunConfig) -> str:
+    return _key(_first(run.data.source), check_spec(run))
 
 
 _WEIGHTS = ["experiment", "run", "seed", "model", "data", "tokenize", "method", "train", "parallelism"]

@@ -28,6 +28,7 @@ class Wiring:
             keys = [store.data_key(run), store.tokens_key(run)]
             keys += [store.model_key(run)] if run.model.source else []
             keys += [store.tokenizer_key(run)] if run.model.tokenizer else []
+            keys += [store.check_key(run)] if run.method.name != "none" else []
             for key in keys:
                 self._of_key.setdefault(key, run)
 
@@ -64,6 +65,7 @@ class Wiring:
             "models": store.model_spec,
             "tokenizers": store.tokenizer_spec,
             "tokens": store.tokens_spec,
+            "checks": store.check_spec,
         }
         return canonical_json(specs[kind](self.of_key(key)))
 
@@ -124,7 +126,14 @@ class Wiring:
 
     def task_files(self, name: str) -> list[str]:
         """The files of config/tasks that define a run's tasks: their own, and what such files share."""
-        evaluate = self.run(name).evaluate
+        return self._task_files(self.run(name))
+
+    def check_task_files(self, key: str) -> list[str]:
+        """The same for the runs whose data report is `store/checks/{key}`."""
+        return self._task_files(self.of_key(key))
+
+    def _task_files(self, run: RunConfig) -> list[str]:
+        evaluate = run.evaluate
         own = [self.tasks / f"{task}.yaml" for task in evaluate.tasks + evaluate.extra_tasks]
         shared = [*self.tasks.glob("_*"), *self.tasks.glob("*.py")]
         return [str(path) for path in own + sorted(shared) if path.is_file()]
@@ -154,6 +163,9 @@ class Wiring:
                 return [f"{path}/eval/results.json" for path in evaluated]
             case "verify_serving":
                 return [f"{path}/serve/parity.json" for path in files.values()]
+            case "check":
+                keys = dict.fromkeys(store.check_key(run) for name, run in self.runs.items() if self.trained(name))
+                return [f"{self.store}/checks/{key}/manifest.json" for key in keys]
             case "store":
                 directories = [d for name, run in self.runs.items() for d in (self.data(run), self.tokens(run))]
                 shared = [f"{directory}/manifest.json" for directory in directories]

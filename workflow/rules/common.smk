@@ -34,7 +34,15 @@ except ConfigError as error:
 RUN = f"{RESULTS}/{EXPERIMENT.name}/{{run}}"
 STORE = f"{RESULTS}/store"
 REPORT = f"{RESULTS}/{EXPERIMENT.name}/report"
-PLOTS = ["loss", "scores", "throughput", "memory", "stage_time"]
+PLOTS = [
+    "loss",
+    "scores",
+    "throughput",
+    "memory",
+    "stage_time",
+    "document_lengths",
+    "languages",
+]
 
 
 onstart:

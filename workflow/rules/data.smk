@@ -61,6 +61,32 @@ rule fetch_data:
         "python -m dayzero.stages.fetch_data --config {params.spec:q} --output {params.directory:q} --log {log:q}"
 
 
+rule check_data:
+    input:
+        data=lambda w: f"{WIRING.data(WIRING.of_key(w.key))}/manifest.json",
+        tasks=lambda w: WIRING.check_task_files(w.key),
+    output:
+        manifest=f"{STORE}/checks/{{key}}/manifest.json",
+    log:
+        f"{STORE}/logs/check_data-{{key}}.log",
+    priority: 10  # before the costly stages
+    conda:
+        "../../envs/evaluate.yaml"
+    threads: lambda w: WIRING.resources("check_data", w).threads
+    resources:
+        mem_mb=lambda w: WIRING.resources("check_data", w).mem_mb,
+        runtime=lambda w: WIRING.resources("check_data", w).runtime,
+        gpu=lambda w: WIRING.resources("check_data", w).gpu,
+    params:
+        spec=lambda w: WIRING.spec("checks", w.key),
+        data=subpath(input.data, parent=True),
+        tasks=WIRING.tasks,
+        directory=subpath(output.manifest, parent=True),
+    shell:
+        "python -m dayzero.stages.check_data --config {params.spec:q} --data {params.data:q}"
+        " --tasks-dir {params.tasks:q} --output {params.directory:q} --log {log:q}"
+
+
 rule train_tokenizer:
     input:
         data=lambda w: f"{WIRING.data(WIRING.of_key(w.key))}/manifest.json",

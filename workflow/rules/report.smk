@@ -2,6 +2,7 @@ rule report:
     input:
         configs=WIRING.results("config"),
         store=WIRING.results("store"),
+        check=WIRING.results("check"),
         train=WIRING.results("train"),
         export=WIRING.results("export"),
         evaluate=WIRING.results("evaluate"),

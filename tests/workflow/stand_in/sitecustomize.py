@@ -9,17 +9,18 @@ import sys
 import time
 from pathlib import Path
 
+PLOTS = ("loss", "scores", "throughput", "memory", "stage_time", "document_lengths", "languages")
 OUTPUTS = {
     "fetch_data": ["manifest.json"],
     "fetch_model": ["manifest.json"],
+    "check_data": ["manifest.json"],
     "train_tokenizer": ["manifest.json"],
     "tokenize": ["manifest.json"],
     "train": ["metrics.jsonl", "summary.json"],
     "export": ["manifest.json"],
     "evaluate": ["results.json", "samples.jsonl"],
     "verify_serving": ["parity.json"],
-    "report": ["index.html", "results.csv", "results.tex"]
-    + [f"{plot}.svg" for plot in ("loss", "scores", "throughput", "memory", "stage_time")],
+    "report": ["index.html", "results.csv", "results.tex"] + [f"{plot}.svg" for plot in PLOTS],
 }
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><!-- {} --></svg>'
 

@@ -8,6 +8,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from dayzero.data.hashing import mixed
+
 EXACT_ROWS = 2**20
 """Up to so many rows the order is drawn from all orders alike and held in memory (8 bytes a row)."""
 ROUNDS = 6
@@ -32,17 +34,10 @@ def shuffled(places: NDArray[np.int64], num_rows: int, seed: int, epoch: int) ->
     while walking.size:
         left, right = np.divmod(rows[walking], side)
         for key in keys:
-            left, right = right, (left + _mixed(right ^ key) % side) % side
+            left, right = right, (left + mixed(right ^ key) % side) % side
         rows[walking] = left * side + right
         walking = walking[rows[walking] >= num_rows]
     return rows.astype(np.int64).reshape(places.shape)
-
-
-def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Every bit of the result depends on every bit of x (the finaliser of splitmix64)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 @lru_cache(maxsize=2)  # a batch reaches over at most two epochs, unless it is larger than an epoch

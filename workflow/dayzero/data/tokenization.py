@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from dayzero.config import Tokenize
 from dayzero.console import ProgressBar, log
 from dayzero.data.documents import COLUMNS, DocumentEncoder
+from dayzero.data.histogram import LengthHistogram
 from dayzero.data.packing import Documents, pack_stream
 from dayzero.data.tokenizer import TokenizerSource, check_model_limits
 from dayzero.data.tokens import TokenWriter
@@ -70,6 +71,7 @@ def tokenize_split(
     check_model_limits(tokenizer.path, seq_len=options.seq_len)
     counts: Counter[str] = Counter()
     source_rows, label_tokens, max_token_id = 0, 0, -1
+    lengths = LengthHistogram()
 
     def documents() -> Iterator[Documents]:
         nonlocal counts, source_rows, label_tokens, max_token_id
@@ -78,6 +80,7 @@ def tokenize_split(
             source_rows += part.source_rows
             label_tokens += int(part.documents.loss_mask.sum())
             max_token_id = max(max_token_id, int(part.documents.input_ids.max(initial=-1)))
+            lengths.add(part.documents.lengths)
             if len(part.documents.lengths):
                 yield part.documents
 
@@ -103,6 +106,7 @@ def tokenize_split(
         "split": counts["split"],
         "special_token_text": counts["special_token_text"],
         "packing_efficiency": writer.num_tokens / (writer.num_rows * options.seq_len),
+        "document_tokens": lengths.result(),
         "max_token_id": max_token_id,
     }
 

@@ -48,6 +48,16 @@ def load_tasks(names: Sequence[str], tasks_dir: Path, data: Path, work_dir: Path
     return loaded
 
 
+def task_questions(task: Any) -> list[str]:
+    """What each item of a task asks: its `doc_to_decontamination_query`, else its prompt, else its target."""
+    asked = []
+    for doc in task.eval_docs:
+        query = task.doc_to_decontamination_query(doc) if task.should_decontaminate() else task.doc_to_text(doc)
+        text = query if isinstance(query, str) else ""
+        asked.append(text if text.strip() else str(task.doc_to_target(doc)))
+    return asked
+
+
 def _fill(source: Path, target: Path, values: dict[str, str]) -> None:
     if not source.is_dir():
         raise ConfigError(f"--tasks-dir {source} is no folder: name the folder with the task YAML files")

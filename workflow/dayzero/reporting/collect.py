@@ -20,6 +20,7 @@ Record = dict[str, Any]
 SHARED_STAGES = {
     "fetch_model": "base_model",
     "fetch_data": "data",
+    "check_data": "check",
     "train_tokenizer": "tokenizer",
     "tokenize": "tokens",
 }
@@ -38,6 +39,7 @@ class Run:
     """Shared stage -> its key in the store."""
     base_model: Record | None
     data: Record | None
+    check: Record | None
     tokenizer: Record | None
     tokens: Record | None
     train: Record | None
@@ -90,6 +92,8 @@ def read_run(directory: Path) -> Run:
     keys = {"fetch_data": store.data_key(run), "tokenize": store.tokens_key(run)}
     if run.model.source:
         keys["fetch_model"] = store.model_key(run)
+    if run.method.name != "none":
+        keys["check_data"] = store.check_key(run)
     if run.model.tokenizer:
         keys["train_tokenizer"] = store.tokenizer_key(run)
 
@@ -103,6 +107,7 @@ def read_run(directory: Path) -> Run:
         keys=keys,
         base_model=shared("fetch_model", "models"),
         data=shared("fetch_data", "data"),
+        check=shared("check_data", "checks"),
         tokenizer=shared("train_tokenizer", "tokenizers"),
         tokens=shared("tokenize", "tokens"),
         train=_json_or_none(directory / "train" / "summary.json") if trained else None,

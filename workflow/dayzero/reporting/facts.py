@@ -72,7 +72,7 @@ def serving_table(runs: Sequence[Run]) -> Table:
 def data_tables(runs: Sequence[Run]) -> list[tuple[str, Table, Table]]:
     """(title, sources, facts) for each data set of the runs; facts: splits, dropped rows, the overlap check."""
     tables = []
-    for key, users in _by_key(runs, "fetch_data").items():
+    for key, users in by_key(runs, "fetch_data").items():
         data = users[0].data
         if data is None:
             continue
@@ -97,12 +97,49 @@ def data_tables(runs: Sequence[Run]) -> list[tuple[str, Table, Table]]:
     return tables
 
 
+def checks_tables(runs: Sequence[Run]) -> list[tuple[str, Table, Table]]:
+    """(title, rows, contamination) for each data report."""
+    tables = []
+    for key, users in by_key(runs, "check_data").items():
+        check = users[0].check
+        if check is None:
+            continue
+        rows = [
+            [
+                split,
+                number(entry["rows"]),
+                number(entry["empty_answers"]),
+                _found(entry["exact_duplicates"]),
+                _found(entry["near_duplicates"]),
+                number(round(entry["characters"]["total"] / max(entry["rows"], 1))),
+                number(entry["characters"]["longest"]),
+                ", ".join(f"{name} {number(n)}" for name, n in list(entry["languages"].items())[:4]) or DASH,
+            ]
+            for split, entry in check["splits"].items()
+        ]
+        header = ["split", "rows", "blank answers", "copies", "near-duplicates", "mean characters", "longest"]
+        contamination = check["contamination"]
+        items = [
+            [task, number(entry["items"]), _found(entry, "contaminated", "items"), number(entry["too_short"])]
+            for task, entry in contamination["tasks"].items()
+        ]
+        found = f"with {100 * contamination['overlap']:g} % of their {contamination['ngram']}-grams in training rows"
+        tables.append(
+            (
+                _used_by(key, users, runs),
+                Table([*header, "languages of a sample"], rows, frozenset(range(1, 7))),
+                Table(["task", "items", found, "too short to tell"], items, frozenset({1, 2, 3})),
+            )
+        )
+    return tables
+
+
 def tokens_table(runs: Sequence[Run]) -> Table:
     """Every tokenised split: counts, what was dropped or cut, packing efficiency."""
     header = ["tokens", "split", "row length", "packed", "rows", "documents", "tokens", "label tokens"]
-    header += ["dropped", "truncated", "split up", "filled"]
+    header += ["supervised", "dropped", "truncated", "split up", "filled"]
     rows = []
-    for key, users in _by_key(runs, "tokenize").items():
+    for key, users in by_key(runs, "tokenize").items():
         tokens = users[0].tokens
         if tokens is None:
             continue
@@ -118,13 +155,14 @@ def tokens_table(runs: Sequence[Run]) -> Table:
                     number(entry.get("documents")),
                     number(entry.get("tokens")),
                     number(entry.get("label_tokens")),
+                    _percent(entry.get("label_tokens"), entry.get("tokens")),
                     _dropped(entry.get("dropped")),
                     number(entry.get("truncated")),
                     number(entry.get("split")),
                     DASH if efficiency is None else f"{100 * efficiency:.1f} %",
                 ]
             )
-    return Table(header, rows, frozenset({2, 4, 5, 6, 7, 8, 9, 10, 11}))
+    return Table(header, rows, frozenset({2, 4, 5, 6, 7, 8, 9, 10, 11, 12}))
 
 
 def differences_table(runs: Sequence[Run]) -> Table:
@@ -263,13 +301,23 @@ def short_source(source: str) -> str:
     return source.rstrip("/").rpartition("/")[2].removesuffix(".gguf")
 
 
+def _percent(part: float | None, whole: float | None) -> str:
+    return DASH if part is None or not whole else f"{100 * part / whole:.1f} %"
+
+
+def _found(entry: Record, found: str = "found", of: str = "looked_at") -> str:
+    looked_at = f" of {number(entry[of])}" if of != "items" else ""
+    return f"{number(entry[found])}{looked_at} ({100 * entry['share']:.1f} %)"
+
+
 def _dropped(dropped: dict[str, int] | int | None) -> str:
     if isinstance(dropped, dict):
         return ", ".join(f"{number(n)} {words(why)}" for why, n in dropped.items() if n) or "0"
     return number(dropped)
 
 
-def _by_key(runs: Sequence[Run], stage: str) -> dict[str, list[Run]]:
+def by_key(runs: Sequence[Run], stage: str) -> dict[str, list[Run]]:
+    """The runs that share each key of a stage of the store."""
     users: dict[str, list[Run]] = {}
     for run in runs:
         if stage in run.keys:

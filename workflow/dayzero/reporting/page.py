@@ -45,6 +45,7 @@ def render_page(
         runs=facts.runs_table(runs),
         serving=facts.serving_table(runs),
         data_tables=facts.data_tables(runs),
+        checks=facts.checks_tables(runs),
         tokens=facts.tokens_table(runs),
         differences=facts.differences_table(runs),
         provenance=facts.provenance_tables(runs),

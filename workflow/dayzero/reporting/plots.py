@@ -12,11 +12,13 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
 
 from dayzero.reporting.collect import RUN_STAGES, SHARED_STAGES, Run
-from dayzero.reporting.facts import stage_memory, stage_seconds
-from dayzero.reporting.style import COLOURS, MUTED, WIDTH, series_style
+from dayzero.reporting.facts import by_key, stage_memory, stage_seconds
+from dayzero.reporting.style import COLOURS, INK, MUTED, WIDTH, series_style
 
-STAGE_COLOURS = [*COLOURS, MUTED]
+STAGE_COLOURS = [*COLOURS, MUTED, INK]
 """One for each stage of RUN_STAGES and SHARED_STAGES."""
+LANGUAGES = 8
+"""The most frequent languages of a data set that are drawn."""
 LOG_SCALE_FROM = 20
 """Losses whose largest is this many times the smallest are drawn on a logarithmic axis."""
 
@@ -156,12 +158,61 @@ def stage_time_plot(runs: Sequence[Run], scores: pd.DataFrame) -> Figure:
     return figure
 
 
+def document_lengths_plot(runs: Sequence[Run], scores: pd.DataFrame) -> Figure:
+    """How many of the training documents have how many tokens, and where the rows end."""
+    figure, axes = _figure(3.2)
+    lines = 0
+    for key, users in by_key(runs, "tokenize").items():
+        tokens = users[0].tokens or {}
+        histogram = ((tokens.get("splits") or {}).get("train") or {}).get("document_tokens")
+        if not histogram:
+            continue
+        colour, _, line = series_style(lines)
+        counts = histogram["counts"]
+        edges = [0.5, *(2**i for i in range(len(counts)))]
+        share = [100 * n / max(sum(counts), 1) for n in counts]
+        axes.stairs(share, edges, color=colour, linestyle=line, linewidth=1.5, label=key)
+        axes.axvline(tokens["seq_len"], color=colour, linestyle=":", linewidth=1)
+        lines += 1
+    if not lines:
+        return _nothing(axes, "No lengths were recorded")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set(xlabel="tokens of a document (dotted: row length)", ylabel="% of training documents")
+    axes.set_ylim(bottom=0)
+    _legend(figure, *axes.get_legend_handles_labels())
+    return figure
+
+
+def languages_plot(runs: Sequence[Run], scores: pd.DataFrame) -> Figure:
+    """The languages of the training rows that were looked at."""
+    found = {}
+    for key, users in by_key(runs, "check_data").items():
+        train = ((users[0].check or {}).get("splits") or {}).get("train") or {}
+        if train.get("languages"):
+            found[key] = train["languages"]
+    names = list(dict.fromkeys(name for counts in found.values() for name in list(counts)[:LANGUAGES]))
+    figure, axes = _figure(0.9 + 0.3 * max(2, len(names)))
+    if not names:
+        return _nothing(axes, "No data report was made")
+    height = 0.8 / len(found)
+    for index, (key, counts) in enumerate(found.items()):
+        share = [100 * counts.get(name, 0) / sum(counts.values()) for name in names]
+        places = [i + (index - (len(found) - 1) / 2) * height for i in range(len(names))]
+        axes.barh(places, share, height, color=series_style(index)[0], label=key)
+    _bars_axis(axes, names, "% of the rows looked at")
+    _legend(figure, *axes.get_legend_handles_labels())
+    return figure
+
+
 PLOTS: dict[str, tuple[str, Callable[[Sequence[Run], pd.DataFrame], Figure]]] = {
     "loss": ("Loss", loss_plot),
     "scores": ("Scores with standard errors", scores_plot),
     "throughput": ("Training throughput", throughput_plot),
     "memory": ("Peak memory by stage", memory_plot),
     "stage_time": ("Time by stage", stage_time_plot),
+    "document_lengths": ("Lengths of the training documents", document_lengths_plot),
+    "languages": ("Languages of the training rows", languages_plot),
 }
 """File name -> (title, drawing)."""
 

@@ -1,0 +1,276 @@
+"""What the rows of a data set are like, and how much of the evaluation's items stands in the training rows.
+
+One pass over each split, in memory that does not grow with it: whatever must be held for every row is held for a share
+of them that a hash of their content chooses, so that copies of a row are chosen together and the choice does not depend
+on the order of rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import py3langid
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from datasketch import MinHash, MinHashLSH
+from numpy.typing import NDArray
+
+from dayzero.config import DataCheck
+from dayzero.console import ProgressBar, log
+from dayzero.data.histogram import LengthHistogram
+from dayzero.data.ngrams import Words, words
+from dayzero.errors import DataError
+
+BATCH_ROWS, BATCH_BYTES = 512, 2**20
+"""Rows looked at together: so many, or fewer long ones."""
+EXACT_ROWS = 2**23
+"""Rows whose content is remembered to find copies (8 bytes each); of more rows a share."""
+LANGUAGE_ROWS, LANGUAGE_CHARS = 1000, 2000
+"""Rows, and characters of each, whose language is told."""
+SHINGLE, PERMUTATIONS = 5, 64
+"""Words in what near-duplicates are compared by, and the length of a row's MinHash."""
+EXAMPLES = 5
+"""Contaminated items of a task that the report names."""
+TEXTS = ("text", "prompt_completion", "messages")
+"""The kinds of rows that are looked at: those made of text."""
+
+
+def row_texts(batch: pa.RecordBatch, kind: str) -> pa.Array:
+    """All text of each row."""
+    if kind == "text":
+        return pc.fill_null(batch.column("text"), "")
+    if kind == "prompt_completion":
+        return pc.binary_join_element_wise(*(pc.fill_null(batch.column(c), "") for c in ("prompt", "completion")), "\n")
+    lists, messages = batch.column("messages"), batch.column("messages").flatten()
+    ends = np.concatenate([[0], np.cumsum(pc.fill_null(pc.list_value_length(lists), 0))]).astype(np.int32)
+    return pc.binary_join(pa.ListArray.from_arrays(ends, pc.fill_null(messages.field("content"), "")), "\n")
+
+
+def questions(batch: pa.RecordBatch, kind: str) -> list[str]:
+    """What each row asks: its `question` where it has one, else the prompt, the users' turns, or the text itself."""
+    if "question" in batch.schema.names:
+        return [text or "" for text in batch.column("question").to_pylist()]
+    if kind == "messages":
+        rows = batch.column("messages").to_pylist()
+        return ["\n".join(m["content"] or "" for m in row if m["role"] == "user") for row in rows]
+    return [text or "" for text in batch.column("text" if kind == "text" else "prompt").to_pylist()]
+
+
+def empty_answers(batch: pa.RecordBatch, kind: str) -> int:
+    """Rows with a blank text, completion or assistant turn (one that holds nothing else either, such as a call)."""
+    if kind != "messages":
+        return int(pc.sum(_blank(batch.column("text" if kind == "text" else "completion"))).as_py() or 0)
+    empty = 0
+    for row in batch.column("messages").to_pylist():
+        answers = [m for m in row if m["role"] == "assistant"]
+        empty += any(not any(str(v).strip() for k, v in m.items() if k != "role" and v) for m in answers)
+    return empty
+
+
+def _blank(texts: pa.Array) -> pa.Array:
+    return pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(pc.fill_null(texts, ""))), 0)
+
+
+@dataclass
+class Contamination:
+    """Which n-grams of the items stand in the training rows; see `DataCheck` for what counts as contaminated."""
+
+    items: Mapping[str, Sequence[str]]
+    """Task -> the question of each of its items."""
+    n: int
+    overlap: float
+
+    def __post_init__(self) -> None:
+        flat = [text for texts in self.items.values() for text in texts]
+        grams, owner = words(pa.array(flat, pa.string())).ngrams(self.n)
+        self._grams, place = np.unique(grams, return_inverse=True)
+        pairs = np.unique(np.stack([owner, place]), axis=1)  # an n-gram counts once in an item
+        self._owner, self._place = pairs
+        self._row = np.full(len(self._grams), -1)  # the first training row that holds each n-gram
+
+    def see(self, rows: Words, first_row: int) -> None:
+        """Look at training rows `first_row`, `first_row + 1`, ..."""
+        grams, text = rows.ngrams(self.n)
+        if not len(self._grams) or not len(grams):
+            return
+        at = np.minimum(np.searchsorted(self._grams, grams), len(self._grams) - 1)
+        new = (self._grams[at] == grams) & (self._row[at] < 0)
+        self._row[at[new][::-1]] = first_row + text[new][::-1]  # of several the first stays
+
+    def result(self) -> dict[str, dict[str, Any]]:
+        """By task: items, how many are too short to tell and how many are contaminated, and the worst of them."""
+        count = sum(map(len, self.items.values()))
+        found = self._row[self._place]
+        total = np.bincount(self._owner, minlength=count)
+        share = np.bincount(self._owner, weights=found >= 0, minlength=count) / np.maximum(total, 1)
+        results = {}
+        start = 0
+        for task, texts in self.items.items():
+            mine = share[start : start + len(texts)]
+            bad = np.flatnonzero(mine >= self.overlap)
+            worst = bad[np.argsort(-mine[bad], kind="stable")][:EXAMPLES]
+            results[task] = {
+                "items": len(texts),
+                "too_short": int((total[start : start + len(texts)] == 0).sum()),
+                "contaminated": len(bad),
+                "share": len(bad) / max(len(texts), 1),
+                "worst": [
+                    {
+                        "item": int(i),
+                        "overlap": round(float(mine[i]), 4),
+                        "train_row": _mode(found[(self._owner == start + i) & (found >= 0)]),
+                        "text": texts[i][:200],
+                    }
+                    for i in worst
+                ],
+            }
+            start += len(texts)
+        return results
+
+
+@dataclass
+class _Sampled:
+    """Chooses about `wanted` of `rows` by a hash of their content."""
+
+    wanted: int
+    rows: int
+
+    def chosen(self, hashes: NDArray[np.uint64]) -> NDArray[np.intp]:
+        """Indices of the chosen among these."""
+        if self.rows <= self.wanted:
+            return np.arange(len(hashes))
+        return np.flatnonzero(hashes < np.uint64(2**64 * self.wanted // self.rows))
+
+
+@dataclass
+class _NearDuplicates:
+    """Finds rows whose word runs overlap with an earlier row's, by MinHash (https://doi.org/10.1109/SEQUEN.1997.666900)."""
+
+    similarity: float
+    rows: int = 0
+    found: int = 0
+
+    def __post_init__(self) -> None:
+        self._index = MinHashLSH(threshold=self.similarity, num_perm=PERMUTATIONS)
+        self._seen: set[int] = set()
+
+    def see(self, content: int, shingles: NDArray[np.uint64]) -> None:
+        """A row by the hash of its content and its word runs; exact copies of an earlier row are left out."""
+        if content in self._seen or not len(shingles):
+            return
+        self._seen.add(content)
+        signature = MinHash(num_perm=PERMUTATIONS, hashfunc=int)
+        signature.update_batch((np.unique(shingles) & np.uint64(2**32 - 1)).tolist())
+        self.rows += 1
+        self.found += bool(self._index.query(signature))
+        self._index.insert(content, signature, check_duplication=False)
+
+
+def check_split(
+    file: Path, kind: str, check: DataCheck, name: str, contamination: Contamination | None = None
+) -> dict[str, Any]:
+    """What one split's rows are like; `contamination` is shown all of them.
+
+    Args:
+        file: the split's Parquet file.
+        kind: one of TEXTS.
+        name: the split's name, for messages.
+
+    Raises DataError for a file that cannot be read.
+    """
+    try:
+        source = pq.ParquetFile(file, memory_map=True)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"cannot read {file} ({error}): fetch the data again") from error
+    rows = source.metadata.num_rows
+    exact, near, told = (_Sampled(n, rows) for n in (EXACT_ROWS, check.sample_rows, LANGUAGE_ROWS))
+    contents: list[NDArray[np.uint64]] = []
+    lengths, similar = LengthHistogram(), _NearDuplicates(check.near_duplicate)
+    languages: Counter[str] = Counter()
+    empty = first = 0
+    columns = [c for c in ("text", "prompt", "completion", "messages") if c in source.schema_arrow.names]
+    size = sum(source.metadata.row_group(i).total_byte_size for i in range(source.metadata.num_row_groups))
+    together = min(max(BATCH_BYTES * rows // max(size, 1), 1), BATCH_ROWS)
+    with ProgressBar(f"check {name}", rows) as bar:
+        for batch in source.iter_batches(together, columns=columns, use_threads=False):
+            texts = row_texts(batch, kind)
+            strings = texts.to_pylist()
+            hashes = np.fromiter(map(_content_hash, strings), np.uint64, len(strings))
+            lengths.add(pc.utf8_length(texts).to_numpy(zero_copy_only=False))
+            empty += empty_answers(batch, kind)
+            contents.append(hashes[exact.chosen(hashes)])
+            for i in told.chosen(hashes):
+                languages[language(strings[i])] += 1
+            close = near.chosen(hashes)
+            if contamination is not None or len(close):
+                found = words(texts)
+                if contamination is not None:
+                    contamination.see(found, first)
+                for i, shingles in _of_each(found, close):
+                    similar.see(int(hashes[i]), shingles)
+            first += len(strings)
+            bar.advance(len(strings))
+    kept = np.concatenate(contents) if contents else np.empty(0, np.uint64)
+    return {
+        "rows": rows,
+        "empty_answers": empty,
+        "characters": lengths.result(),
+        "exact_duplicates": _share(len(kept) - len(np.unique(kept)), len(kept)),
+        "near_duplicates": {**_share(similar.found, similar.rows), "similarity": check.near_duplicate},
+        "languages": dict(languages.most_common()),
+    }
+
+
+def refuse_contamination(found: Mapping[str, dict[str, Any]], check: DataCheck) -> None:
+    """Log what was found; raise DataError where more than `max_contamination` of a task's items is contaminated."""
+    for task, entry in found.items():
+        log.info("%s: %d of %d items stand in training rows", task, entry["contaminated"], entry["items"])
+    if check.max_contamination is None:
+        return
+    for task, entry in found.items():
+        if entry["share"] > check.max_contamination:
+            for item in entry["worst"]:
+                log.warning("item %d stands in training row %d: %s", item["item"], item["train_row"], item["text"])
+            raise DataError(
+                f"{entry['contaminated']} of {entry['items']} items of {task} ({100 * entry['share']:.1f} %) stand in "
+                f"training rows, data_check.max_contamination {check.max_contamination} allows fewer: take those rows "
+                "out of the data, or allow it with data_check.max_contamination: null"
+            )
+
+
+def held_out(file: Path, kind: str) -> list[str]:
+    """The questions of a split's rows."""
+    source = pq.ParquetFile(file)
+    return [text for batch in source.iter_batches(BATCH_ROWS) for text in questions(batch, kind)]
+
+
+def language(text: str) -> str:
+    """ISO 639-1 code of the language a text is most likely in; `none` without a letter."""
+    part = text[:LANGUAGE_CHARS]
+    return py3langid.classify(part)[0] if any(map(str.isalpha, part)) else "none"
+
+
+def _of_each(found: Words, chosen: NDArray[np.intp]) -> Iterator[tuple[int, NDArray[np.uint64]]]:
+    grams, text = found.ngrams(SHINGLE)
+    starts, ends = np.searchsorted(text, chosen), np.searchsorted(text, chosen, side="right")
+    for i, start, end in zip(chosen.tolist(), starts.tolist(), ends.tolist(), strict=True):
+        yield i, grams[start:end]
+
+
+def _mode(values: NDArray[np.int64]) -> int:
+    return Counter(values.tolist()).most_common(1)[0][0]
+
+
+def _content_hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+
+
+def _share(found: int, looked_at: int) -> dict[str, Any]:
+    return {"found": found, "looked_at": looked_at, "share": found / max(looked_at, 1)}
