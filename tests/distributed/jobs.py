@@ -24,6 +24,7 @@ from dayzero.data.loader import TrainBatches, ValidationBatches
 from dayzero.data.tokens import TokenRows
 from dayzero.engine import checkpoint_writer, distributed
 from dayzero.engine.model import ModelSource, build_model
+from dayzero.engine.optimizer import clip_grad_norm
 from dayzero.engine.parallel_dims import ParallelDims
 from dayzero.engine.trainer import Trainer
 from torch.distributed.tensor import DTensor
@@ -323,6 +324,20 @@ def leak(job: dict[str, Any]) -> dict[str, Any]:
     return {"leak": make_trainer(job, Path(job["folder"])).packing_leak()}
 
 
+def same_shape_again(job: dict[str, Any]) -> dict[str, Any]:
+    """Twice the gradients of the same rows, then those of longer ones, then of the first: (loss, norm) of each."""
+    trainer = make_trainer(job, Path(job["folder"]))
+    first, second = (batches_of(job, trainer.train, step, *share_of(trainer))[step].micro_batches for step in (0, 1))
+    found = []
+    for rows in (first, first, second, first):
+        assert trainer.pipeline is not None
+        loss = trainer._sum_over_tokens(trainer.pipeline.train(rows, 1e-3))
+        norm = clip_grad_norm(trainer.module.parameters(), 0.0, copies=trainer.copies, across=trainer.pipeline.group)
+        trainer.optimizer.zero_grad()
+        found.append([loss, norm])
+    return {"found": found}
+
+
 def bf16_logits(job: dict[str, Any]) -> dict[str, Any]:
     """Train in bf16; the logits of the trained weights in training's precision, in float32, and by a plain model."""
     trainer = make_trainer(job, Path(job["folder"]))
@@ -345,6 +360,7 @@ JOBS = {
     job.__name__: job
     for job in (
         *(bf16_logits, leak, reference, train, resume, bad_step),
+        same_shape_again,
         *(train_with_late_writes, train_until_killed_in_save, failing_save),
     )
 }

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from dayzero.engine.parallel_dims import SCHEDULES
 
 from tests.distributed.launch import run_ranks
 
@@ -132,6 +133,7 @@ def two(folder: Path) -> Results:
         job("bf16_logits", "llama", "full", "padded", folder, **bf16, cp=2, cp_method="ring"),
         job("bf16_logits", "llama", "full", "packed", folder, **bf16, pp=2, pp_schedule="zero_bubble"),
         job("leak", "llama", "full", "packed", folder, **PP, pp_schedule="interleaved"),
+        *(job("same_shape_again", "llama", "full", "packed", folder, **PP, pp_schedule=s) for s in SCHEDULES),
     ]
     jobs += [job("train", *case, folder, strategy="fsdp2", tp=2) for case in WITHOUT_PLAN]
     return run_ranks(2, jobs, folder / "two")
@@ -314,6 +316,13 @@ def test_a_model_whose_packed_documents_leak_is_found(one: Results, precision: s
     assert found["llama"] is None
     assert found["qwen3"] is None
     assert found["mamba"] > 1e-2
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_step_of_a_pipeline_does_not_depend_on_the_steps_before(two: Results, schedule: str) -> None:
+    first, again, other, last = two[f"same_shape_again-llama-full-packed-fsdp2-2-{schedule}"]["found"]
+    assert first == again == last
+    assert other[0] != first[0]
 
 
 def test_a_pipeline_can_be_asked_whether_it_leaks(two: Results) -> None:

@@ -53,7 +53,7 @@ class Pipeline:
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         """What is sent between stages."""
         self.copies = _untie(whole.model, found)
-        self.stages = [Stage(whole, found, s, dims.num_stages, cuts[s]) for s in dims.stages_of(self.rank)]
+        self.stages = [Stage(whole, found, s, dims.num_stages, cuts[s], self.dtype) for s in dims.stages_of(self.rank)]
         self.stages[0].install()  # between calls the model has the modules of all stages
         for stage in self.stages:
             stage.install_own()
@@ -113,7 +113,7 @@ class Pipeline:
                 output = stage(*received, **rows)
                 stage.reshard()
                 if not stage.is_last and owner(index + 1) != self.rank:
-                    dist.send(output.to(self.dtype), group=self.group, group_dst=owner(index + 1))
+                    dist.send(output, group=self.group, group_dst=owner(index + 1))
         last = owner(self.dims.num_stages - 1)
         if labels is not None:
             return output if last == self.rank else torch.zeros((), device=self.device)

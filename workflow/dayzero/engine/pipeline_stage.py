@@ -75,8 +75,18 @@ class _AbsentLayer(Absent):
 class Stage(nn.Module):
     """Some of the model's modules, and how the model runs with these alone. It is the root that FSDP2 shards."""
 
-    def __init__(self, whole: CausalLMWithLoss, found: Anatomy, index: int, num_stages: int, own: range) -> None:
+    def __init__(
+        self,
+        whole: CausalLMWithLoss,
+        found: Anatomy,
+        index: int,
+        num_stages: int,
+        own: range,
+        dtype: torch.dtype,
+    ) -> None:
         super().__init__()
+        self.dtype = dtype
+        """What is sent on, also where the layers add up in float32."""
         self.is_first, self.is_last = index == 0, index == num_stages - 1
         self.context: ContextParallel | None = None
         self._flow = _Flow()
@@ -118,14 +128,12 @@ class Stage(nn.Module):
         flow = self._flow
         if received:
             flow.received = received[0]
-            if flow.received.requires_grad:
-                flow.received.register_hook(Tensor.contiguous)  # as it will be sent
         with self.installed():
             if self.is_last:
                 output = whole.run(input_ids, labels, position_ids)
             else:
                 decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False)
-                output = cast(Tensor, flow.sent).contiguous()
+                output = cast(Tensor, flow.sent).to(self.dtype).contiguous()
         flow.received = flow.sent = None
         if torch.is_grad_enabled() and not output.requires_grad:
             output.requires_grad_()  # nothing is trained so far, but the next stage's gradient is sent nevertheless
