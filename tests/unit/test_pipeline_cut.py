@@ -40,6 +40,7 @@ def empty(architecture: str | dict[str, Any], method: str = "full", **changed: A
         (BLOOM, "full", {"transformer.word_embeddings", "transformer.word_embeddings_layernorm"},
          {"transformer.ln_f", "lm_head"}, (("transformer.word_embeddings.weight", "lm_head.weight"),)),
         (MOE, "full", {"model.embed_tokens"}, {"model.norm", "lm_head"}, ()),
+        ("mixtral", "lora", {"model.embed_tokens"}, {"model.norm", "lm_head"}, ()),
         ("mamba", "full", {"backbone.embeddings"}, {"backbone.norm_f", "lm_head"},
          (("backbone.embeddings.weight", "lm_head.weight"),)),
     ],

@@ -16,6 +16,7 @@ from itertools import pairwise
 from typing import Any, cast
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
@@ -180,6 +181,9 @@ def _trace_in(
     dtype: torch.dtype, model: PreTrainedModel, path: str, ends: list[str], refuse: Callable[[str], ConfigError]
 ) -> _Trace:
     tried = cast(nn.Module, copy.deepcopy(model)).to(dtype).eval()  # training may leave out layers by chance
+    for module in tried.modules():
+        if isinstance(module, BaseTunerLayer):  # adapters change nothing here, and some do not run without values
+            module.enable_adapters(False)
     layers = tried.get_submodule(path)
     assert isinstance(layers, nn.ModuleList)
     names = {id(p): name for name, p in tried.named_parameters()}
