@@ -46,6 +46,7 @@ def random_batch(step: int, rows: int, tokens: int) -> RandomBatch:
     ids = torch.randint(0, VOCAB_SIZE, (rows, tokens + 1))
     positions = torch.arange(tokens).expand(rows, tokens)
     micro = {"input_ids": ids[:, :-1], "labels": ids[:, 1:], "position_ids": positions}
+    micro["lengths"] = torch.full((rows,), tokens)
     return RandomBatch(step, [micro], rows * tokens, rows * tokens)
 
 
