@@ -57,8 +57,24 @@ class Data(_Section):
     """Only for format function_calling: the files with the accepted answers, joined on `id`."""
     sha256: str | dict[str, str] | None = None
     """Expected SHA-256 of the source file, or of each source by its text. null: recorded, not checked."""
-    format: Literal["auto", "text", "prompt_completion", "messages", "function_calling"] = "auto"
-    """How a row is read. auto: from the column names, with the verdict printed."""
+    weights: list[PositiveFloat] | None = None
+    """Share of the training samples that comes from each `source`, in its order. null: rows are just joined."""
+    format: Literal[
+        "auto",
+        "text",
+        "prompt_completion",
+        "messages",
+        "sharegpt",
+        "alpaca",
+        "squad",
+        "multiple_choice",
+        "template",
+        "pretokenized",
+        "function_calling",
+    ] = "auto"
+    """How a row is read (docs/data.md). auto: from the column names of each source, with the verdict printed."""
+    template: dict[str, str] | None = None
+    """Texts with `{column}` in them, as `text`, `prompt` + `completion`, or `user` + `assistant` (+ `system`)."""
     columns: dict[str, str] = {}
     """Other names for the format's columns, e.g. `{prompt: question, completion: answer}`."""
     subset: str | None = None
@@ -75,6 +91,10 @@ class Data(_Section):
     """Read at most this many rows of `source`. null: all."""
     max_chars: PositiveInt | None = None
     """Leave out rows with more characters than this, and count them. null: no limit."""
+    on_bad_row: Literal["fail", "reject"] = "fail"
+    """A row that breaks its format (named by file and line): fail the stage, or set it aside in rejected.jsonl."""
+    streaming: bool = False
+    """Read `hf:` sources over the network without a copy on this disk. On by itself where `max_rows` is set."""
 
 
 class DataCheck(_Section):
@@ -103,6 +123,16 @@ class Tokenize(_Section):
     """What happens to documents longer than `seq_len`; each case is counted in the manifest."""
     min_label_tokens: PositiveInt = 1
     """Drop (and count) documents with fewer supervised tokens than this, e.g. after truncation."""
+    loss_turns: Literal["all", "last"] = "all"
+    """Conversations: which turns of `loss_roles` are supervised."""
+    loss_roles: list[Literal["assistant", "user", "system", "tool"]] = ["assistant"]
+    """Conversations: whose turns are supervised, with the token that ends each."""
+    loss_parts: Literal["all", "tool_arguments"] = "all"
+    """Conversations: all of a turn, or only the arguments of its tool calls."""
+    loss_reasoning: bool = True
+    """Conversations: supervise reasoning (`reasoning_content`, or a `<think>` block that opens the content) too."""
+    special_text: Literal["auto", "plain", "special"] = "auto"
+    """What a control token's text (`<|im_end|>`) in a row becomes. auto: text in conversations, else the token."""
 
 
 class Lora(_Section):

@@ -6,8 +6,10 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from dayzero.column_template import check_templates
 from dayzero.config import RunConfig
 from dayzero.engine.parallel_dims import ParallelDims, SizeError
+from dayzero.errors import ConfigError
 
 CONTEXT_LENGTHS = (
     "max_position_embeddings",
@@ -18,6 +20,9 @@ CONTEXT_LENGTHS = (
     "n_ctx",
 )
 """What the configs of transformers call the longest sequence a model takes."""
+
+LOSS_KEYS = ("loss_turns", "loss_roles", "loss_parts", "loss_reasoning")
+"""Keys of `tokenize` that say what of a conversation is supervised."""
 
 _SIZE = re.compile(r"\d+(\.\d+)?\s?[KMGT]i?B", re.IGNORECASE)
 _PACKAGE = re.compile(r"package:[A-Za-z0-9][A-Za-z0-9._-]*==[^/=\s]+/[^\s].*")
@@ -60,7 +65,10 @@ def without_effect(run: RunConfig) -> list[Finding]:
         if getattr(run.data, f"{split}_source"):
             found.append(Finding(f"data.{split}_size", f"data.{split}_source gives the rows: leave one of the two out"))
     if not any(source.startswith("hf:") for source in _all_sources(run)):
-        found += [Finding(f"data.{key}", "only hf: sources have it") for key in ("subset", "split")]
+        found += [Finding(f"data.{key}", "only hf: sources have it") for key in ("subset", "split", "streaming")]
+    if run.data.format not in ("auto", "messages", "sharegpt", "alpaca", "template", "function_calling"):
+        reason = f"only conversations have turns, data.format {run.data.format} makes none"
+        found += [Finding(f"tokenize.{key}", reason) for key in LOSS_KEYS]
     return found
 
 
@@ -131,6 +139,32 @@ def _data(run: RunConfig) -> Iterator[tuple[str, str]]:
         yield "data.answers", f"only data.format function_calling has accepted answers, this run's is {data.format}"
     if data.format == "function_calling" and not data.answers:
         yield "data.answers", "data.format function_calling needs the files with the accepted answers"
+    if data.template is not None:
+        if data.format not in ("auto", "template"):
+            yield "data.template", f"goes with data.format template (or auto), this run's is {data.format}"
+        try:
+            check_templates(data.template)
+        except ConfigError as error:
+            key, _, message = str(error).partition(": ")
+            yield key, message
+    elif data.format == "template":
+        yield "data.template", "data.format template needs it, e.g. {user: '{question}', assistant: '{answer}'}"
+    if data.weights is not None:
+        if len(data.weights) != len(_listed(data.source)):
+            yield (
+                "data.weights",
+                f"{len(data.weights)} weights for {len(_listed(data.source))} sources: give one for each",
+            )
+        elif len(data.weights) == 1:
+            yield "data.weights", "there is one source, so nothing to weigh: set it to null"
+        if data.format == "function_calling":
+            yield "data.weights", "data.format function_calling has one kind of question: set it to null"
+    if data.format == "pretokenized" and data.max_chars:
+        yield "data.max_chars", "pretokenized rows have no characters: set it to null"
+    if not run.tokenize.loss_roles:
+        yield "tokenize.loss_roles", "names nobody, so that nothing would be supervised: name at least one role"
+    if run.tokenize.loss_parts == "tool_arguments" and run.tokenize.loss_roles != ["assistant"]:
+        yield "tokenize.loss_parts", "tool_arguments are the assistant's: leave tokenize.loss_roles at [assistant]"
     if isinstance(data.sha256, str) and len(_listed(data.source)) > 1:
         yield "data.sha256", f"one sum for {len(_listed(data.source))} sources: give a mapping of source to sum"
     shares = 0.0

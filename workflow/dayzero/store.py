@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from dayzero.config import RunConfig
+from dayzero.config import Data, RunConfig, Tokenize
 from dayzero.files import sha256_json
 
 FORMAT = 1
@@ -19,9 +19,23 @@ FORMAT = 1
 RUN_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
 
 
+NOT_ROWS = {"streaming", "weights"}
+"""Keys of `data` that change how rows travel or how often they are drawn, never which rows there are."""
+ADDED = {
+    "data": ("template", "on_bad_row"),
+    "tokenize": ("loss_turns", "loss_roles", "loss_parts", "loss_reasoning", "special_text"),
+}
+"""Keys that came later: left out of a spec at their default, so that what was made before them is found again."""
+
+
+def data_section(data: Data) -> dict[str, Any]:
+    """The part of `data` that decides its rows."""
+    return _section("data", data, NOT_ROWS)
+
+
 def data_spec(run: RunConfig) -> dict[str, Any]:
     """What the normalised splits of `store/data/{key}` depend on."""
-    return {"data": run.data.model_dump(mode="json")}
+    return {"data": data_section(run.data)}
 
 
 def model_spec(run: RunConfig) -> dict[str, Any]:
@@ -37,7 +51,9 @@ def tokenizer_spec(run: RunConfig) -> dict[str, Any]:
 def tokens_spec(run: RunConfig) -> dict[str, Any]:
     """What the token rows of `store/tokens/{key}` depend on."""
     tokenizer = tokenizer_spec(run) if run.model.tokenizer else model_spec(run)
-    spec = {**data_spec(run), **tokenizer, "tokenize": run.tokenize.model_dump(mode="json")}
+    spec = {**data_spec(run), **tokenizer, "tokenize": _section("tokenize", run.tokenize)}
+    if run.data.weights is not None:
+        spec["by_source"] = True  # rows of one source each, for the loader to draw from
     spec["model"] = {**spec["model"], "chat_template": run.model.chat_template}
     return spec
 
@@ -89,7 +105,14 @@ def stage_config(run: RunConfig, stage: str) -> dict[str, Any]:
         sections = ["experiment", "run", "model", "method", "export"]
     if run.method.name != "lora":
         config["method"] = {"name": run.method.name}
+    config["data"].pop("streaming")
     return {section: config[section] for section in sections}
+
+
+def _section(name: str, section: Data | Tokenize, without: set[str] | None = None) -> dict[str, Any]:
+    values = section.model_dump(mode="json", exclude=without)
+    defaults = type(section)().model_dump(mode="json")
+    return {k: v for k, v in values.items() if k not in ADDED[name] or v != defaults[k]}
 
 
 def _first(source: str | list[str] | None) -> str | None:

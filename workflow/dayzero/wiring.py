@@ -74,6 +74,10 @@ class Wiring:
         sources = _named_sources(self.of_key(key))
         return [file for name in sources if name.startswith("data.") for file in _local_files(sources[name])]
 
+    def streaming(self, key: str) -> str:
+        """The option that tells `fetch_data` to stream `store/data/{key}`, or nothing."""
+        return "--streaming" if self.of_key(key).data.streaming else ""
+
     def local_model(self, key: str) -> list[str]:
         """The local files `store/models/{key}` is made of."""
         return _local_files(self.of_key(key).model.source)
@@ -214,8 +218,10 @@ def _is_local(source: str) -> bool:
 
 def _local_files(sources: str | list[str] | None) -> list[str]:
     """The files of local sources, those of a directory one by one."""
-    files = []
+    files: list[str] = []
     for path in (Path(source) for source in _listed(sources) if _is_local(source)):
+        if other := {".bin": ".idx", ".idx": ".bin"}.get(path.suffix):  # the two files of a Megatron data set
+            files += [str(p) for p in [path.with_suffix(other)] if p.is_file()]
         below = (
             sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")) if path.is_dir() else []
         )

@@ -54,11 +54,13 @@ rule fetch_data:
         mem_mb=lambda w: WIRING.resources("fetch", w).mem_mb,
         runtime=lambda w: WIRING.resources("fetch", w).runtime,
         gpu=lambda w: WIRING.resources("fetch", w).gpu,
+        streaming=lambda w: WIRING.streaming(w.key),  # not a parameter: it changes no row, so it reruns nothing
     params:
         spec=lambda w: WIRING.spec("data", w.key),
         directory=subpath(output.manifest, parent=True),
     shell:
         "python -m dayzero.stages.fetch_data --config {params.spec:q} --output {params.directory:q} --log {log:q}"
+        " {resources.streaming}"
 
 
 rule check_data:

@@ -1,17 +1,18 @@
-"""Conversations -> token ids and the mask of what the assistant says.
+"""Conversations -> token ids and the mask of what is supervised: by default all that the assistant says.
 
 Which characters of the rendered conversation are the assistant's comes from the template's own {% generation %} blocks
 or, where it has none, from rendering the conversation up to each answer, which must be a prefix of the whole. An
 answer's supervision ends with its end-of-turn token; where the template has no such token, the tokenizer's EOS ends the
 conversation. The prompt before an answer is tokenised exactly as at inference.
 
-The texts of control tokens (`<|im_end|>`) inside a message are read as control tokens, as in every server that uses
-the template: they are part of the format. Rows that hold them are counted by the caller.
+The texts of control tokens (`<|im_end|>`) inside a message stay text: only the template writes control tokens. What of
+the conversation is supervised is chosen by `tokenize.loss_*`; a token with any supervised character is supervised.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -20,80 +21,188 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from dayzero.config import Tokenize
+from dayzero.data import chat_parts
+from dayzero.data.plain_text import STAND_IN, Range, TextEncoder
 from dayzero.data.tokenizer import special_tokens
 from dayzero.errors import ConfigError, DataError
 
-Message = dict[str, str]
+Message = dict[str, Any]
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_CLOSING = re.compile(r"\s*</[\w:-]+>\s*")
 
 
 class ChatEncoder:
     """Encodes conversations with the tokenizer's chat template.
 
+    `counts["reasoning_left_out"]` is how many conversations lost reasoning because the template does not write it.
     Raises ConfigError where the tokenizer has no chat template.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, options: Tokenize | None = None) -> None:
         if not tokenizer.chat_template:
             raise ConfigError(
                 f"the tokenizer in {tokenizer.name_or_path} has no chat template for data of format messages: "
-                "set model.chat_template to a template FILE, or use format prompt_completion"
+                "set model.chat_template to a template FILE, or make a format prompt_completion of the data (with "
+                "data.template)"
             )
-        self.tokenizer = tokenizer
+        self.tokenizer, self.options = tokenizer, options or Tokenize()
         self.template: str = tokenizer.get_chat_template()
         self.has_markers = bool(_GENERATION.search(self.template))
+        self.counts: Counter[str] = Counter()
         self._special = tuple(special_tokens(tokenizer))
+        self._texts = TextEncoder(tokenizer)
+        self._marking = self.options.special_text != "special"
+        self._shown: set[str] = set()  # the parts of rows that the template is known to write
 
-    def encode(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+    def encode(
+        self, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None
+    ) -> tuple[list[int], list[bool]]:
         """Token ids of a conversation and, for each, whether it is supervised.
 
-        Raises ConfigError where the template's prefixes are not stable, DataError where it refuses the conversation.
+        Raises ConfigError where the template's prefixes are not stable or it has no place for the tools or calls of the
+        conversation, DataError where it refuses the conversation.
         """
-        text, spans = self._marked_spans(messages) if self.has_markers else self._prefix_spans(messages)
+        messages = list(messages)
+        if self._marking:
+            messages = [{**self._texts.mark_all(m), "role": m["role"]} for m in messages]
+            tools = self._texts.mark_all(tools)
+        self._check_shown(messages, tools)
+        text, spans = self._spans(messages, tools)
         spans = [(start, self._end(text, start, end)) for start, end in spans]
         assert all(a[1] <= b[0] for a, b in pairwise(spans)), "answers overlap"
+        wanted = self._parts(messages, tools, text, spans)
         last = spans[-1][1] if spans else 0
         unfinished = bool(spans) and not text[last:].strip() and not text[:last].endswith(self._special)
         if unfinished:
             text = text[:last]
-        ids, cuts = self._cut([text[i:j] for i, j in _between(spans, len(text))])
+        pieces = [text[i:j] for i, j in _between(spans, len(text))]
+        ids, cuts = self._cut(pieces)
         mask = [k % 2 == 1 for k, n in enumerate(cuts) for _ in range(n)]
+        if wanted is not None:
+            mask = self._mask_parts(pieces, ids, cuts, wanted)
         if unfinished:
             if self.tokenizer.eos_token_id is None:
                 raise ConfigError(
                     "neither the chat template nor the tokenizer ends an answer: add an eos_token to the tokenizer, or "
                     "an end-of-turn token to the template (model.chat_template: FILE)"
                 )
-            ids, mask = [*ids, self.tokenizer.eos_token_id], [*mask, True]
+            ids, mask = [*ids, self.tokenizer.eos_token_id], [*mask, self.options.loss_parts == "all"]
         return ids, mask
 
-    def _marked_spans(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
-        """The rendered conversation and the character ranges of its {% generation %} blocks."""
-        text, spans = self._render(messages, return_assistant_tokens_mask=True)
-        return text, sorted(spans)
+    def _check_shown(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> None:
+        """Refuse a template that would drop tools or calls in silence; the first row that has some shows it."""
+        if tools and "tools" not in self._shown:
+            if self._render(messages, tools) == self._render(messages, None):
+                self._no_place("tools")
+            self._shown.add("tools")
+        called = next((i for i, m in enumerate(messages) if m.get("tool_calls")), None)
+        if called is not None and "tool_calls" not in self._shown:
+            call = messages[called]["tool_calls"][0]
+            renamed = {**messages[called], "tool_calls": [{**call, "function": {**call["function"], "name": STAND_IN}}]}
+            if STAND_IN not in self._render([*messages[:called], renamed], tools)[0]:
+                self._no_place("tool_calls")
+            self._shown.add("tool_calls")
 
-    def _prefix_spans(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
-        """The rendered conversation and the character ranges between each prompt and the end of its answer."""
-        text = self._render(messages)[0]
-        spans = []
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
+    def _no_place(self, part: str) -> None:
+        raise ConfigError(
+            f"the chat template does not write {part}, which the data has, so a model would never see them: set "
+            f"model.chat_template to a FILE that does, or remove {part} from the data"
+        )
+
+    def _spans(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> tuple[str, list[Range]]:
+        """The rendered conversation and the character ranges of the turns that are supervised."""
+        roles = self.options.loss_roles
+        turns = [i for i, m in enumerate(messages) if m["role"] in roles]
+        if self.options.loss_turns == "last":
+            turns = turns[-1:]
+        text = self._render(messages, tools)[0]
+        spans: list[Range] = []
+        marked = [i for i in turns if messages[i]["role"] == "assistant"] if self.has_markers else []
+        if marked:
+            text, spans = self._render(messages, tools, return_assistant_tokens_mask=True)
+            spans = sorted(spans)
+            if self.options.loss_turns == "last":  # whatever comes after the blocks of the turns before
+                earlier = self._render(messages[: marked[0]], tools, return_assistant_tokens_mask=True)[1]
+                spans = spans[len(earlier) :]
+        for i in turns:
+            if i in marked:
                 continue
-            before = self._render(messages[:i], add_generation_prompt=True)[0]
-            after = self._render(messages[: i + 1])[0]
+            answer = messages[i]["role"] == "assistant"
+            before = self._render(messages[:i], tools, add_generation_prompt=answer)[0]
+            after = self._render(messages[: i + 1], tools)[0]
             for prefix in (before, after):
                 if not text.startswith(prefix):
                     self._refuse(text, prefix, i)
-            spans.append((len(before), len(after)))
-        return text, spans
+            start = len(before)
+            if not answer:  # without the turn's head, which no one is asked to write
+                content = messages[i]["content"].strip()
+                start = text.find(content, start, len(after)) if content else len(after)
+                if start < 0:
+                    raise ConfigError(
+                        f"the chat template rewrites the content of message {i + 1}, of the role "
+                        f"{messages[i]['role']}, so it cannot be supervised: leave the role out of tokenize.loss_roles"
+                    )
+            spans.append((start, len(after)))
+        return text, sorted(spans)
 
-    def _render(self, messages: Sequence[Message], **options: Any) -> tuple[str, list[tuple[int, int]]]:
+    def _parts(
+        self, messages: list[Message], tools: list[dict[str, Any]] | None, text: str, spans: list[Range]
+    ) -> list[Range] | None:
+        """The ranges of the rendered conversation that are supervised; None: the whole spans."""
+
+        def render(changed: list[Message]) -> str | None:
+            try:
+                return self._render(changed, tools)[0]
+            except DataError:
+                return None
+
+        thinks = any("reasoning_content" in m or m["content"].lstrip().startswith("<think>") for m in messages)
+        thoughts: list[Range] = []
+        if thinks:
+            thoughts, left_out = chat_parts.reasoning(messages, text, render)
+            self.counts["reasoning_left_out"] += bool(left_out)
+        if self.options.loss_parts == "tool_arguments":
+            arguments = chat_parts.tool_arguments(messages, text, render)
+            return [(a, b) for a, b in arguments if any(start <= a and b <= end for start, end in spans)]
+        if self.options.loss_reasoning or not thoughts:
+            return None
+        wanted = []
+        for start, end in spans:
+            inside = [self._whole_thought(text, start, thought) for thought in thoughts if start <= thought[0] < end]
+            wanted += list(chat_parts.without((start, end), inside))
+        return wanted
+
+    @staticmethod
+    def _whole_thought(text: str, turn: int, thought: Range) -> Range:
+        """From the beginning of the turn over what opens the reasoning to what closes it."""
+        closing = _CLOSING.match(text, thought[1])
+        return turn, closing.end() if closing else thought[1]
+
+    def _mask_parts(self, pieces: list[str], ids: list[int], cuts: list[int], wanted: list[Range]) -> list[bool]:
+        """The mask of the given ranges over tokens that were made of the pieces, together or each on its own."""
+        joined, mask = self._texts.supervised("".join(pieces), wanted)
+        if joined == ids:
+            return mask
+        result: list[bool] = []
+        at = 0
+        for piece, count in zip(pieces, cuts, strict=True):
+            part, mask = self._texts.supervised(piece, [(a - at, b - at) for a, b in wanted if a < at + len(piece)])
+            assert part == ids[len(result) : len(result) + count], "the pieces' own tokens"
+            result += mask
+            at += len(piece)
+        return result
+
+    def _render(
+        self, messages: Sequence[Message], tools: list[dict[str, Any]] | None, **options: Any
+    ) -> tuple[str, list[Range]]:
         """The rendered text and, on demand, the character ranges of its {% generation %} blocks."""
         variables: dict[str, Any] = {**self.tokenizer.special_tokens_map, **options}
         try:
             # What apply_chat_template itself calls; that gives token masks only, and those only for fast tokenizers.
-            rendered: Any = render_jinja_template([list(messages)], chat_template=self.template, **variables)
-        except TemplateError as error:
+            schemas: Any = tools
+            rendered: Any = render_jinja_template([list(messages)], schemas, chat_template=self.template, **variables)
+        except (TemplateError, TypeError, AttributeError, KeyError, IndexError) as error:
             roles = ", ".join(m["role"] for m in messages) or "nothing"
             raise DataError(
                 f"the chat template refuses a conversation of {roles} ({error}): change the roles, or set "
@@ -139,7 +248,7 @@ class ChatEncoder:
         return joined, [len(part) for part in parts]
 
     def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # the template writes BOS itself
+        return self._texts.ids(text)  # none is added: the template writes BOS itself
 
     def _refuse(self, text: str, prefix: str, message: int | None) -> None:
         whole, part = self._ids(text), self._ids(prefix)
@@ -149,7 +258,7 @@ class ChatEncoder:
         raise ConfigError(
             f"the chat template changes a conversation as it goes on{where}: token {at} is {seen[0]} in the "
             f"whole and {seen[1]} in its beginning: mark the answers with {{% generation %}} in a template of your own "
-            "(model.chat_template: FILE)"
+            "(model.chat_template: FILE), or supervise only the last turn (tokenize.loss_turns: last)"
         )
 
 

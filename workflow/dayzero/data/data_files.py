@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,23 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dayzero.column_template import check_templates, parse_template
 from dayzero.config import Data
 from dayzero.console import ProgressBar, log
 from dayzero.data import function_calling, hub_data, splits
-from dayzero.data.formats import SCHEMAS, Dropped, Example, check_columns, detect_format, normalise
-from dayzero.data.readers import Row, data_files, read_rows
+from dayzero.data.formats import FORMATS, SCHEMAS, check_columns, detect_format, normalise, stored_kind
+from dayzero.data.readers import BATCH_BYTES, BATCH_ROWS, batch_rows, data_files, read_rows
+from dayzero.data.rejects import Rejects
+from dayzero.data.rows import Dropped, Example, Row
 from dayzero.data.sources import Fetched, fetch_files, parse_source
 from dayzero.data.store_entry import Memory, make_entry
 from dayzero.errors import ConfigError, DataError
 from dayzero.files import sha256_file
 from dayzero.provenance import Clock
+from dayzero.store import data_section
 
-BATCH_ROWS = 1000
+REPEATABLE = ("text", "pretokenized")
+"""Kinds of rows of which the same one may well come twice, like a line of a text."""
 
 
 def fetch_data(data: Data, output: Path, clock: Clock) -> dict[str, Any]:
@@ -33,7 +38,7 @@ def fetch_data(data: Data, output: Path, clock: Clock) -> dict[str, Any]:
     Raises ConfigError or DataError, and then leaves nothing.
     """
     _check(data)
-    spec = {"data": data.model_dump(mode="json")}
+    spec = {"data": data_section(data)}
     return make_entry(output, spec, lambda *places: _Maker(data, *places).make(clock))
 
 
@@ -45,6 +50,10 @@ def _check(data: Data) -> None:
         raise ConfigError("data.answers is not set: format function_calling needs the files with the accepted answers")
     if data.answers and data.format not in ("function_calling", "auto"):
         raise ConfigError(f"data.answers is only read by format function_calling, not by {data.format}: remove one")
+    if (data.template is not None) != (data.format == "template") and data.format != "auto":
+        raise ConfigError(f"data.template goes with data.format template (or auto), not with {data.format}")
+    if data.template is not None:
+        check_templates(data.template)
     if data.subset and not any(s.startswith("hf:") for s in sources):
         raise ConfigError(f"data.subset {data.subset!r} is only for `hf:` sources: remove it")
     if isinstance(data.sha256, str) and len(sources) > 1:
@@ -71,12 +80,18 @@ class _Rows:
 
     file: Path
     keys: list[bytes] = field(default_factory=list)
+    sources: list[int] = field(default_factory=list)
+    """Each row's source: its place in the list of sources."""
+    num_sources: int = 0
 
 
 class _Maker:
     def __init__(self, data: Data, folder: Path, workspace: Path, memory: Memory) -> None:
         self.data, self.folder, self.workspace, self.memory = data, folder, workspace, memory
-        self.format: str = "function_calling" if data.answers else data.format
+        self.format: str = "function_calling" if data.answers else "template" if data.template else data.format
+        self.kind = "" if self.format == "auto" else stored_kind(self.format, data.template)
+        self.found: dict[str, None] = {}  # the formats of the sources, in their order
+        self.rejects = Rejects(folder / "rejected.jsonl") if data.on_bad_row == "reject" else None
         self.dropped: Counter[str] = Counter()
         self.sources: list[dict[str, Any]] = []
         self.ids: set[str] = set()
@@ -87,7 +102,10 @@ class _Maker:
         if self.data.answers:
             if self.data.columns:
                 raise ConfigError("data.columns is not read by format function_calling: remove it")
-            self.answers = function_calling.read_answers(self._read(_listed(self.data.answers), "data.answers", None))
+            answers = self._read(_listed(self.data.answers), "data.answers", None)
+            self.answers = function_calling.read_answers((origin, row) for _, origin, row in answers)
+        elif self.format == "template":
+            self._check_template_columns()
         main = self._normalise(_listed(self.data.source), "data.source", "train", self.data.max_rows)
         validation = self._normalise(_listed(self.data.validation_source), "data.validation_source", "validation")
         test = self._normalise(_listed(self.data.test_source), "data.test_source", "test")
@@ -117,11 +135,12 @@ class _Maker:
         log.info("rows: %s", ", ".join(f"{name} {s['rows']}" for name, s in written.items()))
         questions = {name: _questions(*part) for name, part in parts.items()}
         return {
-            "format": "messages" if self.format == "function_calling" else self.format,
-            "source_format": self.format,
+            "format": self.kind,
+            "source_format": ", ".join(self.found),
             "splits": written,
             "sources": self.sources,
             "dropped": dict(self.dropped),
+            **({"rejected": self.rejects.close()} if self.rejects else {}),
             "overlap": {
                 "test_train_questions": splits.overlap(questions["test"], questions["train"]),
                 "test_validation_questions": splits.overlap(questions["test"], questions["validation"]),
@@ -148,25 +167,30 @@ class _Maker:
             taken |= _questions(rows, keep)
         return {name: result[name] for name in ("train", "validation", "test")}
 
-    def _read(self, texts: list[str], key: str, split: str | None) -> Iterator[tuple[str, Row]]:
-        for text in texts:
+    def _read(self, texts: list[str], key: str, split: str | None) -> Iterator[tuple[int, str, Row]]:
+        """The rows of the sources: (the source's place, origin, row)."""
+        reject = self.rejects.add if self.rejects and split is not None else None
+        for number, text in enumerate(texts):
             source = parse_source(text, key)
             count = 0
             rows: Iterable[tuple[str, Row]]
             if source.kind == "hf" and split is not None:
-                fetched, rows = hub_data.load(source, key, self.data.subset, split, self.memory)
+                # a limit alone asks for no more than it needs, too
+                streaming = self.data.streaming or self.data.max_rows is not None
+                fetched, rows = hub_data.load(source, key, self.data.subset, split, self.memory, streaming)
                 self._check_hub_pin(fetched)
             elif source.kind == "hf":
                 raise ConfigError(f"{key}: {text!r}: answers are read from files: give a local path or a package")
             else:
                 pin = self.data.sha256.get(text) if isinstance(self.data.sha256, dict) else self.data.sha256
                 fetched = fetch_files(source, key, self.workspace, self.memory, pin)
-                rows = (row for file in data_files(fetched.path, fetched.label) for row in read_rows(*file))
+                files = data_files(fetched.path, fetched.label)
+                rows = chain.from_iterable(read_rows(*file, reject) if reject else read_rows(*file) for file in files)
             record = {**fetched.record(), "rows": 0}
             self.sources.append(record)
-            for count, row in enumerate(rows, 1):
+            for count, (origin, row) in enumerate(rows, 1):
                 record["rows"] = count
-                yield row
+                yield number, origin, row
             if not count:
                 raise DataError(f"{key}: {text} holds no rows")
 
@@ -177,7 +201,7 @@ class _Maker:
 
     def _normalise(self, texts: list[str], key: str, split: str, limit: int | None = None) -> _Rows:
         """Read and normalise the sources into one Parquet file of the workspace, a batch at a time."""
-        rows = _Rows(self.workspace / f"{split}.parquet")
+        rows = _Rows(self.workspace / f"{split}.parquet", num_sources=len(texts))
         if not texts:
             return rows
         dropped: Counter[str] = Counter()
@@ -187,38 +211,73 @@ class _Maker:
             self._write_batches(rows, self._examples(stream, rows, dropped, bar))
         self.dropped.update(dropped)
         if not rows.keys:
-            raise DataError(f"{key}: no rows are left after leaving out {_counts(dropped) or 'nothing'}")
+            bad = f" and {self.rejects.count} rejected" if self.rejects and self.rejects.count else ""
+            raise DataError(f"{key}: no rows are left after leaving out {_counts(dropped) or 'nothing'}{bad}")
         return rows
 
     def _examples(
-        self, stream: Iterable[tuple[str, Row]], rows: _Rows, dropped: Counter[str], bar: ProgressBar
-    ) -> Iterator[dict[str, Any]]:
+        self, stream: Iterable[tuple[int, str, Row]], rows: _Rows, dropped: Counter[str], bar: ProgressBar
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The rows to write, each with its size; their keys and sources go to `rows`."""
         seen: set[bytes] = set()
-        for number, (origin, row) in enumerate(stream):
+        current, source_format = None, ""
+        for number, origin, row in stream:
             bar.advance()
-            if self.format == "auto":
-                self.format = detect_format(row, self.data.columns, origin)
-            if number == 0 and self.format != "function_calling":
-                check_columns(self.format, self.data.columns)
-            example = self._example(row, origin)
+            if number != current:
+                current, source_format = number, self._source_format(row, origin)
+            try:
+                example = self._example(row, origin, source_format)
+            except DataError as error:
+                if self.rejects is None:
+                    raise
+                self.rejects.add(origin, str(error).removeprefix(f"{origin}: "), row)
+                continue
             if isinstance(example, Example) and example.num_chars > (self.data.max_chars or example.num_chars):
                 example = Dropped("too_long")
             if isinstance(example, Dropped):
                 dropped[example.reason] += 1
                 continue
-            if self.format != "text":  # a line of a text may well come twice
+            if self.kind not in REPEATABLE:
                 content = splits.exact_key(example.columns)
                 if content in seen:
                     dropped["duplicate"] += 1
                     continue
                 seen.add(content)
             rows.keys.append(splits.question_key(example.question))
-            yield {"id": self._id(example.id, origin), "origin": origin, **example.columns}
+            rows.sources.append(number)
+            yield example.num_chars, {"id": self._id(example.id, origin), "origin": origin, **example.columns}
 
-    def _example(self, row: Row, origin: str) -> Example | Dropped:
-        if self.format == "function_calling":
+    def _source_format(self, row: Row, origin: str) -> str:
+        """The format of a source, by its first row where it is not configured."""
+        name = detect_format(row, self.data.columns, origin) if self.format == "auto" else self.format
+        kind = stored_kind(name, self.data.template)
+        if self.kind and kind != self.kind:
+            raise ConfigError(
+                f"data.format auto: {origin} is of format {name}, kept as {kind}, but rows before it are kept as "
+                f"{self.kind}: sources of one data set must become one kind; make them alike with data.template"
+            )
+        self.kind = kind
+        if name in FORMATS:
+            check_columns(name, self.data.columns)
+        if kind == "pretokenized" and self.data.max_chars:
+            raise ConfigError("data.max_chars counts characters, and pretokenized rows have none: remove it")
+        self.found[name] = None
+        self.sources[-1]["format"] = name
+        return name
+
+    def _check_template_columns(self) -> None:
+        """Refuse renamed columns that the template does not name."""
+        assert self.data.template is not None
+        parts = [part for key, text in self.data.template.items() for part in parse_template(text, key)]
+        known = ["id", *(name for _, name in parts if name is not None)]
+        for name in self.data.columns:
+            if name not in known:
+                raise ConfigError(f"data.columns: {name!r} is not in data.template, which names {', '.join(known[1:])}")
+
+    def _example(self, row: Row, origin: str, source_format: str) -> Example | Dropped:
+        if source_format == "function_calling":
             return function_calling.normalise_call(row, origin, self.answers)
-        return normalise(row, origin, self.format, self.data.columns)
+        return normalise(row, origin, source_format, self.data.columns, self.data.template)
 
     def _id(self, wanted: str | None, origin: str) -> str:
         """The row's own id, or its origin; made unique by a number where it is not."""
@@ -231,18 +290,18 @@ class _Maker:
         return name
 
     def _schema(self) -> pa.Schema:
-        schema = function_calling.SCHEMA if self.format == "function_calling" else SCHEMAS[self.format]
+        schema = function_calling.SCHEMA if self.format == "function_calling" else SCHEMAS[self.kind]
         return pa.schema([("id", pa.string()), ("origin", pa.string()), *schema])
 
-    def _write_batches(self, rows: _Rows, examples: Iterator[dict[str, Any]]) -> None:
-        batch = list(islice(examples, BATCH_ROWS))
-        if not batch:
-            return
-        schema = self._schema()
-        with pq.ParquetWriter(rows.file, schema, compression="zstd") as writer:
-            while batch:
-                writer.write_table(pa.Table.from_pylist(batch, schema=schema))
-                batch = list(islice(examples, BATCH_ROWS))
+    def _write_batches(self, rows: _Rows, examples: Iterator[tuple[int, dict[str, Any]]]) -> None:
+        writer: pq.ParquetWriter | None = None
+        try:
+            for batch in _batches(examples):
+                writer = writer or pq.ParquetWriter(rows.file, self._schema(), compression="zstd")
+                writer.write_table(pa.Table.from_pylist(batch, schema=self._schema()))
+        finally:
+            if writer is not None:
+                writer.close()
 
     def _write(self, name: str, rows: _Rows, chosen: np.ndarray) -> dict[str, Any]:
         file = self.folder / f"{name}.parquet"
@@ -251,13 +310,34 @@ class _Maker:
             pq.ParquetFile(rows.file) as source,
             pq.ParquetWriter(file, source.schema_arrow, compression="zstd") as out,
         ):
-            for batch in source.iter_batches(batch_size=BATCH_ROWS):
+            meta = source.metadata
+            size = sum(meta.row_group(i).total_byte_size for i in range(meta.num_row_groups))
+            for batch in source.iter_batches(batch_size=batch_rows(size, meta.num_rows)):
                 picked = batch.filter(pa.array(chosen[start : start + len(batch)]))
                 start += len(batch)
                 if len(picked):
                     out.write_batch(picked)
-        questions = len(_questions(rows, chosen))
-        return {"file": file.name, "rows": int(chosen.sum()), "questions": questions, "sha256": sha256_file(file)}
+        return {
+            "file": file.name,
+            "rows": int(chosen.sum()),
+            "source_rows": np.bincount(np.array(rows.sources)[chosen], minlength=rows.num_sources).tolist(),
+            "questions": len(_questions(rows, chosen)),
+            "sha256": sha256_file(file),
+        }
+
+
+def _batches(examples: Iterator[tuple[int, dict[str, Any]]]) -> Iterator[list[dict[str, Any]]]:
+    """Rows in lists of BATCH_ROWS, or fewer where they are large."""
+    batch: list[dict[str, Any]] = []
+    held = 0
+    for size, row in examples:
+        batch.append(row)
+        held += size
+        if len(batch) == BATCH_ROWS or held > BATCH_BYTES:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch
 
 
 def _all(rows: _Rows) -> np.ndarray:

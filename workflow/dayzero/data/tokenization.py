@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from dayzero.config import Tokenize
 from dayzero.console import ProgressBar, log
-from dayzero.data.documents import COLUMNS, DocumentEncoder
+from dayzero.data.documents import COLUMNS, OPTIONAL_COLUMNS, DocumentEncoder
 from dayzero.data.histogram import LengthHistogram
 from dayzero.data.packing import Documents, pack_stream
 from dayzero.data.tokenizer import TokenizerSource, check_model_limits
@@ -62,7 +62,7 @@ def tokenize_split(
     Args:
         source: the split's Parquet file.
         name: the split's name, for messages.
-        data_format: text, prompt_completion or messages.
+        data_format: text, prompt_completion, messages or pretokenized.
         num_workers: processes; the result does not depend on it.
 
     Raises DataError for a file that cannot be read, lacks a column, or leaves no supervised token; ConfigError for a
@@ -105,6 +105,7 @@ def tokenize_split(
         "truncated": counts["truncated"],
         "split": counts["split"],
         "special_token_text": counts["special_token_text"],
+        "reasoning_left_out": counts["reasoning_left_out"],
         "packing_efficiency": writer.num_tokens / (writer.num_rows * options.seq_len),
         "document_tokens": lengths.result(),
         "max_token_id": max_token_id,
@@ -134,10 +135,12 @@ def report_split(name: str, split: dict[str, Any], options: Tokenize) -> None:
         log.warning("%s: %d dropped: %s", name, count, reason)
     if split["special_token_text"]:
         log.warning(
-            "%s: the texts of %d rows hold control tokens of the tokenizer, read as such",
+            "%s: the texts of %d rows hold the text of control tokens, read as tokenize.special_text says",
             name,
             split["special_token_text"],
         )
+    if split["reasoning_left_out"]:
+        log.warning("%s: the chat template left out reasoning in %d rows", name, split["reasoning_left_out"])
 
 
 def _encode(
@@ -159,7 +162,7 @@ def _encode(
 
 def _tasks(file: pq.ParquetFile, data_format: str) -> Iterator[tuple[int, pa.RecordBatch]]:
     """Pieces of the file with the number of their first row."""
-    names = [c for c in ("id", "origin", *COLUMNS[data_format]) if c in file.schema_arrow.names]
+    names = [c for c in ("id", "origin", *COLUMNS[data_format], *OPTIONAL_COLUMNS) if c in file.schema_arrow.names]
     row_bytes = _num_bytes(file) // max(file.metadata.num_rows, 1)
     rows = min(max(BYTES_PER_TASK // max(row_bytes, 1), 1), ROWS_PER_TASK)
     first = 0

@@ -66,6 +66,10 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
 def training_texts(data: Path) -> Iterator[str]:
     """All texts of a data directory's training split, behind a progress bar; DataError where there are none."""
     manifest: dict[str, Any] = read_json(data / "manifest.json")
+    if manifest["format"] == "pretokenized":
+        raise ConfigError(
+            "model.tokenizer: a tokenizer cannot be trained on pretokenized rows: use the one that made them"
+        )
     columns = COLUMNS[manifest["format"]]
     source = data / manifest["splits"]["train"]["file"]
     try:
@@ -78,4 +82,8 @@ def training_texts(data: Path) -> Iterator[str]:
     for row in track(rows, "train tokenizer", file.metadata.num_rows):
         for column in columns:
             value = row[column]
-            yield from (m["content"] or "" for m in value) if isinstance(value, list) else [value or ""]
+            if not isinstance(value, list):
+                yield value or ""
+                continue
+            for message in value:
+                yield from (message.get(key) or "" for key in ("reasoning_content", "content", "tool_calls"))

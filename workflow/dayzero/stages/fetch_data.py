@@ -14,6 +14,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line of the stage; returns its exit code."""
     parser = stage_parser("fetch_data", __doc__)
     parser.add_argument("--output", required=True, type=Path, help="the folder to make, store/data/KEY")
+    parser.add_argument("--streaming", action="store_true", help="read hf: sources without a copy on this disk")
     return run_stage(parser, body, argv, network=True)
 
 
@@ -24,7 +25,10 @@ def body(args: argparse.Namespace) -> None:
     from dayzero.provenance import Clock
 
     clock = Clock()
-    fetch_data(Data.model_validate(read_config(args.config).get("data") or {}), args.output, clock)
+    data = Data.model_validate(read_config(args.config).get("data") or {})
+    if args.streaming:
+        data = data.model_copy(update={"streaming": True})
+    fetch_data(data, args.output, clock)
 
 
 if __name__ == "__main__":

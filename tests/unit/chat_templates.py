@@ -1,0 +1,36 @@
+"""Chat templates as models have them: tools, calls, reasoning, in the two notations in use for arguments."""
+
+_HEAD = (
+    "{% if tools %}<|im_start|>system\n# Tools\n{% for t in tools %}{{ t | tojson }}\n{% endfor %}<|im_end|>\n"
+    "{% endif %}"
+)
+_FOOT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+_TURN = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content | trim }}\n</think>\n\n{% endif %}{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}CALL{% endfor %}<|im_end|>\n{% endfor %}"
+)
+_JSON = '<tool_call>\n{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}\n</tool_call>'
+_XML = (
+    "<function={{ c.function.name }}>{% for k, v in c.function.arguments | items %}\n<parameter={{ k }}>\n"
+    "{{ v if v is string else v | tojson }}\n</parameter>{% endfor %}\n</function>"
+)
+_MARK = "{% if m.role == 'assistant' %}{% generation %}BODY{% endgeneration %}{% else %}BODY{% endif %}"
+
+JSON_CALLS = _HEAD + _TURN.replace("CALL", _JSON) + _FOOT
+"""Arguments as a JSON object; no {% generation %}."""
+XML_CALLS = _HEAD + _TURN.replace("CALL", _XML) + _FOOT
+"""Arguments one by one between tags."""
+_BODY = _TURN[_TURN.index("{% if m.reason") : _TURN.index("{% endfor %}<|im_end|>") + len("{% endfor %}")].replace(
+    "CALL", _JSON
+)
+MARKED_CALLS = (
+    _HEAD
+    + "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    + _MARK.replace("BODY", _BODY)
+    + "<|im_end|>\n{% endfor %}"
+    + _FOOT
+)
+"""As JSON_CALLS, with the assistant's words in {% generation %} blocks."""
+FORGETS_REASONING = JSON_CALLS.replace("m.reasoning_content %}", "m.reasoning_content and loop.last %}")
+"""Reasoning of the last turn only, as most reasoning models want it."""

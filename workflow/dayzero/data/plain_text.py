@@ -1,0 +1,134 @@
+"""Tokenising a text in which some control tokens are meant and others are only written about.
+
+A chat template writes control tokens (`<|im_end|>`) that the tokenizer must read as such; the same characters inside a
+message are somebody's words, and reading them as control tokens would let a user's text end the turn. `mark` breaks
+those words with a character that no text holds; `ids` then reads whole control tokens as such and broken ones as text.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, processors
+from transformers import PreTrainedTokenizerBase
+
+from dayzero.data.tokenizer import special_token_pattern, special_tokens, text_ids
+from dayzero.errors import ConfigError, DataError
+
+BREAK, STAND_IN, OPEN, CLOSE = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
+"""Noncharacters: Unicode keeps them for a program's own use (https://www.unicode.org/versions/latest, section 23.7)."""
+
+Range = tuple[int, int]
+
+
+class TextEncoder:
+    """Token ids of marked texts.
+
+    Where nothing is marked the ids are the tokenizer's own, so marking costs only the texts that need it.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self._pattern = special_token_pattern(tokenizer)
+        self._twin: Tokenizer | None = None
+        self._original: dict[int, int] = {}
+        self._aliases: dict[str, str] = {}
+
+    def mark(self, text: str) -> str:
+        """The text with every control token in it broken. Raises DataError where it holds one of our own characters."""
+        if not text.isascii() and any(c in text for c in (BREAK, STAND_IN, OPEN, CLOSE)):
+            raise DataError("the text holds a noncharacter from U+FDD0 to U+FDD3, which no text should: remove it")
+        if self._pattern is None:
+            return text
+        parts, done, match = [], 0, self._pattern.search(text)
+        while match:
+            parts += [text[done : match.start() + 1], BREAK]
+            done = match.start() + 1
+            match = self._pattern.search(text, done)
+        return "".join([*parts, text[done:]]) if parts else text
+
+    def mark_all(self, value: Any) -> Any:
+        """A JSON value with all its texts, keys too, marked."""
+        if isinstance(value, str):
+            return self.mark(value)
+        if isinstance(value, dict):
+            return {self.mark(k): self.mark_all(v) for k, v in value.items()}
+        return [self.mark_all(v) for v in value] if isinstance(value, list) else value
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of a marked text, without any the tokenizer would add."""
+        if BREAK not in text:
+            return text_ids(self.tokenizer, [text])[0]
+        return self._encode(self._aliased(text)[0])[0]
+
+    def supervised(self, text: str, ranges: Sequence[Range]) -> tuple[list[int], list[bool]]:
+        """Token ids of a marked text and for each whether it holds a character of one of the ranges."""
+        aliased, places, starts = self._aliased(text)
+        ids, offsets = self._encode(aliased)
+
+        def place(at: int) -> int:
+            k = bisect_right(places, at) - 1
+            following = starts[k + 1] if k + 1 < len(starts) else len(aliased)
+            return min(starts[k] + at - places[k], following)
+
+        wanted = [(place(start), place(end)) for start, end in ranges]
+        return ids, [any(start < b and a < end for a, b in wanted) for start, end in offsets]
+
+    def _aliased(self, text: str) -> tuple[str, list[int], list[int]]:
+        """The text without marks and with control tokens renamed; where its pieces began before, and begin now."""
+        self._prepare()
+        out, places, starts, length = [], [0], [0], 0
+        done = 0
+        while done < len(text):
+            match = self._pattern.search(text, done) if self._pattern else None
+            while match and text.startswith(BREAK, match.end()):  # a broken token of one character
+                match = self._pattern.search(text, match.end()) if self._pattern else None
+            end = match.start() if match else len(text)
+            for piece in text[done:end].split(BREAK):
+                out.append(piece)
+                length += len(piece)
+                done += len(piece) + 1
+                places.append(done)
+                starts.append(length)
+            done = end
+            places[-1] = end
+            if match:
+                out.append(self._aliases[match[0]])
+                length += len(out[-1])
+                done = match.end()
+                places.append(done)
+                starts.append(length)
+        return "".join(out), places, starts
+
+    def _prepare(self) -> None:
+        """Make a twin of the tokenizer that reads control tokens as text, and aliases of them as control tokens."""
+        if self._twin is not None:
+            return
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if not isinstance(backend, Tokenizer):
+            raise ConfigError(
+                f"the tokenizer in {self.tokenizer.name_or_path} has no tokenizer.json, which telling control tokens "
+                "from text needs: convert it, or set tokenize.special_text: special and leave the loss_ keys"
+            )
+        twin = Tokenizer.from_str(backend.to_str())
+        twin.no_truncation()
+        twin.no_padding()
+        twin.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
+        known = {token.content: token for token in self.tokenizer.added_tokens_decoder.values()}
+        for number, text in enumerate(sorted(special_tokens(self.tokenizer))):
+            alias = self._aliases[text] = f"{OPEN}{number}{CLOSE}"
+            like = known.get(text)
+            flags = {f: getattr(like, f) for f in ("lstrip", "rstrip", "single_word")} if like else {}
+            twin.add_tokens([AddedToken(alias, normalized=False, special=False, **flags)])
+            own = self.tokenizer.convert_tokens_to_ids(text)
+            assert isinstance(own, int)
+            self._original[twin.token_to_id(alias) or 0] = own
+        twin.encode_special_tokens = True
+        self._twin = twin
+
+    def _encode(self, aliased: str) -> tuple[list[int], list[Range]]:
+        assert self._twin is not None
+        encoding = self._twin.encode(aliased, add_special_tokens=False)
+        return [self._original.get(i, i) for i in encoding.ids], encoding.offsets

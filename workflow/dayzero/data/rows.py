@@ -1,0 +1,138 @@
+"""What all formats share: the example a row becomes, and reading a row's values with errors that name the row."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dayzero.errors import DataError
+
+Row = dict[str, Any]
+
+
+class PaddedRow(Row):
+    """A row out of Arrow (Parquet, Arrow files, the hub), where the objects of all rows have one shape: a key that a
+    row's own object lacked is there with the value null."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A normalised row. `question` decides which rows must share a split; `num_chars` is the whole row's length."""
+
+    columns: dict[str, Any]
+    question: str
+    num_chars: int
+    id: str | None = None
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A row that is left out, and why (a key of the manifest's `dropped`)."""
+
+    reason: str
+
+
+class Reader:
+    """Reads one row by the format's own column names, which `columns` may call something else in the file.
+
+    `aliases` are names that the format also goes by where `columns` says nothing.
+    """
+
+    def __init__(
+        self, row: Mapping[str, Any], origin: str, columns: dict[str, str], aliases: Mapping[str, tuple[str, ...]] = {}
+    ) -> None:
+        self.row, self.origin, self._columns, self._aliases = row, origin, columns, aliases
+
+    def name(self, column: str) -> str:
+        """What the column is called in the file."""
+        if column in self._columns:
+            return self._columns[column]
+        return next((a for a in self._aliases.get(column, ()) if a in self.row and column not in self.row), column)
+
+    def has(self, column: str) -> bool:
+        """Whether the row has the column."""
+        return self.name(column) in self.row
+
+    def value(self, column: str) -> Any:
+        """The column's value; DataError where there is none."""
+        return column_value(self.row, self.name(column), self.origin)
+
+    def text(self, column: str, optional: bool = False) -> str:
+        """The column's text; null is empty, and so is a column that is `optional` and not there."""
+        if optional and not self.has(column):
+            return ""
+        return as_text(self.value(column), self.origin, f"column {self.name(column)!r}")
+
+    def id(self) -> str | None:
+        """The row's own id, where it has one that is a text or an integer."""
+        value = self.row.get(self._columns.get("id", "id"))
+        return str(value) if isinstance(value, str | int) else None
+
+    def fail(self, column: str, expected: str) -> DataError:
+        """The error for a column that holds something else than expected."""
+        return DataError(
+            f"{self.origin}: column {self.name(column)!r} holds {kind(self.value(column))}, expected {expected}"
+        )
+
+
+def column_value(row: Mapping[str, Any], name: str, origin: str) -> Any:
+    """The row's value; raises DataError with the columns there are when it has no such column."""
+    if name in row:
+        return row[name]
+    close = difflib.get_close_matches(name, map(str, row), n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    raise DataError(f"{origin}: no column {name!r}{hint}; it has {', '.join(map(str, row))}: set data.columns")
+
+
+def as_text(value: Any, where: str, what: str) -> str:
+    """A text as it is, null as the empty one; DataError for anything else and for what UTF-8 cannot write."""
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise DataError(f"{where}: {what} holds {kind(value)}, expected text")
+    check_unicode(value, where, what)
+    return value
+
+
+def check_unicode(value: str, where: str, what: str) -> None:
+    """Raise DataError where a text holds half a surrogate pair, as a JSON escape (`\\ud83d`) can say."""
+    if value.isascii():
+        return
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: {what} holds {value[error.start]!a} at character {error.start + 1}, half of a surrogate pair: "
+            "write the whole character"
+        ) from error
+
+
+def from_json(value: Any, where: str, what: str) -> Any:
+    """The value of JSON text, as files without nested columns hold it; anything but text as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise DataError(f"{where}: {what} begins like JSON but is none ({error})") from error
+
+
+def to_json(value: Any, where: str, what: str) -> str:
+    """Compact JSON text that keeps the order of keys; DataError for a value that JSON does not have."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{where}: {what} cannot be written as JSON ({error})") from error
+    check_unicode(text, where, what)
+    return text
+
+
+def kind(value: Any) -> str:
+    """What a value is, in words."""
+    names: dict[type, str] = {str: "text", list: "a list", bool: "true/false", type(None): "nothing"}
+    if isinstance(value, dict):
+        return "an object"
+    return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
