@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -94,7 +95,12 @@ def _answer(hub: Hub, request: BaseHTTPRequestHandler, body: bool) -> None:
             return _send(request, 404, b"", {"X-Error-Code": "EntryNotFound"}, body)
         content = file.read_bytes()
         headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": hub.commit(folder)}
-        return _send(request, 200, content, headers, body)
+        status, wanted = 200, re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("Range") or "")
+        if wanted:
+            first, last = int(wanted[1]), min(int(wanted[2] or len(content)), len(content) - 1)
+            status, headers["Content-Range"] = 206, f"bytes {first}-{last}/{len(content)}"
+            content = content[first : last + 1]
+        return _send(request, status, content, headers, body)
     return _send(request, 404, b"", {}, body)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from dayzero.files import sha256_file
@@ -436,6 +439,50 @@ def test_a_hub_data_set(tmp_path: Path, hub_and_user: tuple[Hub, HubUser]) -> No
         code, last = user.fetch("data", tmp_path / "no", source="hf:org/rows", **section)
         assert (code, said in last) == (1, True), last
     assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("ending", [".jsonl.gz", ".parquet"])
+def test_a_streamed_hub_data_set_fetches_only_what_it_reads(
+    tmp_path: Path, hub_and_user: tuple[Hub, HubUser], ending: str
+) -> None:
+    hub, user = hub_and_user
+    (tmp_path / "repo").mkdir()
+    for shard in range(3):
+        rows = [{"prompt": f"{shard}.{i}", "completion": "x"} for i in range(20)]
+        file = tmp_path / "repo" / f"train-{shard}{ending}"
+        if ending == ".parquet":
+            pq.write_table(pa.Table.from_pylist(rows), file)
+        else:
+            file.write_bytes(gzip.compress("".join(json.dumps(r) + "\n" for r in rows).encode()))
+    hub.repos["datasets", f"org/shards-{ending[1:3]}"] = {"main": tmp_path / "repo"}
+
+    def fetch(name: str, **section: Any) -> tuple[set[str], list[str]]:
+        hub.requests.clear()
+        assert (
+            user.fetch("data", tmp_path / name, source=f"hf:org/shards-{ending[1:3]}", validation_size=0, **section)[0]
+            == 0
+        )
+        read = {r.rpartition("/")[2] for r in hub.requests if r.startswith("GET") and "train-" in r}
+        return read, [r["prompt"] for r in pq.read_table(tmp_path / name / "train.parquet").to_pylist()]
+
+    limited, some = fetch("limited", max_rows=25)
+    assert limited == {f"train-0{ending}", f"train-1{ending}"}
+    streamed, every = fetch("streamed", streaming=True)
+    assert streamed == {f"train-{shard}{ending}" for shard in range(3)}
+    assert fetch("whole")[1] == every == [f"{shard}.{i}" for shard in range(3) for i in range(20)]
+    assert some == every[:25]
+
+
+def test_a_hub_data_set_that_is_a_script_is_refused(tmp_path: Path, hub_and_user: tuple[Hub, HubUser]) -> None:
+    hub, user = hub_and_user
+    (tmp_path / "repo").mkdir()
+    (tmp_path / "repo" / "script.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    (tmp_path / "repo" / "train.jsonl").write_text('{"text": "a"}\n')
+    hub.repos["datasets", "org/script"] = {"main": tmp_path / "repo"}
+    for streaming in (False, True):
+        code, last = user.fetch("data", tmp_path / "no", source="hf:org/script", streaming=streaming)
+        assert (code, "hf:org/script is a script (script.py), which is never run" in last) == (1, True), last
+    assert not (tmp_path / "ran").exists()
 
 
 def test_no_hub_is_said_in_one_line(tmp_path: Path, hub_and_user: tuple[Hub, HubUser]) -> None:

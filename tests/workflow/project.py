@@ -24,7 +24,7 @@ TINY = """
 description: small stand-ins
 defaults:
   model.source: local/model
-  data: {source: [local/rows.jsonl], validation_size: 2, test_size: 2}
+  data: {source: [local/rows.jsonl, local/more.jsonl], weights: [1, 1], validation_size: 2, test_size: 2}
   train: {max_steps: 2, global_batch_size: 4, local_batch_size: 4}
   evaluate.tasks: [exact]
 runs:
@@ -118,6 +118,7 @@ def make_project(path: Path, experiment: str | None = TINY) -> Project:
         (path / "local/model").mkdir(parents=True)
         (path / "local/model/config.json").write_text("{}\n")
         (path / "local/rows.jsonl").write_text('{"text": "a"}\n')
+        (path / "local/more.jsonl").write_text('{"text": "b"}\n')
     return Project(path)
 
 

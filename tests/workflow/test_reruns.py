@@ -42,6 +42,23 @@ SETTINGS: dict[str, tuple[str, Jobs]] = {
         jobs("resolve_config") | {"check_data", "report"},
     ),
     "the split's seed": ("data.split_seed=1", {"fetch_data"} | AFTER_DATA | jobs("resolve_config")),
+    "what happens to bad rows": ("data.on_bad_row=reject", {"fetch_data"} | AFTER_DATA | jobs("resolve_config")),
+    "the sources' weights": (
+        "data.weights=[1,2]",
+        {"report"} | jobs("resolve_config") | jobs("train", "export", "evaluate", "verify_serving", runs=TRAINED),
+    ),
+    "sources without weights": (
+        "data.weights=null",
+        {"tokenize", "report"}
+        | jobs("resolve_config", "verify_serving")
+        | jobs("train", "export", "evaluate", runs=TRAINED),
+    ),
+    "what is supervised": (
+        "tokenize.loss_turns=last",
+        {"tokenize", "report"}
+        | jobs("resolve_config", "verify_serving")
+        | jobs("train", "export", "evaluate", runs=TRAINED),
+    ),
     "the row length": (
         "tokenize.seq_len=512",
         {"tokenize", "report"}

@@ -1,0 +1,174 @@
+"""Rows that break their format: named by file and line, and set aside where that is asked for; odd but sound ones."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from dayzero.config import Tokenize
+from dayzero.data import rejects
+from dayzero.data.documents import DocumentEncoder
+from dayzero.data.readers import batch_rows
+from dayzero.stages import fetch_data
+from transformers import AutoTokenizer
+
+from tests.tiny_tokenizer import tiny_tokenizer
+
+GOOD = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+LINES = [
+    json.dumps(GOOD),
+    '{"messages": [',
+    "[1, 2]",
+    '{"text": "another schema"}',
+    '{"messages": [{"role": "user", "content": 3}]}',
+    '{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "x"}]}',
+    json.dumps(GOOD).replace("Hello", "Good day"),
+]
+REASONS = {
+    2: "not valid JSON (Expecting value",
+    3: "a row must be a JSON object, found list",
+    4: "no column 'messages'",
+    5: "message 1 of 'messages': content holds a number, expected text",
+    6: "half of a surrogate pair",
+}
+
+
+def run(output: Path, **data: Any) -> int:
+    config = json.dumps({"data": {"validation_size": 0, **data}})
+    return fetch_data.main(["--config", config, "--output", str(output)])
+
+
+def rows(output: Path) -> list[dict[str, Any]]:
+    return pq.read_table(output / "train.parquet").to_pylist()
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "jsonl.zst"])
+def test_bad_rows_are_set_aside_or_fail(tmp_path: Path, ending: str, capsys: pytest.CaptureFixture[str]) -> None:
+    content = "\n".join(LINES).encode().replace(b'"Hi"', b'"\xff"', 1) + b"\n" + LINES[0].encode()
+    packed = {"gz": gzip.compress, "zst": zstandard.compress}.get(ending.rpartition(".")[2], bytes)(content)
+    file = tmp_path / f"rows.{ending}"
+    file.write_bytes(packed)
+    assert run(tmp_path / "out", source=str(file)) == 1
+    assert f"{file}:1: not UTF-8 text" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+    # the format is told by the first row that can be read
+    assert run(tmp_path / "out", source=str(file), format="messages", on_bad_row="reject") == 0
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert (manifest["rejected"]["rows"], manifest["rejected"]["by_file"]) == (6, {str(file): 6})
+    aside = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
+    assert [r["origin"] for r in aside] == [f"{file}:{n}" for n in range(1, 7)]
+    for row in aside[1:]:
+        assert REASONS[int(row["origin"].rpartition(":")[2])] in row["reason"]
+    assert aside[2]["row"] == "[1, 2]\n"
+    assert aside[3]["row"] == {"text": "another schema"}
+    assert [r["origin"] for r in rows(tmp_path / "out")] == [f"{file}:7", f"{file}:8"]
+
+
+@pytest.mark.parametrize("line", REASONS)
+def test_a_bad_row_fails_the_stage_by_default(tmp_path: Path, line: int, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(LINES[0] + "\n" * (line - 1) + LINES[line - 1])
+    assert run(tmp_path / "out", source=str(file)) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"{file}:{line}: " in last
+    assert REASONS[line] in last
+    assert not list(tmp_path.glob("*out*/*"))
+
+
+def test_csv_and_json_rows_too(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('prompt,completion\na,b\nonly\n"x\ny",z\n1,2,3\n')
+    (tmp_path / "b.json").write_text('[{"prompt": "p", "completion": "c"}, 5]')
+    assert run(tmp_path / "out", source=[str(tmp_path / "a.csv"), str(tmp_path / "b.json")], on_bad_row="reject") == 0
+    aside = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
+    assert [r["origin"].rpartition("/")[2] for r in aside] == ["a.csv:3", "a.csv:6", "b.json:2"]
+    assert [r["row"] for r in aside] == [["only"], ["1", "2", "3"], 5]
+    assert [r["completion"] for r in rows(tmp_path / "out")] == ["b", "z", "c"]
+
+
+def test_only_bad_rows_is_an_error_and_none_leaves_no_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rejects, "SHOWN", 2)
+    (tmp_path / "bad.jsonl").write_text('{"text": 1}\n' * 5)
+    assert run(tmp_path / "out", source=str(tmp_path / "bad.jsonl"), on_bad_row="reject") == 1
+    said = capsys.readouterr().err
+    assert "no rows are left after leaving out nothing and 5 rejected" in said
+    assert said.count("fetch_data: rejected ") == 2
+    (tmp_path / "good.jsonl").write_text('{"text": "a"}\n')
+    assert run(tmp_path / "out", source=str(tmp_path / "good.jsonl"), on_bad_row="reject") == 0
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["rejected"] == {"rows": 0}
+    assert not (tmp_path / "out" / "rejected.jsonl").exists()
+
+
+@pytest.mark.parametrize("ending", ["gz", "zst"])
+def test_a_cut_off_file_fails_even_where_rows_may_be_bad(
+    tmp_path: Path, ending: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = "".join(json.dumps({"text": f"{i * 7919 % 1000003}"}) + "\n" for i in range(5000)).encode()
+    packed = (gzip.compress if ending == "gz" else zstandard.compress)(content)
+    (tmp_path / f"rows.jsonl.{ending}").write_bytes(packed[: len(packed) // 2])
+    assert run(tmp_path / "out", source=str(tmp_path / f"rows.jsonl.{ending}"), on_bad_row="reject") == 1
+    assert "damaged or cut off" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+ODD = ["👩‍👩‍👧 e\u0301 🇩🇪", "a\r\nb\rc", "nul \x00 inside", "\ufeffbom", "\u202eright to left", " \t ", "\u2028line"]
+
+
+def test_odd_texts_survive_every_kind_of_file(tmp_path: Path) -> None:
+    table = [{"prompt": text, "completion": f"{n}{text}"} for n, text in enumerate(ODD)]
+    jsonl = "\r\n".join(json.dumps(row, ensure_ascii=n % 2 == 0) for n, row in enumerate(table))
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + jsonl.encode())
+    (tmp_path / "b.json").write_text(json.dumps(table), encoding="utf-8")
+    pq.write_table(pa.Table.from_pylist(table), tmp_path / "c.parquet")
+    out = io.StringIO()
+    writer = csv.DictWriter(out, ["prompt", "completion"], quoting=csv.QUOTE_ALL)
+    writer.writeheader()
+    writer.writerows(table)
+    (tmp_path / "d.csv").write_bytes(out.getvalue().encode("utf-8-sig"))
+    for name in ("a.jsonl", "b.json", "c.parquet", "d.csv"):
+        assert run(tmp_path / f"{name}.out", source=str(tmp_path / name)) == 0
+        got = [{k: r[k] for k in ("prompt", "completion")} for r in rows(tmp_path / f"{name}.out")]
+        assert got == table, name
+
+
+def test_large_rows(tmp_path: Path) -> None:
+    """A line of a megabyte and a row of ten, to tokens and back; large rows are not held a thousand at a time."""
+    words = "the quick brown fox ☃ " * 45_000
+    assert len(words.encode()) > 2**20
+    (tmp_path / "line.txt").write_text(words)
+    with open(tmp_path / "rows.jsonl", "w") as f:
+        f.write(json.dumps({"text": words * 10}) + "\n" + json.dumps({"text": "small"}) + "\n")
+    assert run(tmp_path / "out", source=[str(tmp_path / "line.txt"), str(tmp_path / "rows.jsonl")]) == 0
+    texts = [r["text"] for r in rows(tmp_path / "out")]
+    assert texts == [words, words * 10, "small"]
+    assert batch_rows(10 * 2**20 * 1000, 1000) == 3
+    tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer(tmp_path / "tokenizer"))
+    encoder = DocumentEncoder(tokenizer, "text", Tokenize(seq_len=4096, long_documents="split"))
+    [*parts] = encoder.encode({"text": texts[0]})
+    assert tokenizer.decode([i for ids, _ in parts for i in ids][1:-1]) == words
+
+
+def test_bos_twice_and_empty_turns(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer(tmp_path / "tokenizer"))
+    encoder = DocumentEncoder(tokenizer, "text", Tokenize())
+    [(ids, _)] = encoder.encode({"text": tokenizer.bos_token + "fox"})
+    assert ids.count(tokenizer.bos_token_id) == 1
+    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    encoder = DocumentEncoder(tokenizer, "messages", Tokenize())
+    turns = [("system", ""), ("user", ""), ("assistant", ""), ("user", tokenizer.bos_token), ("assistant", "fox")]
+    [(ids, mask)] = encoder.encode({"messages": [{"role": r, "content": c} for r, c in turns]})
+    assert ids.count(tokenizer.bos_token_id) == 1
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert [i for i, m in zip(ids, mask, strict=True) if m].count(end) == 2
+    [*nothing] = encoder.encode({"messages": [{"role": "system", "content": "Only a system."}]})
+    assert nothing == []
+    assert encoder.counts["dropped.few_labels"] == 1

@@ -1,0 +1,298 @@
+"""Every format of docs/data.md: its example is told by itself, and becomes what the page says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from dayzero.column_template import check_templates, parse_template
+from dayzero.config import Tokenize
+from dayzero.data.documents import DocumentEncoder
+from dayzero.data.formats import FORMATS, normalise
+from dayzero.data.megatron import documents
+from dayzero.data.rows import Dropped, Example, PaddedRow
+from dayzero.errors import ConfigError, DataError
+from dayzero.stages import fetch_data
+from transformers import AutoTokenizer
+
+from tests.tiny_tokenizer import tiny_tokenizer
+from tests.unit.chat_templates import JSON_CALLS
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "docs/examples/data"
+TEMPLATE = {"user": "About {topic}: {ask}", "assistant": "{reply}"}
+STORED = {
+    "text.txt": ("text", 3),
+    "prompt_completion.jsonl": ("prompt_completion", 3),
+    "alpaca.jsonl": ("messages", 3),
+    "messages.jsonl": ("messages", 3),
+    "sharegpt.jsonl": ("messages", 3),
+    "squad.jsonl": ("prompt_completion", 2),
+    "multiple_choice.jsonl": ("prompt_completion", 3),
+    "template.jsonl": ("messages", 3),
+    "pretokenized.jsonl": ("pretokenized", 3),
+    "megatron.idx": ("pretokenized", 3),
+    "megatron.bin": ("pretokenized", 3),
+}
+"""Of each example: the kind of row it becomes, and rows with an answer."""
+
+
+def fetch(output: Path, **data: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The manifest and the training rows."""
+    config = json.dumps({"data": {"validation_size": 0, **data}})
+    assert fetch_data.main(["--config", config, "--output", str(output)]) == 0
+    return json.loads((output / "manifest.json").read_text()), pq.read_table(output / "train.parquet").to_pylist()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return AutoTokenizer.from_pretrained(tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"), chat_template=JSON_CALLS))
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_examples(name: str, tmp_path: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    stored, count = STORED[name]
+    template = {"template": TEMPLATE} if name.startswith("template") else {}
+    manifest, rows = fetch(tmp_path / "out", source=str(EXAMPLES / name), **template)
+    stem = {"megatron": "pretokenized"}.get(Path(name).stem, Path(name).stem)
+    assert (manifest["format"], manifest["source_format"], len(rows)) == (stored, stem, count)
+    if not template:
+        assert f"format: {stem} (from the columns " in capsys.readouterr().err
+    explicit, again = fetch(tmp_path / "explicit", source=str(EXAMPLES / name), format=stem, **template)
+    assert (explicit["splits"], again) == (manifest["splits"], rows)
+    encoder = DocumentEncoder(tokenizer, stored, Tokenize())
+    made = [document for row in rows for document in encoder.encode(row)]
+    assert len(made) == count
+    assert all(any(mask) and len(ids) == len(mask) for ids, mask in made)
+
+
+def test_every_format_has_an_example() -> None:
+    names = {Path(name).stem for name in STORED}
+    assert set(FORMATS) | {"template", "megatron"} == names
+    assert {p.name for p in EXAMPLES.iterdir()} == set(STORED)
+
+
+def messages_of(row: dict[str, Any], format_name: str) -> list[dict[str, Any]]:
+    example = normalise(row, "f:1", format_name, {})
+    assert isinstance(example, Example)
+    return example.columns["messages"]
+
+
+def test_messages_keep_tools_calls_and_reasoning() -> None:
+    rows = [json.loads(line) for line in (EXAMPLES / "messages.jsonl").read_text().splitlines()]
+    example = normalise(rows[1], "f:1", "messages", {})
+    assert isinstance(example, Example)
+    _, call, result, _ = example.columns["messages"]
+    assert json.loads(call["tool_calls"]) == [
+        {
+            "type": "function",
+            "id": "call_1",
+            "function": {"name": "get_weather", "arguments": {"city": "Oslo", "days": 1}},
+        }
+    ]
+    assert (call["content"], call["reasoning_content"]) == ("", "I should look it up.")
+    assert (result["name"], result["tool_call_id"]) == ("get_weather", "call_1")
+    assert json.loads(example.columns["tools"]) == rows[1]["tools"]
+    assert messages_of(rows[2], "messages")[0]["content"] == "Say hello."
+
+
+def test_sharegpt_becomes_messages() -> None:
+    rows = [json.loads(line) for line in (EXAMPLES / "sharegpt.jsonl").read_text().splitlines()]
+    assert messages_of(rows[1], "sharegpt") == [
+        {"role": "system", "content": "Answer in one word."},
+        {"role": "user", "content": "How many legs has a spider?"},
+        {"role": "assistant", "content": "Eight."},
+    ]
+    called = messages_of(rows[2], "sharegpt")
+    assert [m["role"] for m in called] == ["user", "assistant", "tool", "assistant"]
+    assert json.loads(called[1]["tool_calls"])[0]["function"] == {
+        "name": "get_weather",
+        "arguments": {"city": "Lisbon"},
+    }
+
+
+def test_json_text_and_nulls_of_arrow_are_read() -> None:
+    """Parquet gives every call the keys of all calls, and CSV has only texts."""
+    call = {"function": {"name": "f", "arguments": {"a": 1, "b": None}}}
+    for row, arguments in (
+        ({"messages": json.dumps([{"role": "assistant", "tool_calls": [call]}])}, {"a": 1, "b": None}),
+        (PaddedRow(messages=[{"role": "assistant", "content": None, "tool_calls": [call]}]), {"a": 1}),
+    ):
+        [message] = messages_of(row, "messages")
+        assert json.loads(message["tool_calls"])[0]["function"]["arguments"] == arguments
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "completion"),
+    [
+        ({"ctx": "He", "endings": ["ran.", " sat. "], "label": "1"}, "He", " sat."),
+        ({"question": "Q?", "choices": ["x", "y"], "answer": 0}, "Q?\nA. x\nB. y\nAnswer:", " A. x"),
+        ({"question": "Q?", "choices": ["x", "y"], "answer": "B"}, "Q?\nA. x\nB. y\nAnswer:", " B. y"),
+        ({"question": "Q?", "choices": ["x", "y"], "gold": "y"}, "Q?\nA. x\nB. y\nAnswer:", " B. y"),
+        (
+            {"question": "Q?", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "1"},
+            "Q?\n1. x\n2. y\nAnswer:",
+            " 1. x",
+        ),
+    ],
+)
+def test_multiple_choice(row: dict[str, Any], prompt: str, completion: str) -> None:
+    example = normalise(row, "f:1", "multiple_choice", {})
+    assert isinstance(example, Example)
+    assert example.columns == {"prompt": prompt, "completion": completion}
+
+
+def test_rows_without_an_answer_are_dropped() -> None:
+    choice = {"ctx": "He", "endings": ["ran.", "sat."]}
+    question = {"context": "c", "question": "q"}
+    for name, row, reason in (
+        ("multiple_choice", {**choice, "label": ""}, "no_answer"),
+        ("multiple_choice", {**choice, "label": -1}, "no_answer"),
+        ("squad", {**question, "answers": {"text": []}}, "no_answer"),
+        ("squad", {**question, "answers": [" "]}, "empty"),
+        ("alpaca", {"instruction": "Do", "output": ""}, "empty"),
+        ("sharegpt", {"conversations": [{"from": "human", "value": "Hi"}]}, "no_assistant_turn"),
+        ("messages", {"messages": [{"role": "system", "content": "Only a system."}]}, "no_assistant_turn"),
+        ("pretokenized", {"input_ids": []}, "empty"),
+    ):
+        assert normalise(row, "f:1", name, {}) == Dropped(reason)
+
+
+def _called(arguments: str) -> dict[str, Any]:
+    return {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}]}
+
+
+BAD: list[tuple[str, dict[str, Any], str]] = [
+    ("messages", {"messages": [{"role": "developer", "content": "x"}]}, "has the role 'developer'"),
+    ("messages", {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "a part of the type image"),
+    ("messages", {"messages": [{"role": "user", "content": "a", "tool_calls": [{}]}]}, "only a message of the role"),
+    ("messages", _called("{"), "the arguments of call 1 begins like JSON"),
+    ("messages", _called("x"), "arguments are text, expected an object"),
+    ("messages", {"messages": [], "tools": "{}"}, "holds an object, expected a list of tools"),
+    ("messages", {"messages": [], "tools": [{"type": "function"}]}, "tool 1 has type"),
+    ("messages", {"messages": [{"role": "user", "content": "\ud83d"}]}, "half of a surrogate pair"),
+    ("sharegpt", {"conversations": [{"from": "alien", "value": "x"}]}, "turn 1 of 'conversations' is from 'alien'"),
+    ("sharegpt", {"conversations": [{"value": "x"}]}, "has value, expected from and value"),
+    ("alpaca", {"instruction": ["x"], "output": "y"}, "column 'instruction' holds a list, expected text"),
+    ("squad", {"context": "c", "question": "q", "answers": 3}, "column 'answers' holds a number"),
+    ("multiple_choice", {"ctx": "c", "endings": ["a", "b"], "label": 2}, "a choice's number from 0 to 1"),
+    ("multiple_choice", {"ctx": "c", "endings": ["a"], "label": 0}, "a list of at least two texts"),
+    ("pretokenized", {"input_ids": [1, 2.5]}, "holds 2.5, expected integers from 0"),
+    ("pretokenized", {"input_ids": [1, -2]}, "holds -2"),
+    ("pretokenized", {"input_ids": [1, 2], "labels": [1]}, "has 1 entries for 2 tokens"),
+    ("pretokenized", {"input_ids": [1, 2, 3], "labels": [2, 3, -100]}, "labels are not shifted here"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "row", "said"), BAD)
+def test_rows_that_break_their_format(name: str, row: dict[str, Any], said: str) -> None:
+    with pytest.raises(DataError, match=r"^f:7: ") as caught:
+        normalise(row, "f:7", name, {})
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_templates_name_columns_and_nothing_else(tmp_path: Path) -> None:
+    assert parse_template("{a} {{x}} {b c}", "k") == [("", "a"), (" {", None), ("x}", None), (" ", "b c")]
+    for evil in ("{a.__class__}", "{a[0]}", "{a!r}", "{a:>10}", "{}", "{a:{b}}", "{a", "a}", "{ }"):
+        with pytest.raises(ConfigError, match=r"^data\.template\.text: .*(plain column name|no template)"):
+            check_templates({"text": evil})
+    for keys in ({}, {"prompt": "{a}"}, {"text": "{a}", "user": "{a}"}, {"system": "{a}", "text": "{a}"}):
+        with pytest.raises(ConfigError, match=r"data\.template: has"):
+            check_templates(keys)
+    with pytest.raises(ConfigError, match="names no column"):
+        check_templates({"text": "always the same"})
+    row = {"a": "{b} {0.__class__}", "n": 3, "yes": True, "none": None, "list": []}
+    got = normalise(row, "f:1", "template", {}, {"text": "{a}|{n}|{yes}|{none}"})
+    assert isinstance(got, Example)
+    assert got.columns == {"text": "{b} {0.__class__}|3|true|"}, "a row's braces are text"
+    for template, said in (({"text": "{list}"}, "column 'list' holds a list"), ({"text": "{aa}"}, "did you mean 'a'")):
+        with pytest.raises(DataError, match=said):
+            normalise(row, "f:1", "template", {}, template)
+
+
+def test_template_columns_can_be_renamed_and_unused_ones_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "r.jsonl").write_text('{"q.text": "why?", "reply": "so"}\n')
+    data = {"source": str(tmp_path / "r.jsonl"), "template": {"prompt": "{q}", "completion": "{reply}"}}
+    _, rows = fetch(tmp_path / "out", **data, columns={"q": "q.text"})
+    assert [(r["prompt"], r["completion"]) for r in rows] == [("why?", "so")]
+    config = json.dumps({"data": {**data, "columns": {"x": "q.text"}}})
+    assert fetch_data.main(["--config", config, "--output", str(tmp_path / "no")]) == 1
+
+
+def test_sources_of_several_formats_become_one_kind(tmp_path: Path) -> None:
+    names = ["alpaca.jsonl", "sharegpt.jsonl", "messages.jsonl"]
+    manifest, rows = fetch(tmp_path / "out", source=[str(EXAMPLES / name) for name in names])
+    assert manifest["source_format"] == "alpaca, sharegpt, messages"
+    assert [s["format"] for s in manifest["sources"]] == ["alpaca", "sharegpt", "messages"]
+    assert manifest["splits"]["train"]["source_rows"] == [3, 3, 3]
+    assert len(rows) == 9
+
+
+def test_mixed_kinds_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sources = [str(EXAMPLES / "text.txt"), str(EXAMPLES / "alpaca.jsonl")]
+    config = json.dumps({"data": {"source": sources}})
+    assert fetch_data.main(["--config", config, "--output", str(tmp_path / "out")]) == 1
+    assert "is of format alpaca, kept as messages, but rows before it are kept as text" in capsys.readouterr().err
+
+
+def test_arrow_files_and_saved_data_sets(tmp_path: Path) -> None:
+    import datasets
+
+    rows = [{"prompt": f"q{i}", "completion": "a"} for i in range(5)]
+    table = pa.Table.from_pylist(rows)
+    with pa.OSFile(str(tmp_path / "file.arrow"), "wb") as f, pa.ipc.new_file(f, table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    for source in ("file.arrow", "saved"):
+        _, got = fetch(tmp_path / f"{source}.out", source=str(tmp_path / source))
+        assert [(r["prompt"], r["completion"]) for r in got] == [("q" + str(i), "a") for i in range(5)]
+    assert got[2]["origin"].endswith(":3")
+
+
+def test_megatron_documents_of_several_sequences(tmp_path: Path) -> None:
+    tokens = np.array([7, 8, 9, 70000, 11], dtype=np.int32)
+    (tmp_path / "d.bin").write_bytes(tokens.tobytes())
+    lengths, pointers, bounds = [2, 1, 2], [0, 8, 12], [0, 2, 2, 3]
+
+    def index(code: int = 4, pointers: list[int] = pointers, bounds: list[int] = bounds) -> bytes:
+        head = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, code, 3, 4)
+        return head + struct.pack("<3i3q4q", *lengths, *pointers, *bounds)
+
+    def read(content: bytes) -> list[list[int]]:
+        (tmp_path / "d.idx").write_bytes(content)
+        return [ids.tolist() for ids in documents(tmp_path / "d.idx", "d.idx")]
+
+    assert read(index()) == [[7, 8, 9], [], [70000, 11]]
+    for content, said in (
+        (b"nothing of the kind, but long enough", "does not begin with MMIDIDX"),
+        (index()[:-1], "the file is cut off"),
+        (index(code=6), "ids of type 6"),
+        (index(pointers=[0, 8, 16]), "points beyond the 20 bytes of d.bin"),
+        (index(bounds=[0, 2, 2, 2]), "do not cover its 3 sequences"),
+    ):
+        with pytest.raises(DataError, match=rf"^d\.idx: .*{said}"):
+            read(content)
+    (tmp_path / "d.bin").unlink()
+    with pytest.raises(DataError, match=r"there is no d\.bin beside it"):
+        read(index())
+
+
+def test_a_changed_bin_file_is_noticed(tmp_path: Path) -> None:
+    for name in ("megatron.bin", "megatron.idx"):
+        shutil.copy(EXAMPLES / name, tmp_path)
+    source = str(tmp_path / "megatron.idx")
+    before = fetch(tmp_path / "out", source=source)[0]["sources"][0]
+    content = bytearray((tmp_path / "megatron.bin").read_bytes())
+    content[0] += 1
+    (tmp_path / "megatron.bin").write_bytes(content)
+    after, rows = fetch(tmp_path / "out", source=source)
+    assert after["sources"][0]["moved_from"] == before["sha256"]
+    assert rows[0]["input_ids"][0] == 6
+    assert rows[0]["origin"] == f"{source}:1"
