@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from dayzero.console import log
+from dayzero.data.mixing import Mix
 from dayzero.data.shuffle import shuffled
 from dayzero.data.tokens import FILL, IGNORE, TokenRows
 from dayzero.errors import ConfigError
@@ -200,6 +201,7 @@ class TrainBatches(_Batches):
         start_step: steps already done; iterating starts there.
         num_workers: loader processes. 0: none, batches are made when asked for.
         padding: the length of micro-batches.
+        mix: draws the rows of several sources by weight; an epoch is then as many samples as there are rows.
 
     Raises ConfigError where there are fewer rows than ranks.
     """
@@ -218,8 +220,10 @@ class TrainBatches(_Batches):
         start_step: int = 0,
         num_workers: int = 0,
         padding: Padding = Padding(),
+        mix: Mix | None = None,
     ) -> None:
         super().__init__(rows, local_batch_size, dp_rank, dp_size, padding, num_workers)
+        self.mix = mix
         assert global_batch_size % (local_batch_size * dp_size) == 0
         check_rows(rows, dp_size)
         self.global_batch_size, self.seed = global_batch_size, seed
@@ -249,6 +253,8 @@ class TrainBatches(_Batches):
     def global_batch(self, step: int) -> NDArray[np.int64]:
         """[global_batch_size] row indices of step `step` in the order they are sampled, FILL where there is none."""
         samples = np.arange(step * self.global_batch_size, (step + 1) * self.global_batch_size)
+        if self.mix is not None:
+            return np.where(samples < self.num_samples, self.mix.rows(samples, self.seed), FILL)
         epochs, places = np.divmod(samples, len(self.rows))
         rows = np.empty_like(samples)
         for epoch in np.unique(epochs):

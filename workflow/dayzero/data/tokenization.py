@@ -9,10 +9,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from dayzero.config import Tokenize
 from dayzero.console import ProgressBar, log
 from dayzero.data.documents import COLUMNS, OPTIONAL_COLUMNS, DocumentEncoder
 from dayzero.data.histogram import LengthHistogram
+from dayzero.data.mixing import by_source
 from dayzero.data.packing import Documents, pack_stream
 from dayzero.data.tokenizer import TokenizerSource, check_model_limits
 from dayzero.data.tokens import TokenWriter
@@ -36,6 +38,8 @@ BYTES_PER_WORKER = 8 * 2**20
 """Workers take seconds to start: less text than this is not worth one more."""
 TASKS_AHEAD = 4
 """Tasks waiting for each worker; bounds the rows in memory."""
+
+_COUNTED = ("rows", "documents", "tokens")
 
 
 @dataclass
@@ -56,6 +60,7 @@ def tokenize_split(
     tokenizer: TokenizerSource,
     options: Tokenize,
     num_workers: int,
+    rows_by_source: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Write the token store of one split to the new directory `output` and return what the manifest says about it.
 
@@ -64,6 +69,7 @@ def tokenize_split(
         name: the split's name, for messages.
         data_format: text, prompt_completion, messages or pretokenized.
         num_workers: processes; the result does not depend on it.
+        rows_by_source: rows of each source in the file, in its order: no row of tokens then holds two sources.
 
     Raises DataError for a file that cannot be read, lacks a column, or leaves no supervised token; ConfigError for a
     tokenizer that does not fit the format or the model.
@@ -84,9 +90,14 @@ def tokenize_split(
             if len(part.documents.lengths):
                 yield part.documents
 
+    of_source = [dict.fromkeys(_COUNTED, 0) for _ in rows_by_source or [0]]
     with TokenWriter(output) as writer:
-        for rows, counted in _rows(documents(), options):
-            writer.append(rows.input_ids, rows.loss_mask, rows.lengths, counted, rows.document_ids)
+        for number, parts in groupby(by_source(documents(), rows_by_source or [2**62]), lambda part: part[0]):
+            before = writer.num_rows, writer.num_documents, writer.num_tokens
+            for rows, counted in _rows((part for _, part in parts), options):
+                writer.append(rows.input_ids, rows.loss_mask, rows.lengths, counted, rows.document_ids)
+            after = writer.num_rows, writer.num_documents, writer.num_tokens
+            of_source[number] = dict(zip(_COUNTED, (b - a for a, b in zip(before, after, strict=True)), strict=True))
     dropped = {key.removeprefix("dropped."): n for key, n in sorted(counts.items()) if key.startswith("dropped.")}
     if not label_tokens:
         reasons = ", ".join(f"{n} {key}" for key, n in dropped.items()) or "there are none"
@@ -109,6 +120,7 @@ def tokenize_split(
         "packing_efficiency": writer.num_tokens / (writer.num_rows * options.seq_len),
         "document_tokens": lengths.result(),
         "max_token_id": max_token_id,
+        **({"sources": of_source} if rows_by_source is not None else {}),
     }
 
 

@@ -36,6 +36,7 @@ def body(args: argparse.Namespace) -> None:
     data = read_json(args.data / "manifest.json")
     with atomic_directory(args.output) as output:
         splits = {}
+        mixed = config.get("by_source") or (config.get("data") or {}).get("weights") is not None
         for name in ("train", "validation"):
             if name not in data["splits"]:
                 continue
@@ -47,6 +48,7 @@ def body(args: argparse.Namespace) -> None:
                 tokenizer=tokenizer,
                 options=options,
                 num_workers=args.num_workers,
+                rows_by_source=data["splits"][name]["source_rows"] if mixed and name == "train" else None,
             )
             report_split(name, splits[name], options)
         manifest = {

@@ -199,6 +199,7 @@ def _train(args: argparse.Namespace, device: Any) -> None:
             max_steps=run.train.max_steps,
             num_epochs=run.train.num_epochs,
             start_step=start_step,
+            mix=mix,
             **share,
         )
 
@@ -220,6 +221,7 @@ def _train(args: argparse.Namespace, device: Any) -> None:
             leak,
         )
     rows = TokenRows(args.tokens / "train", run.tokenize.seq_len, packed=leak is None)
+    mix = _mix(run, args, packed=leak is None)
     trainer.max_steps = batches().num_steps
     log.info(
         "%s, %d of %d parameters trained, %d ranks (%s), %d rows, %d steps of %d rows",
@@ -231,10 +233,30 @@ def _train(args: argparse.Namespace, device: Any) -> None:
         validation = ValidationBatches(TokenRows(args.tokens / "validation", packed=leak is None), **share)
     trainer.resume()
     trainer.fit(batches, (lambda: validation) if validation else None)
-    _write_results(args, run, trainer, rows, clock)
+    done = min(trainer.step * run.train.global_batch_size, batches().num_samples)
+    _write_results(args, run, trainer, rows, clock, mix.describe(done) if mix else None)
 
 
-def _write_results(args: argparse.Namespace, run: RunConfig, trainer: Any, rows: Any, clock: Clock) -> None:
+def _mix(run: RunConfig, args: argparse.Namespace, packed: bool) -> Any:
+    """How the samples are drawn from several sources; None where `data.weights` does not say."""
+    from dayzero.data.mixing import Mix
+
+    if run.data.weights is None:
+        return None
+    assert isinstance(run.data.source, list)
+    sources = read_json(args.tokens / "manifest.json")["splits"]["train"].get("sources")
+    if sources is None:
+        raise ConfigError(f"data.weights: the rows of {args.tokens} are not kept apart by source: tokenize again")
+    counts = [source["rows" if packed else "documents"] for source in sources]
+    mix = Mix(counts, run.data.weights, run.data.source)
+    for share in mix.describe(len(mix.order)):
+        log.info("mix: %.2f %% of the samples from %s", 100 * share["share"], share["source"])
+    return mix
+
+
+def _write_results(
+    args: argparse.Namespace, run: RunConfig, trainer: Any, rows: Any, clock: Clock, mix: list[dict[str, Any]] | None
+) -> None:
     """Adapter, probe logits, metrics.jsonl and, last, summary.json. All ranks take part, rank 0 writes."""
     import torch
     from safetensors.torch import save_file
@@ -282,6 +304,7 @@ def _write_results(args: argparse.Namespace, run: RunConfig, trainer: Any, rows:
             "best_checkpoint": best,
             "checkpoint_seconds": round(trainer.checkpoint_seconds, 3),
             "seed": run.seed,
+            **({"mix": mix} if mix else {}),
             "provenance": clock.provenance(identity=trainer.identity),
         },
     )
@@ -297,7 +320,10 @@ def identity(run: RunConfig, args: argparse.Namespace) -> dict[str, Any]:
         "method": method,
         "train": kept,
         "model": {"store": args.model.name if args.model else None, "architecture": config["model"]["architecture"]},
-        "tokens": {"store": args.tokens.name},
+        "tokens": {
+            "store": args.tokens.name,
+            **({"weights": run.data.weights, "source": run.data.source} if run.data.weights else {}),
+        },
     }
 
 
