@@ -63,7 +63,8 @@ def batches_of(job: dict[str, Any], train: Train, start_step: int, dp_rank: int,
 
 
 def source_of(job: dict[str, Any]) -> ModelSource:
-    return ModelSource(directory=None, architecture=ARCHITECTURES[job["model"]], random_weights=True)
+    fields = {**ARCHITECTURES[job["model"]], **job.get("architecture", {})}
+    return ModelSource(directory=None, architecture=fields, random_weights=True)
 
 
 def reference(job: dict[str, Any]) -> dict[str, Any]:

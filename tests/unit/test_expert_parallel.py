@@ -10,6 +10,7 @@ from dayzero.engine.expert_parallel import (
     apply_expert_parallel,
     check_expert_parallel,
     expert_placement,
+    layer_placement,
 )
 from dayzero.engine.model import ModelSource, build_model
 from dayzero.engine.parallel_dims import ParallelDims, SizeError
@@ -88,6 +89,14 @@ def test_experts_are_sharded_along_a_dim_that_divides() -> None:
     assert expert_placement(7)(experts) == Shard(2)
     with pytest.raises(ConfigError, match=r"no dim of an expert weight \(6, 10, 7\) divides by .* = 4"):
         expert_placement(4)(experts)
+
+
+def test_fewer_experts_than_ranks_leave_no_rank_empty() -> None:
+    experts, matrix = nn.Parameter(torch.empty(4, 16, 7)), nn.Parameter(torch.empty(4, 16))
+    assert layer_placement(4)(experts) is None
+    assert layer_placement(8)(experts) == Shard(1)
+    assert layer_placement(5)(experts) is None  # no dim divides: as FSDP2 does it
+    assert layer_placement(8)(matrix) is None
 
 
 @pytest.fixture

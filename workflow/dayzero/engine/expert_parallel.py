@@ -103,6 +103,21 @@ def expert_placement(size: int) -> Callable[[nn.Parameter], Shard]:
     return placement
 
 
+def layer_placement(size: int) -> Callable[[nn.Parameter], Shard | None]:
+    """Which dim of a layer's parameters FSDP2 shards over `size` ranks: the first (None, FSDP2's own choice).
+
+    Experts fewer than the ranks are sharded along another dim instead, where one divides: along the first some ranks
+    would hold whole experts and the others nothing.
+    """
+
+    def placement(parameter: nn.Parameter) -> Shard | None:
+        if parameter.ndim < 3 or parameter.shape[0] >= size:
+            return None
+        return next((Shard(dim) for dim, length in enumerate(parameter.shape) if length % size == 0), None)
+
+    return placement
+
+
 @torch.no_grad()
 def average_expert_gradients(parameters: Iterable[nn.Parameter], ep: int) -> None:
     """Divide the experts' gradients by `ep`, in place; call once after the last backward pass of a step.

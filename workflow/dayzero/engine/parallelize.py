@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from dayzero.config import Train
 from dayzero.engine.context_parallel import recalled
 from dayzero.engine.distributed import local_device
-from dayzero.engine.expert_parallel import apply_expert_parallel, shard_experts
+from dayzero.engine.expert_parallel import apply_expert_parallel, layer_placement, shard_experts
 from dayzero.engine.loss import CausalLMWithLoss
 from dayzero.engine.parallel_dims import ParallelDims
 from dayzero.engine.pipeline_cut import Anatomy
@@ -81,13 +81,14 @@ def parallelize(
         assert mesh is not None
         policy = mixed_precision_policy(train.precision)
         data_mesh = dims.data_mesh(mesh)
+        placement = layer_placement(data_mesh.shape[-1])
         # in a pipeline the next micro-batch needs the weights again at once: gathered for each they would cost too much
         kept: dict[str, Any] = {"reshard_after_forward": False} if pipeline else {}
         if experts:
             shard_experts(experts, dims.data_mesh(expert_mesh), policy)
         for layer in layers:
             if not _shares_parameters(layer, module):
-                fully_shard(layer, mesh=data_mesh, mp_policy=policy, **kept)
+                fully_shard(layer, mesh=data_mesh, mp_policy=policy, shard_placement_fn=placement, **kept)
         for root in roots:
             fully_shard(root, mesh=data_mesh, mp_policy=policy, **kept)
         load()
