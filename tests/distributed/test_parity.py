@@ -123,6 +123,7 @@ def two(folder: Path) -> Results:
             train={"activation_checkpointing": "full"}),
     ]  # fmt: skip
     jobs.append(uneven("train", folder, strategy="fsdp2"))
+    jobs.append(uneven("train", folder, **PP, pp_schedule="zero_bubble"))
     jobs += [moe("train", *case, folder, strategy="fsdp2", ep=2) for case in MOE]
     jobs += [moe("train", *case, folder, strategy="fsdp2") for case in MOE[::3]]
     bf16 = {"strategy": "fsdp2", "train": {"precision": "bf16", "activation_checkpointing": "full"}}
@@ -200,7 +201,7 @@ def test_four_ranks_equal_the_plain_loop(four: Results, one: Results) -> None:
 def test_uneven_data_ends_with_a_short_step(one: Results, two: Results, four: Results) -> None:
     (want,) = (got for name, got in one.items() if name.startswith("reference-llama-full-uneven"))
     found = [got for r in (two, four) for name, got in r.items() if name.startswith("train-llama-full-uneven")]
-    assert len(found) == 3
+    assert len(found) == 4
     for got in found:
         assert len(got["losses"]) == 5
         torch.testing.assert_close(got["losses"], want["losses"], rtol=1e-4, atol=0)
