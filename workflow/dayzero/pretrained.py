@@ -16,8 +16,12 @@ SHOWN = 3
 """Names of weights in a message."""
 
 
-def load_causal_lm(directory: Path, what: str = "", **options: Any) -> PreTrainedModel:
-    """`AutoModelForCausalLM.from_pretrained(directory, **options)`; weights that it has no use for are a warning.
+def load_causal_lm(
+    directory: Path, what: str = "", model_class: Any = AutoModelForCausalLM, **options: Any
+) -> PreTrainedModel:
+    """`model_class.from_pretrained(directory, **options)`; weights that it has no use for are a warning.
+
+    With a `state_dict` among the options, the directory is only named: nothing is read from it.
 
     Raises `DataError`, naming `what` (default: the directory), where the stored weights lack some of the model's or
     have another shape: transformers itself would put random values there and go on.
@@ -26,8 +30,12 @@ def load_causal_lm(directory: Path, what: str = "", **options: Any) -> PreTraine
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # its own report is a table of many lines
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            directory, output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True, **options
+        loaded: Any = model_class.from_pretrained(
+            None if "state_dict" in options else directory,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            local_files_only=True,
+            **options,
         )
     finally:
         transformers.logging.set_verbosity(verbosity)

@@ -1,4 +1,4 @@
-"""Building a Hugging Face causal LM: an empty one on the meta device on every rank, the weights on rank 0 only."""
+"""Which Hugging Face causal LM is trained: its config from a directory or from fields, and the model in one process."""
 
 from __future__ import annotations
 
@@ -9,17 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 
 from dayzero.config import Method
-from dayzero.engine.distributed import rank
-from dayzero.engine.lora import inject_lora
+from dayzero.engine.weights import Weights
 from dayzero.errors import ConfigError
-from dayzero.pretrained import load_causal_lm, require_causal_lm
+from dayzero.pretrained import require_causal_lm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,77 +51,14 @@ def build_model(
 ) -> PreTrainedModel:
     """The model in float32 with its adapters, parameters to train marked; on the meta device without any values.
 
-    With values it is the same for the same seed, however many ranks there are. Raises `DataError` where a directory
-    lacks some of its weights.
+    With values, whole on the CPU, it is what any mesh starts from. Raises `DataError` where a directory lacks some of
+    its weights.
     """
-    torch.manual_seed(seed)
-    options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": source.trust_remote_code}
-    if meta:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, **options)
-    elif source.random_weights or source.directory is None:
-        model = AutoModelForCausalLM.from_config(config, **options)
-    else:
-        model = load_causal_lm(source.directory, config=config, **options)
-    if method.name == "lora":
-        torch.manual_seed(seed)
-        with torch.device("meta" if meta else "cpu"):
-            inject_lora(model, method.lora)
-    return model.train()
-
-
-def load_weights(
-    module: nn.Module,
-    model: PreTrainedModel,
-    values: PreTrainedModel | None,
-    device: torch.device,
-    *,
-    in_parts: bool = False,
-) -> None:
-    """Give the (sharded) meta-device `module` around `model` memory and the values that rank 0 holds in `values`.
-
-    Buffers are sent too: those that are not in a checkpoint, such as rotary frequencies, are garbage after `to_empty`.
-    With `in_parts` each rank's model has only some of the parameters.
-    """
-    assert (values is not None) == (rank() == 0)
-    module.to_empty(device=device)
-    if in_parts:
-        _load_parts(model, values)
-        return
-    model.tie_weights()
-    prefix = next(name for name, child in module.named_modules() if child is model)
-    state = {f"{prefix}.{name}": tensor for name, tensor in values.state_dict().items()} if values is not None else {}
-    set_model_state_dict(
-        module, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized())
-    )
-    buffers = dict(values.named_buffers()) if values is not None else {}
-    with torch.no_grad():
-        for name, buffer in model.named_buffers():
-            if values is not None:
-                buffer.copy_(buffers[name])
-            if dist.is_initialized():
-                dist.broadcast(buffer, src=0)
-
-
-@torch.no_grad()
-def _load_parts(model: PreTrainedModel, values: PreTrainedModel | None) -> None:
-    """Send every tensor to all ranks, one at a time; each keeps its share of those that its part of `model` has."""
-    here = {**dict(model.named_buffers()), **dict(model.named_parameters())}
-    all_values: dict[str, torch.Tensor] = {}
-    if values is not None:
-        all_values = {**dict(values.named_buffers()), **dict(values.named_parameters(remove_duplicate=False))}
-    listed = [[(name, tensor.shape, tensor.dtype) for name, tensor in all_values.items()]]
-    dist.broadcast_object_list(listed, src=0)
-    for name, shape, dtype in listed[0]:
-        place = here.get(name)
-        device = next(iter(here.values())).device
-        whole = all_values[name].to(device) if all_values else torch.empty(shape, dtype=dtype, device=device)
-        dist.broadcast(whole.detach(), src=0)
-        if isinstance(place, DTensor):
-            share = distribute_tensor(whole.detach(), place.device_mesh, place.placements, src_data_rank=None)
-            place.to_local().copy_(share.to_local())
-        elif place is not None:
-            place.copy_(whole)
+    weights = Weights(source, config, method, seed)
+    model = weights.empty_model()
+    if not meta:
+        weights.load(model, model, torch.device("cpu"))
+    return model
 
 
 def share_weights(module: nn.Module, owner: nn.Module) -> None:

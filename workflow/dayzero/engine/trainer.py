@@ -32,7 +32,7 @@ from dayzero.engine.lora import warn_of_frozen_experts
 from dayzero.engine.loss import IGNORE, CausalLMWithLoss
 from dayzero.engine.lr_scheduler import lr_factor
 from dayzero.engine.metrics import MetricsLog, peak_memory_gib
-from dayzero.engine.model import ModelSource, build_model, count_parameters, load_weights, share_weights
+from dayzero.engine.model import ModelSource, count_parameters, share_weights
 from dayzero.engine.optimizer import build_optimizer, clip_grad_norm
 from dayzero.engine.packing import packing_leak
 from dayzero.engine.parallel_dims import ParallelDims
@@ -42,6 +42,7 @@ from dayzero.engine.precision import autocast
 from dayzero.engine.router_loss import RouterLoss, router_loss_coefficient
 from dayzero.engine.signals import StopRequest
 from dayzero.engine.tensor_parallel import pad_tokens, sum_partial_gradients
+from dayzero.engine.weights import Weights
 
 
 class Batch(Protocol):
@@ -97,9 +98,9 @@ class Trainer:
     """How long this process's training has stood still for checkpoints."""
 
     def __post_init__(self) -> None:
+        # from headers alone, on every rank alike: a model that cannot be loaded is said before any waits for another
         config = self.source.config(self.tokenizer_directory)
-        # rank 0 first: a model that cannot be loaded is said once, before any rank waits for another
-        values = build_model(self.source, config, self.method, self.seed, meta=False) if self.is_main else None
+        self.weights = Weights(self.source, config, self.method, self.seed)
         self.context: ContextParallel | None = None
         if self.dims.cp > 1:
             self.context = ContextParallel(self.dims.build_cp_mesh(self.device.type).get_group(), self.dims.cp_method)
@@ -112,7 +113,7 @@ class Trainer:
         self.router_loss = bare.router_loss
         self.router_coefficient = router_loss_coefficient(model, self.train.router_aux_loss_coef, self.dims)
         self.mesh = None if self.dims.strategy == "none" else self.dims.build_mesh(self.device.type)
-        load = partial(load_weights, bare, model, values, self.device, in_parts=self.dims.pp > 1)
+        load = partial(self.weights.load, bare, model, self.device)
         self.module, self.partial, self.pipeline = parallelize(
             bare, self.dims, self.mesh, self.train, load, self.anatomy
         )
@@ -123,8 +124,7 @@ class Trainer:
 
     def _empty_module(self) -> CausalLMWithLoss:
         """The model with its loss, on the meta device."""
-        config = self.source.config(self.tokenizer_directory)
-        model = build_model(self.source, config, self.method, self.seed, meta=True)
+        model = self.weights.empty_model()
         self.anatomy = anatomy(model, self.dims.pp) if self.dims.pp > 1 else None
         if self.dims.cp > 1:
             use_context_parallel(model, self.dims.cp, self.dims.cp_method)

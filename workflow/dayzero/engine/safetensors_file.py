@@ -1,0 +1,97 @@
+"""Reading parts of safetensors files into memory that we own: https://github.com/huggingface/safetensors#format
+
+The library maps files into memory: what was read then stays in the process's resident memory until the file is closed,
+and its other reader reads whole tensors. Here a rank reads just its rows, a block at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dayzero.errors import DataError
+
+INDEX = "model.safetensors.index.json"
+BLOCK = 1 << 25
+"""Bytes read at a time, 32 MiB: large enough for any disk, small beside a shard."""
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a file: where its bytes are, and what they mean."""
+
+    file: Path
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    """Of its first byte in the file."""
+
+    def meta(self) -> Tensor:
+        """A tensor of this shape and dtype without memory."""
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
+    def read(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows `start` to `stop` (default: all) of dim 0 on the CPU; a tensor without dims is whole."""
+        rows = self.shape[0] if self.shape else 1
+        stop = rows if stop is None else stop
+        row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
+        data = torch.empty((stop - start) * row_bytes, dtype=torch.uint8)
+        view = memoryview(data.numpy())  # type: ignore[arg-type]
+        with open(self.file, "rb", buffering=0) as file:
+            done = 0
+            while done < len(view):
+                read = os.preadv(file.fileno(), [view[done : done + BLOCK]], self.offset + start * row_bytes + done)
+                if read == 0:
+                    raise DataError(f"{self.file}: ends within {self.name}: fetch the model again")
+                done += read
+        return data.view(self.dtype).view(stop - start, *self.shape[1:]) if self.shape else data.view(self.dtype)[0]
+
+    def blocks(self, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
+        """(first row, rows) of pieces of about `BLOCK` bytes between the rows `start` and `stop`."""
+        step = max(1, BLOCK // max(1, math.prod(self.shape[1:]) * self.dtype.itemsize))
+        for first in range(start, stop, step):
+            yield first, self.read(first, min(first + step, stop))
+
+
+def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a Hugging Face directory by its stored name, from the files' headers alone.
+
+    Raises `DataError` where a file is missing or damaged.
+    """
+    files = [directory / "model.safetensors"]
+    if (index := directory / INDEX).is_file():
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        files = [directory / name for name in sorted(set(names))]
+    return {tensor.name: tensor for file in files for tensor in _header(file)}
+
+
+def _header(file: Path) -> Iterator[StoredTensor]:
+    try:
+        with open(file, "rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))
+    except FileNotFoundError as error:
+        raise DataError(f"{file} is missing: fetch the model again") from error
+    except ValueError as error:
+        raise DataError(f"{file}: damaged or cut-off weights ({error}): fetch the model again") from error
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in DTYPES:
+            raise DataError(f"{file}: {name} is stored as {entry['dtype']}, which is no dtype of torch's")
+        begin = entry["data_offsets"][0]
+        yield StoredTensor(file, name, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + begin)

@@ -1,0 +1,97 @@
+"""Where the values of a model come from, and how they reach the shards of a mesh: no process ever has them all.
+
+The model that is trained is built empty on the meta device, adapted, cut and sharded; then each rank gives memory to
+what it holds and fills it, one tensor at a time, with the stored weights of the directory or with initial values. It
+asks by the model's own names, so it does not matter how the model is split, nor whether all of its layers are here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from dayzero.config import Method
+from dayzero.engine.initial_values import InitialValues, untie
+from dayzero.engine.lora import inject_lora
+from dayzero.engine.stored_weights import StoredWeights
+
+if TYPE_CHECKING:
+    from dayzero.engine.model import ModelSource
+
+
+class Weights:
+    """The model of `source` and `method`: empty, and the values for it.
+
+    Values are float32 and the same for the same seed, whatever the ranks and the mesh. Raises `DataError` where a
+    directory lacks some of its weights: from the headers of its files, so on every rank alike, before any waits for
+    another.
+    """
+
+    def __init__(self, source: ModelSource, config: PretrainedConfig, method: Method, seed: int) -> None:
+        self.source, self.config, self.method = source, config, method
+        template = self._from_config("meta")
+        self.stored: StoredWeights | None = None
+        if source.directory is not None and not source.random_weights:
+            self.stored = StoredWeights(source.directory, type(template), config)
+        self.tied: dict[str, str] = self.stored.tied if self.stored else dict(template.all_tied_weights_keys)
+        """Name of a tied tensor -> the name of the tensor that it is."""
+        lora = method.lora if method.name == "lora" else None
+        self.initial = InitialValues(template, seed, lora, construct=lambda: self._from_config("cpu"))
+
+    def empty_model(self) -> PreTrainedModel:
+        """The model with its adapters, parameters to train marked, on the meta device."""
+        model = self._from_config("meta")
+        untie(model, set(model.all_tied_weights_keys) - set(self.tied))
+        if self.method.name == "lora":
+            with torch.device("meta"):
+                inject_lora(model, self.method.lora)
+        return model.train()
+
+    def load(self, module: nn.Module, model: PreTrainedModel, device: torch.device) -> None:
+        """Give memory and values to all that is left of `model` within the (sharded) meta-device `module`."""
+        _allocate(module, device)
+        tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        done = self.initial.fill_adapters(tensors)
+        base = {_base_name(name, self.initial.names): t for name, t in tensors.items() if name not in done}
+        if self.stored:
+            stored_names = {self._stored_name(name): name for name in base}
+            filled = self.stored.fill({stored: base[name] for stored, name in stored_names.items()})
+            base = {name: base[name] for stored, name in stored_names.items() if stored not in filled}
+        left = {self.tied.get(name, name): tensor for name, tensor in base.items()}
+        missing = set(left) - self.initial.fill(left)
+        assert not missing, f"nothing gives values to {', '.join(sorted(missing)[:3])}"
+
+    def _stored_name(self, name: str) -> str:
+        """The name under which a tensor of the model is in the directory: tied ones are there under one of theirs."""
+        assert self.stored is not None
+        source = self.tied.get(name, name)
+        same = [name, source, *(other for other, of in self.tied.items() if of == source)]
+        return next((n for n in same if n in self.stored.names), name)
+
+    def _from_config(self, device: str) -> PreTrainedModel:
+        with torch.device(device):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                self.config, dtype=torch.float32, trust_remote_code=self.source.trust_remote_code
+            )
+        return model
+
+
+def _base_name(name: str, known: set[str]) -> str:
+    """The name of a tensor in the model without adapters, which put themselves around some of its modules."""
+    return name if name in known else name.replace(".base_layer.", ".")
+
+
+def _allocate(module: nn.Module, device: torch.device) -> None:
+    """`module.to_empty(device)`, with what modules share still shared."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for child in module.modules():
+        for name, parameter in child._parameters.items():
+            if parameter is not None:
+                places.setdefault(id(parameter), []).append((child, name))
+    module.to_empty(device=device)
+    for (first, attribute), *others in places.values():
+        for child, name in others:
+            child._parameters[name] = first._parameters[attribute]
