@@ -29,6 +29,7 @@ from dayzero.engine.parallel_dims import ParallelDims
 from dayzero.engine.trainer import Trainer
 from torch.distributed.tensor import DTensor
 
+from tests.distributed.loading import load
 from tests.tiny import ARCHITECTURES, write_rows
 
 STEPS = 10
@@ -63,6 +64,8 @@ def batches_of(job: dict[str, Any], train: Train, start_step: int, dp_rank: int,
 
 
 def source_of(job: dict[str, Any]) -> ModelSource:
+    if "directory" in job:
+        return ModelSource(directory=Path(job["directory"]))
     fields = {**ARCHITECTURES[job["model"]], **job.get("architecture", {})}
     return ModelSource(directory=None, architecture=fields, random_weights=True)
 
@@ -360,8 +363,7 @@ def bf16_logits(job: dict[str, Any]) -> dict[str, Any]:
 JOBS = {
     job.__name__: job
     for job in (
-        *(bf16_logits, leak, reference, train, resume, bad_step),
-        same_shape_again,
+        *(bf16_logits, leak, load, reference, train, resume, bad_step, same_shape_again),
         *(train_with_late_writes, train_until_killed_in_save, failing_save),
     )
 }

@@ -16,7 +16,7 @@ from typing import cast
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, initialization
 
 from dayzero.config import Lora
 from dayzero.engine.lora import ADAPTER, inject_lora, peft_config
@@ -108,7 +108,7 @@ def _makers_of_base(model: PreTrainedModel) -> dict[tuple[str, ...], list[Callab
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     names = {id(tensor): name for name, tensor in tensors.items()}
     calls: list[tuple[Callable[[], None], set[str]]] = []
-    with torch.no_grad():
+    with torch.no_grad(), _writes_counted():
         for owner, module in _in_order(model, model):
             inside = [*module.parameters(), *module.buffers()]
             before = [tensor._version for tensor in inside]
@@ -126,6 +126,23 @@ def _makers_of_base(model: PreTrainedModel) -> dict[tuple[str, ...], list[Callab
         if written:
             makers[tuple(sorted(groups[next(iter(written))]))].append(call)
     return makers
+
+
+@contextmanager
+def _writes_counted() -> Iterator[None]:
+    """Torch's initialisers count as writes on the meta device too, where some (trunc_normal_) do nothing at all."""
+
+    def write(tensor: Tensor, *_: object, **__: object) -> Tensor:
+        return tensor.zero_()
+
+    functions = initialization.TORCH_INIT_FUNCTIONS
+    real = dict(functions)
+    functions.update(dict.fromkeys(real, write))
+    try:
+        with initialization.guard_torch_init_functions():  # also where a model calls torch's own
+            yield
+    finally:
+        functions.update(real)
 
 
 def _in_order(owner: PreTrainedModel, module: nn.Module) -> Iterator[tuple[PreTrainedModel, nn.Module]]:

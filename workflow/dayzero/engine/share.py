@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
@@ -17,6 +14,7 @@ class Share:
     lists. Each list is what DTensor itself makes of the numbers 0, 1, ... n under the same placements.
     """
 
+    @torch.no_grad()
     def __init__(self, tensor: Tensor) -> None:
         self.local = tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
         self.indices: dict[int, Tensor] = {}
@@ -27,12 +25,13 @@ class Share:
         assert all(d is not None or p.is_replicate() for d, p in zip(dims, tensor.placements, strict=True)), tensor
         for dim in {d % tensor.ndim for d in dims if d is not None}:
             along = [
-                _on_first_dim(placement) if d is not None and d % tensor.ndim == dim else Replicate()
+                placement if d is not None and d % tensor.ndim == dim else Replicate()
                 for d, placement in zip(dims, tensor.placements, strict=True)
             ]
             numbers = torch.arange(tensor.shape[dim], device=tensor.device_mesh.device_type)
+            numbers = numbers.view([-1 if d == dim else 1 for d in range(tensor.ndim)])
             local = distribute_tensor(numbers, tensor.device_mesh, along, src_data_rank=None).to_local()
-            self.indices[dim] = local.cpu()
+            self.indices[dim] = local.flatten().cpu()
         held = tuple(len(self.indices[d]) if d in self.indices else n for d, n in enumerate(tensor.shape))
         assert held == tuple(self.local.shape) or self.local.numel() == 0, f"{held} is not {tuple(self.local.shape)}"
 
@@ -67,10 +66,3 @@ class Share:
         """Copy the rank's part of `whole` into its memory."""
         if not self.empty:
             self.local.copy_(self.cut(whole))
-
-
-def _on_first_dim(placement: Any) -> Any:
-    """The same split (also a strided one) of a tensor with one dim."""
-    moved = copy.copy(placement)
-    object.__setattr__(moved, "dim", 0)
-    return moved

@@ -50,6 +50,7 @@ class Weights:
                 inject_lora(model, self.method.lora)
         return model.train()
 
+    @torch.no_grad()
     def load(self, module: nn.Module, model: PreTrainedModel, device: torch.device) -> None:
         """Give memory and values to all that is left of `model` within the (sharded) meta-device `module`."""
         _allocate(module, device)

@@ -1,0 +1,83 @@
+"""Loading a directory into a mesh: the values against from_pretrained, and the memory that it takes.
+
+How memory is measured: the kernel's high-water mark of the process's resident memory (VmHWM, set back to the present
+one through /proc/self/clear_refs) minus what was resident before. It sees everything (shards, buffers, copies, pages of
+mapped files, what the allocator keeps), so it can only be too high. The models measured are large beside an
+interpreter's own noise, a small one is loaded first so that nothing is imported meanwhile, and malloc is told to return
+what is freed (MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ in launch.py).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from dayzero.engine import distributed
+from dayzero.engine.weights import Weights
+from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests.tiny import ARCHITECTURES
+
+MODELS: dict[str, dict[str, Any]] = {
+    **{name: {**ARCHITECTURES[name], "vocab_size": 130} for name in ("llama", "qwen3")},  # 130 rows: uneven shards
+    "mixtral": {
+        **ARCHITECTURES["llama"], "model_type": "mixtral", "num_local_experts": 4, "tie_word_embeddings": False,
+    },
+    "gpt2": {"model_type": "gpt2", "vocab_size": 130, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "big": {
+        **ARCHITECTURES["qwen3"], "vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1536,
+        "num_hidden_layers": 8, "num_attention_heads": 8, "head_dim": 64,
+    },
+}  # fmt: skip
+"""A tied head; norms of queries and keys; experts that are stored one by one and fused; transposed linears and a
+prefix that the files lack; one of 35 million parameters (140 MB), of which the largest has 17 MB."""
+
+
+def write_models(folder: Path) -> None:
+    """Each of MODELS as a Hugging Face directory in several files, half of them in bfloat16."""
+    for number, (name, fields) in enumerate(MODELS.items()):
+        torch.manual_seed(number)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.01)
+        dtype = torch.bfloat16 if name in ("llama", "mixtral") else torch.float32
+        model.to(dtype).save_pretrained(folder / name, max_shard_size="30MB" if name == "big" else "40KB")
+
+
+def resident(field: str) -> int:
+    """Bytes in a field of /proc/self/status."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field + ":"))
+    return int(line.split()[1]) * 1024
+
+
+def load(job: dict[str, Any]) -> dict[str, Any]:
+    """Load `job["directory"]` as the trainer does; what differs from transformers' own, and the bytes it took."""
+    from tests.distributed.jobs import all_weights, make_trainer
+
+    real, measured = Weights.load, {}
+
+    def measure(self: Weights, *arguments: Any) -> None:
+        Path("/proc/self/clear_refs").write_text("5")
+        before = resident("VmRSS")
+        real(self, *arguments)
+        measured["peak"] = resident("VmHWM") - before
+
+    Weights.load = measure  # type: ignore[method-assign]
+    try:
+        trainer = make_trainer(job, Path(job["folder"]))
+    finally:
+        Weights.load = real  # type: ignore[method-assign]
+    parameters = list(trainer.module.parameters())
+    local = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
+    measured["shard"] = sum(p.numel() * p.element_size() for p in local)
+    measured["largest"] = max(p.numel() * p.element_size() for p in parameters)
+    every: list[dict[str, int]] = [{} for _ in range(distributed.world_size())]
+    torch.distributed.all_gather_object(every, measured)
+    got = all_weights(trainer)
+    got |= {name.removeprefix("module.").removeprefix("model."): b for name, b in trainer.module.named_buffers()}
+    want = AutoModelForCausalLM.from_pretrained(job["directory"], dtype=torch.float32)
+    values = {**want.state_dict(), **dict(want.named_buffers())}
+    return {"memory": every, "differ": [n for n in values if n not in got or not torch.equal(got[n], values[n])]}
