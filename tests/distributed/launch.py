@@ -13,9 +13,6 @@ import torch
 
 REPOSITORY = Path(__file__).parents[2]
 
-RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-"""For the jobs that measure memory: glibc gives freed blocks back at once instead of keeping them."""
-
 
 def run_ranks(world_size: int, jobs: list[dict[str, Any]], folder: Path, timeout: float = 600) -> dict[str, Any]:
     """Run `jobs` (see jobs.py) one after another on `world_size` ranks; results by the job's name.
@@ -31,7 +28,7 @@ def run_ranks(world_size: int, jobs: list[dict[str, Any]], folder: Path, timeout
             *["-m", "tests.distributed.jobs", str(folder)],
         ],
         cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **RETURN_FREED},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         timeout=timeout,

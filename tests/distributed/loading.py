@@ -2,13 +2,14 @@
 
 How memory is measured: the kernel's high-water mark of the process's resident memory (VmHWM, set back to the present
 one through /proc/self/clear_refs) minus what was resident before. It sees everything (shards, buffers, copies, pages of
-mapped files, what the allocator keeps), so it can only be too high. The models measured are large beside an
-interpreter's own noise, a small one is loaded first so that nothing is imported meanwhile, and malloc is told to return
-what is freed (MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ in launch.py).
+mapped files), and malloc is told to return what is freed, so that nothing freed earlier is used again unseen. The model
+measured is large beside an interpreter's own noise, and small ones are loaded first: nothing is imported meanwhile.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,34 @@ def write_models(folder: Path) -> None:
         model.to(dtype).save_pretrained(folder / name, max_shard_size="30MB" if name == "big" else "40KB")
 
 
+def loading_jobs(folder: Path, ranks: int) -> list[dict[str, Any]]:
+    """Loads of each model into meshes of 2 or 4 ranks, and, last, those that are measured."""
+    from tests.distributed.test_parity import job
+
+    def load_job(model: str, method: str = "full", *, strategy: str = "fsdp2", **sizes: Any) -> dict[str, Any]:
+        made = job("load", model, method, "padded", folder, strategy=strategy, **sizes)
+        return {**made, "directory": str(folder / "models" / model)}
+
+    write_models(folder / "models")
+    jobs = [load_job("llama"), load_job("qwen3", "lora", tp=2), load_job("mixtral")]
+    if ranks == 2:
+        jobs += [load_job("gpt2"), load_job("llama", strategy="ddp", dp_replicate=2)]
+    else:
+        jobs += [load_job("gpt2", dp_replicate=2), load_job("llama", tp=2)]
+    return [*jobs, load_job("big"), load_job("big", tp=2)]
+
+
+def check_loading(results: dict[str, dict[str, Any]]) -> None:
+    """Every value as transformers loads it, and no more memory than the shard, one tensor and 10 %."""
+    found = {name: got for name, got in results.items() if name.startswith("load-")}
+    assert len(found) == 7
+    for name, got in found.items():
+        assert not got["differ"], name
+        for rank in got["memory"] if "big" in name else ():
+            assert rank["shard"] <= rank["peak"], (name, rank)  # else something was not seen
+            assert rank["peak"] <= 1.1 * (rank["shard"] + rank["largest"]), (name, rank)
+
+
 def resident(field: str) -> int:
     """Bytes in a field of /proc/self/status."""
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field + ":"))
@@ -58,8 +87,13 @@ def load(job: dict[str, Any]) -> dict[str, Any]:
     from tests.distributed.jobs import all_weights, make_trainer
 
     real, measured = Weights.load, {}
+    malloc = ctypes.CDLL(None)
+    for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+        malloc.mallopt(option, 65536)
 
     def measure(self: Weights, *arguments: Any) -> None:
+        gc.collect()
+        malloc.malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         before = resident("VmRSS")
         real(self, *arguments)
@@ -78,6 +112,7 @@ def load(job: dict[str, Any]) -> dict[str, Any]:
     torch.distributed.all_gather_object(every, measured)
     got = all_weights(trainer)
     got |= {name.removeprefix("module.").removeprefix("model."): b for name, b in trainer.module.named_buffers()}
+    got = {name.replace(".base_layer.", "."): value for name, value in got.items()}
     want = AutoModelForCausalLM.from_pretrained(job["directory"], dtype=torch.float32)
     values = {**want.state_dict(), **dict(want.named_buffers())}
     return {"memory": every, "differ": [n for n in values if n not in got or not torch.equal(got[n], values[n])]}

@@ -13,6 +13,7 @@ import torch
 from dayzero.engine.parallel_dims import SCHEDULES
 
 from tests.distributed.launch import run_ranks
+from tests.distributed.loading import check_loading, loading_jobs
 
 pytestmark = pytest.mark.distributed
 
@@ -137,7 +138,7 @@ def two(folder: Path) -> Results:
         *(job("same_shape_again", "llama", "full", "packed", folder, **PP, pp_schedule=s) for s in SCHEDULES),
     ]
     jobs += [job("train", *case, folder, strategy="fsdp2", tp=2) for case in WITHOUT_PLAN]
-    return run_ranks(2, jobs, folder / "two")
+    return run_ranks(2, jobs + loading_jobs(folder, 2), folder / "two")
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +166,7 @@ def four(folder: Path) -> Results:
     jobs.append(moe("train", *MOE[0], folder, strategy="fsdp2", cp=2, ep=4))
     jobs.append(moe("train", *MOE[1], folder, strategy="fsdp2", dp_replicate=2, ep=2))
     jobs.append(moe("train", *MOE[2], folder, strategy="fsdp2", tp=2, sequence_parallel=True, ep=2))
-    return run_ranks(4, jobs, folder / "four")
+    return run_ranks(4, jobs + loading_jobs(folder, 4), folder / "four")
 
 
 def check(results: Results, one: Results, expected: int) -> None:
@@ -259,6 +260,11 @@ def test_initial_weights_do_not_depend_on_the_ranks(one: Results, two: Results, 
             assert all(torch.equal(got["before"][key], want[key]) for key in want), name
     adapted = one["train-llama-lora-padded-fsdp2-8"]["before"]
     assert any(adapted[key].abs().sum() > 0 for key in adapted if "lora_A" in key)
+
+
+def test_a_directory_is_loaded_into_its_shards_within_their_memory(two: Results, four: Results) -> None:
+    check_loading(two)
+    check_loading(four)
 
 
 def test_frozen_weights_are_bit_identical(two: Results) -> None:
