@@ -1,62 +1,33 @@
-"""From what training left behind to a plain Hugging Face model, and the proof that nothing was lost on the way."""
+"""The proof that nothing was lost between training and a plain Hugging Face directory, without a whole model in memory.
+
+Both checks compare logits in float32: what is exported against training, and the written directory against what was
+meant to be in it. A model is run a decoder layer at a time: a layer has its weights only while it computes.
+
+Shapes: B rows, T tokens, V vocabulary.
+"""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
-import torch.distributed.checkpoint as dcp
-from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dayzero.config import Method
-from dayzero.engine.model import ModelSource, build_model
-from dayzero.errors import ConfigError
+from dayzero.engine.model import ModelSource
+from dayzero.engine.structure import find_layers
+from dayzero.engine.weights import Weights
 
 TOLERANCE = 1e-5
 """Largest difference of logits that must be equal, as a share of the largest logit."""
 
-
-def trained_model(
-    source: ModelSource, tokenizer: Path | None, method: Method, seed: int, train: Path | None
-) -> PreTrainedModel:
-    """The whole trained model in float32 on the CPU, adapters merged; the untouched one where `train` is None.
-
-    `train` is the train stage's folder, with `adapter/` for LoRA and its last checkpoint for other methods.
-    """
-    plain = Method(name="none")
-    if train is not None and not (train / "summary.json").is_file():
-        raise ConfigError(f"--train {train} has no summary.json: finish the train stage first")
-    config = source.config(tokenizer)
-    model = build_model(source, config, plain, seed, meta=False).eval()
-    if train is None:
-        return model
-    if method.name == "lora":
-        return PeftModel.from_pretrained(model, str(train / "adapter")).merge_and_unload()
-    _load_trained(model, train)
-    return model
-
-
-def _load_trained(model: PreTrainedModel, train: Path) -> None:
-    from dayzero.files import read_json
-
-    checkpoint = train / read_json(train / "summary.json")["checkpoint"]
-    state: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    saved = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    wanted = {f"model.{name}" for name in state if f"model.{name}" in saved}
-    missing = {f"model.model.{name}" for name, p in model.named_parameters() if p.requires_grad} - wanted
-    if missing:
-        raise ValueError(f"{checkpoint} lacks {', '.join(sorted(missing)[:3])}: it is a checkpoint of another model")
-    dcp.load({"model": {name: state[name] for name in state if f"model.{name}" in wanted}}, checkpoint_id=checkpoint)
-    model.tie_weights()
-
-
-def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Cast the parameters alone: `model.to` would round buffers too, such as rotary frequencies."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+ROOM = 0.5
+"""Share of the free memory that a model may take to be loaded whole by transformers when a directory is checked."""
 
 
 @torch.no_grad()
@@ -65,9 +36,73 @@ def logits_of(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     return model(input_ids=input_ids, use_cache=False).logits.float()
 
 
+def streamed_logits(
+    model: PreTrainedModel, read: Callable[[str], Tensor], input_ids: Tensor, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """[B, T] -> [B, T, V], float32, of the meta-device `model` with the values that `read` gives by name.
+
+    Parameters are rounded to `dtype`, as a file of that dtype would do.
+    What is outside the decoder's layers, embeddings and head, stays in memory; of the layers only the one that runs.
+    """
+    model = copy.deepcopy(model).eval()
+    layers = list(find_layers(model))
+    inside = {id(module) for layer in layers for module in layer.modules()}
+    paths = {id(module): f"{path}." if path else "" for path, module in model.named_modules()}
+    values: dict[int, nn.Parameter] = {}
+    """id of a parameter that has memory now, when it was empty -> the parameter; a tied one is in several modules."""
+    empty = {(id(m), name): p for m in model.modules() for name, p in m._parameters.items()}
+
+    def fill(module: nn.Module) -> None:
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                if id(parameter) not in values:
+                    value = read(paths[id(module)] + name).to(dtype).float()
+                    values[id(parameter)] = nn.Parameter(value, requires_grad=False)
+                module._parameters[name] = values[id(parameter)]
+
+    def fill_layer(layer: nn.Module, *_: Any) -> None:
+        for module in layer.modules():
+            fill(module)
+
+    def empty_layer(layer: nn.Module, *_: Any) -> None:
+        for module in layer.modules():
+            for name in module._parameters:
+                module._parameters[name] = empty[id(module), name]
+        for key in set(values) - kept:
+            del values[key]
+
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = read(paths[id(module)] + name)
+        if id(module) not in inside:
+            fill(module)
+    kept = set(values)
+    for layer in layers:
+        layer.register_forward_pre_hook(fill_layer)
+        layer.register_forward_hook(empty_layer)
+    return logits_of(model, input_ids)
+
+
 def largest_difference(logits: Tensor, reference: Tensor) -> float:
     """Largest absolute difference as a share of the reference's largest absolute value (at least 1)."""
     return ((logits - reference).abs().max() / reference.abs().max().clamp(min=1.0)).item()
+
+
+def reloaded_logits(directory: Path, input_ids: Tensor, trust_remote_code: bool = False) -> tuple[Tensor, str]:
+    """The logits [B, T, V] of the exported directory as a user gets them, float32, and how it was loaded.
+
+    Loaded whole by transformers where the memory allows it, else layer by layer with the engine's own loader. Raises
+    `ValueError` when a weight is missing, left over, empty or carries a wrapper's prefix.
+    """
+    source = ModelSource(directory=directory, trust_remote_code=trust_remote_code)
+    weights = Weights(source, source.config(), Method(name="none"), 0)
+    assert weights.stored is not None
+    needed = 4 * sum(p.numel() for p in weights.stored.model.parameters())
+    if needed <= ROOM * psutil.virtual_memory().available:
+        return logits_of(reload(directory, trust_remote_code), input_ids), "from_pretrained"
+    _require_all(directory, {}, weights.stored.unused, [n for n, t in weights.stored.stored.items() if 0 in t.shape])
+    return streamed_logits(weights.stored.model, weights.read, input_ids), "layer by layer"
 
 
 def reload(directory: Path, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -82,9 +117,14 @@ def reload(directory: Path, trust_remote_code: bool = False) -> PreTrainedModel:
     wrong = {
         kind: sorted(info[kind])[:3] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]
     }
-    empty = [name for name, tensor in model.state_dict().items() if tensor.numel() == 0]
+    _require_all(directory, wrong, [], [name for name, tensor in model.state_dict().items() if tensor.numel() == 0])
+    return model.eval()
+
+
+def _require_all(directory: Path, wrong: dict[str, list[str]], unused: list[str], empty: list[str]) -> None:
+    if unused:
+        wrong = {**wrong, "unexpected_keys": sorted(unused)[:3]}
     if wrong or empty:
         raise ValueError(
             f"{directory} does not reload: {wrong or ''} {'empty: ' + ', '.join(empty[:3]) if empty else ''}"
         )
-    return model.eval()

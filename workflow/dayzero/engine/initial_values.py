@@ -76,7 +76,7 @@ class InitialValues:
                 continue
             if not make:
                 continue
-            with _memory_for(model, names) as values, torch.no_grad(), torch.random.fork_rng(devices=[]):
+            with memory_for(model, names) as values, torch.no_grad(), torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(_seed(self.seed, names[0]))
                 for function in make:
                     function()
@@ -169,8 +169,10 @@ def _makers_of_adapters(model: PreTrainedModel, lora: Lora) -> dict[tuple[str, .
 
 
 @contextmanager
-def _memory_for(model: PreTrainedModel, names: tuple[str, ...]) -> Iterator[dict[str, Tensor]]:
-    """These tensors of the meta-device `model` on the CPU, whole and not a number, until the block ends."""
+def memory_for(
+    model: PreTrainedModel, names: tuple[str, ...], given: Mapping[str, Tensor] | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """These tensors of the meta-device `model` on the CPU until the block ends, whole: those given, or not a number."""
     meta: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
     values: dict[str, Tensor] = {}
     for name in names:
@@ -180,8 +182,11 @@ def _memory_for(model: PreTrainedModel, names: tuple[str, ...]) -> Iterator[dict
             dict[str, Tensor | None], module._parameters if attribute in module._parameters else module._buffers
         )
         tensor = cast(Tensor, place[attribute])
-        value = torch.empty_like(tensor, device="cpu", requires_grad=False)
-        value.fill_(float("nan")) if value.is_floating_point() else value.zero_()
+        if given and name in given:
+            value = given[name]
+        else:
+            value = torch.empty_like(tensor, device="cpu", requires_grad=False)
+            value.fill_(float("nan")) if value.is_floating_point() else value.zero_()
         values[name] = nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
         meta.append((place, attribute, tensor))
         place[attribute] = values[name]

@@ -91,7 +91,7 @@ def save_adapter(directory: Path, config: Lora, state: Mapping[str, Tensor], bas
     written.inference_mode = True
     written.save_pretrained(str(directory))
     tensors = {
-        "base_model.model." + name.replace(f".{ADAPTER}.", "."): tensor.contiguous().cpu()
+        "base_model.model." + name.replace(f".{ADAPTER}", ""): tensor.contiguous().cpu()
         for name, tensor in state.items()
         if "lora_" in name
     }

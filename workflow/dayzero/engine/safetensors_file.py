@@ -1,7 +1,8 @@
-"""Reading parts of safetensors files into memory that we own: https://github.com/huggingface/safetensors#format
+"""Reading and writing parts of safetensors files: https://github.com/huggingface/safetensors#format
 
 The library maps files into memory: what was read then stays in the process's resident memory until the file is closed,
-and its other reader reads whole tensors. Here a rank reads just its rows, a block at a time.
+and its other reader reads whole tensors. Here a rank reads just its rows, a block at a time, into memory of its own. To
+write, the library wants all of a file's tensors at once; here they come one by one, in any order.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +29,9 @@ DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_RANKS = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -76,10 +81,47 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
     if (index := directory / INDEX).is_file():
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
         files = [directory / name for name in sorted(set(names))]
-    return {tensor.name: tensor for file in files for tensor in _header(file)}
+    return {tensor.name: tensor for file in files for tensor in read_header(file)}
 
 
-def _header(file: Path) -> Iterator[StoredTensor]:
+class NewFile:
+    """A safetensors file of given names, dtypes and shapes, as the library would write it; values come later."""
+
+    def __init__(self, file: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Write the header for `tensors`, which are on the meta device."""
+        self.file = file
+        self.begins: dict[str, int] = {}
+        entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        # wide dtypes first, so that every tensor is aligned to its own
+        for name in sorted(tensors, key=lambda n: (-_RANKS[_NAMES[tensors[n].dtype]], n)):
+            tensor = tensors[name]
+            begin, end = end, end + tensor.nbytes
+            self.begins[name] = begin
+            entries[name] = {
+                "dtype": _NAMES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [begin, end],
+            }
+        header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+        header += b" " * (-len(header) % 8)
+        self.start = 8 + len(header)
+        with open(file, "wb") as stream:
+            stream.write(len(header).to_bytes(8, "little") + header)
+            stream.truncate(self.start + end)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Put a tensor on the CPU in its place."""
+        view = memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
+        with open(self.file, "r+b", buffering=0) as stream:
+            done = 0
+            while done < len(view):
+                place = self.start + self.begins[name] + done
+                done += os.pwrite(stream.fileno(), view[done : done + BLOCK], place)
+
+
+def read_header(file: Path) -> Iterator[StoredTensor]:
+    """The tensors of one file. Raises `DataError` where it is missing or damaged."""
     try:
         with open(file, "rb") as stream:
             length = int.from_bytes(stream.read(8), "little")

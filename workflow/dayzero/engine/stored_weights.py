@@ -87,8 +87,13 @@ class StoredWeights:
         """The model as transformers loads it, without memory."""
         state = self.model.state_dict()
         self.conversions = _conversions(self.model, stored, state)
-        self.names = {name for conversion in self.conversions for name in conversion.targets}
+        self.by_target = {name: conversion for conversion in self.conversions for name in conversion.targets}
+        self.names = set(self.by_target)
         """All tensors that are here; a tied one may be here under one of its names only."""
+        self.stored = stored
+        used = {stored.name for conversion in self.conversions for _, stored in conversion.sources}
+        self.unused = sorted(set(stored) - used)
+        """Stored names for which the model has no place."""
         self.tied: dict[str, str] = dict(self.model.all_tied_weights_keys)
         """Name of a tied tensor -> the name of the tensor that it is."""
         for name, source in list(self.tied.items()):
@@ -105,7 +110,7 @@ class StoredWeights:
         One tensor is read at a time, and of it only the rows that a rank holds; experts stored one by one are fused one
         by one. Any other conversion holds its whole tensors, before and after, for a moment.
         """
-        for conversion in self.conversions:
+        for conversion in {id(c): c for c in (self.by_target[n] for n in tensors if n in self.names)}.values():
             shares = {name: Share(tensors[name]) for name in conversion.targets if name in tensors}
             if all(share.empty for share in shares.values()):
                 continue

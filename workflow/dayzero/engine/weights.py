@@ -7,6 +7,7 @@ asks by the model's own names, so it does not matter how the model is split, nor
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,7 +33,7 @@ class Weights:
 
     def __init__(self, source: ModelSource, config: PretrainedConfig, method: Method, seed: int) -> None:
         self.source, self.config, self.method = source, config, method
-        template = self._from_config("meta")
+        template = self.template = self._from_config("meta")
         self.stored: StoredWeights | None = None
         if source.directory is not None and not source.random_weights:
             self.stored = StoredWeights(source.directory, type(template), config)
@@ -50,11 +51,14 @@ class Weights:
                 inject_lora(model, self.method.lora)
         return model.train()
 
-    @torch.no_grad()
     def load(self, module: nn.Module, model: PreTrainedModel, device: torch.device) -> None:
         """Give memory and values to all that is left of `model` within the (sharded) meta-device `module`."""
         _allocate(module, device)
-        tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        self.fill({**dict(model.named_parameters()), **dict(model.named_buffers())})
+
+    @torch.no_grad()
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Give these tensors, plain or sharded ones, their values; names are those of the model with its adapters."""
         done = self.initial.fill_adapters(tensors)
         base = {_base_name(name, self.initial.names): t for name, t in tensors.items() if name not in done}
         if self.stored:
@@ -64,6 +68,13 @@ class Weights:
         left = {self.tied.get(name, name): tensor for name, tensor in base.items()}
         missing = set(left) - self.initial.fill(left)
         assert not missing, f"nothing gives values to {', '.join(sorted(missing)[:3])}"
+
+    def read(self, name: str) -> Tensor:
+        """One parameter or buffer of the model without adapters, whole, on the CPU."""
+        model = self.stored.model if self.stored else self.template
+        value = torch.empty_like(model.get_parameter_or_buffer(name), device="cpu", requires_grad=False)
+        self.fill({name: value})
+        return value
 
     def _stored_name(self, name: str) -> str:
         """The name under which a tensor of the model is in the directory: tied ones are there under one of theirs."""
@@ -82,7 +93,7 @@ class Weights:
 
 def _base_name(name: str, known: set[str]) -> str:
     """The name of a tensor in the model without adapters, which put themselves around some of its modules."""
-    return name if name in known else name.replace(".base_layer.", ".")
+    return name if name in known else name.replace(".base_layer", "")
 
 
 def _allocate(module: nn.Module, device: torch.device) -> None:

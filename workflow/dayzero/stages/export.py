@@ -38,15 +38,10 @@ def export(args: argparse.Namespace) -> None:
     import torch
     from transformers import AutoTokenizer, GenerationConfig
 
-    from dayzero.engine.export import (
-        TOLERANCE,
-        cast_weights,
-        largest_difference,
-        logits_of,
-        reload,
-        trained_model,
-    )
+    from dayzero.engine.consolidate import write_model
+    from dayzero.engine.export import TOLERANCE, largest_difference, reloaded_logits, streamed_logits
     from dayzero.engine.model import ModelSource
+    from dayzero.engine.trained_weights import TrainedWeights
 
     trust = run.model.trust_remote_code
     source = ModelSource(
@@ -55,14 +50,16 @@ def export(args: argparse.Namespace) -> None:
         random_weights=run.method.name == "pretrain",
         trust_remote_code=trust,
     )
-    model = trained_model(source, args.tokenizer, run.method, run.seed, args.train)
+    weights = TrainedWeights(source, args.tokenizer, run.method, run.seed, args.train)
+    model, read = weights.model, weights.read
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model, trust_remote_code=trust)
     if run.model.chat_template:
         tokenizer.chat_template = Path(run.model.chat_template).read_text(encoding="utf-8")
     probe = _probe(args, tokenizer)
     checks: dict[str, Any] = {"tokens": probe["input_ids"].shape[1]}
+    logits = streamed_logits(model, read, probe["input_ids"])
     if args.train:
-        difference = largest_difference(logits_of(model, probe["input_ids"]), probe["logits"])
+        difference = largest_difference(logits, probe["logits"])
         _require("exported and in-training", difference, TOLERANCE)
         checks["training"] = {"difference": difference, "tolerance": TOLERANCE}
 
@@ -71,17 +68,17 @@ def export(args: argparse.Namespace) -> None:
     if args.model and (args.model / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(args.model)
     model.config.use_cache = True  # off only while training
-    cast_weights(model, getattr(torch, dtype))
+    torch_dtype = getattr(torch, dtype)
+    if torch_dtype != torch.float32:  # what the directory must give is what rounded weights give
+        logits = streamed_logits(model, read, probe["input_ids"], torch_dtype)
     with atomic_directory(args.output) as directory:
-        model.save_pretrained(directory, max_shard_size=run.export.max_shard_size)
+        write_model(directory, model, read, torch_dtype, run.export.max_shard_size, weights.weights.tied)
         tokenizer.save_pretrained(directory)
         num_parameters = sum(p.numel() for p in model.parameters())
-        cast_weights(model, torch.float32)
-        stored_logits = logits_of(model, probe["input_ids"])
-        del model
-        difference = largest_difference(logits_of(reload(directory, trust), probe["input_ids"]), stored_logits)
+        found, how = reloaded_logits(directory, probe["input_ids"], trust)
+        difference = largest_difference(found, logits)
         _require("reloaded and exported", difference, TOLERANCE)
-        checks |= {"max_logit_difference": difference, "tolerance": TOLERANCE}
+        checks |= {"max_logit_difference": difference, "tolerance": TOLERANCE, "loaded": how}
         log.info("reloads with logits within %.2g (allowed %.2g)", difference, TOLERANCE)
         files = {p.name: sha256_file(p) for p in sorted(directory.iterdir()) if p.is_file()}
         provenance = clock.provenance()

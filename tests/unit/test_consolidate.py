@@ -1,0 +1,165 @@
+"""A model written tensor by tensor is what save_pretrained writes of a whole one, in far less memory."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from dayzero.config import Lora, Method
+from dayzero.engine.consolidate import write_model
+from dayzero.engine.export import logits_of, reload, reloaded_logits, streamed_logits
+from dayzero.engine.lora import save_adapter
+from dayzero.engine.model import ModelSource, build_model
+from dayzero.engine.trained_weights import TrainedWeights
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests.distributed.loading import MODELS, resident
+from tests.tiny import VOCAB_SIZE
+from tests.unit.test_weights import save
+
+INPUT = torch.arange(1, 25).unsqueeze(0) % VOCAB_SIZE
+NONE = Method(name="none")
+
+
+def write(trained: TrainedWeights, folder: Path, dtype: torch.dtype, size: str = "5GB") -> Path:
+    trained.model.config.use_cache = True
+    write_model(folder, trained.model, trained.read, dtype, size, trained.weights.tied)
+    return folder
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
+
+
+def same_weights(got: Path, want: Path) -> None:
+    ours, theirs = tensors(got), tensors(want)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert ours[name].dtype == tensor.dtype
+        assert torch.equal(ours[name], tensor), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "mixtral", "qwen3_moe", "gpt2", "deepseek_v3", "jamba"])
+def test_as_save_pretrained(model_type: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    save(model_type, tmp_path / "base")
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    for parameter in whole.parameters():
+        parameter.data = parameter.data.to(dtype)
+    trained = TrainedWeights(ModelSource(directory=tmp_path / "base"), None, NONE, 0, None)
+    for size in ("5GB", "30KB"):
+        got, want = tmp_path / f"got{size}", tmp_path / f"want{size}"
+        whole.save_pretrained(want, max_shard_size=size)
+        write(trained, got, dtype, size)
+        same_weights(got, want)
+        config, expected = (json.loads((path / "config.json").read_text()) for path in (got, want))
+        assert config == expected
+    one = "model.safetensors"
+    assert (tmp_path / "got5GB" / one).read_bytes() == (tmp_path / "want5GB" / one).read_bytes()
+    index, expected = (json.loads((tmp_path / f"{x}30KB/{one}.index.json").read_text()) for x in ("got", "want"))
+    assert index["metadata"] == expected["metadata"]
+    assert index["weight_map"].keys() == expected["weight_map"].keys()
+    for name, file in index["weight_map"].items():
+        assert name in load_file(tmp_path / "got30KB" / file)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "embed_tokens"]])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "mixtral"])
+def test_adapters_are_merged_as_peft_does(model_type: str, targets: Any, tmp_path: Path) -> None:
+    if model_type == "gpt2" and targets != "all-linear":
+        targets = ["c_attn", "wte"]
+    base = save(model_type, tmp_path / "base")
+    method = Method(name="lora", lora=Lora(rank=4, targets=targets))
+    source = ModelSource(directory=base)
+    adapted = build_model(source, source.config(), method, 0, meta=False)
+    torch.manual_seed(1)
+    adapters = {n: torch.randn_like(p) * 0.1 for n, p in adapted.named_parameters() if "lora_" in n}
+    save_adapter(tmp_path / "train/adapter", method.lora, adapters, base_model=str(base))
+    (tmp_path / "train/summary.json").write_text("{}")
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    merged = PeftModel.from_pretrained(plain, str(tmp_path / "train/adapter")).merge_and_unload()
+    merged.save_pretrained(tmp_path / "want")
+    trained = TrainedWeights(source, None, method, 0, tmp_path / "train")
+    same_weights(write(trained, tmp_path / "got", torch.float32), tmp_path / "want")
+    changed = [n for n, t in tensors(tmp_path / "got").items() if not torch.equal(t, tensors(base)[n])]
+    assert len(changed) >= 3
+
+
+def test_a_checkpoint_and_random_weights(tmp_path: Path) -> None:
+    source = ModelSource(directory=None, architecture=MODELS["llama"])
+    method = Method(name="pretrain")
+    model = build_model(source, source.config(), method, 0, meta=False)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.5)
+    state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    dcp.save({"model": state}, checkpoint_id=tmp_path / "train/checkpoints/step_3", no_dist=True)
+    (tmp_path / "train/summary.json").write_text(json.dumps({"checkpoint": "checkpoints/step_3"}))
+    trained = TrainedWeights(source, None, method, 0, tmp_path / "train")
+    assert torch.equal(streamed_logits(trained.model, trained.read, INPUT), logits_of(model.eval(), INPUT))
+    model.save_pretrained(tmp_path / "want")
+    same_weights(write(trained, tmp_path / "got", torch.float32), tmp_path / "want")
+    other = ModelSource(directory=None, architecture=MODELS["gpt2"])
+    with pytest.raises(ValueError, match=r"step_3 lacks transformer.*: it is a checkpoint of another model"):
+        TrainedWeights(other, None, method, 0, tmp_path / "train")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mixtral", "gpt2", "mamba", "gemma2"])
+def test_logits_layer_by_layer(model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = save(model_type, tmp_path / "base")
+    trained = TrainedWeights(ModelSource(directory=base), None, NONE, 0, None)
+    want = logits_of(reload(base), INPUT)
+    assert torch.equal(streamed_logits(trained.model, trained.read, INPUT), want)
+    assert torch.equal(reloaded_logits(base, INPUT)[0], want)
+    monkeypatch.setattr("dayzero.engine.export.ROOM", 0.0)
+    found, how = reloaded_logits(base, INPUT)
+    assert how == "layer by layer"
+    assert torch.equal(found, want)
+
+
+@pytest.mark.parametrize("room", [0.0, 0.5])
+def test_what_a_directory_must_not_have(room: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dayzero.engine.export.ROOM", room)
+    base = save("llama", tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    save_file({**weights, "model.layers.9.norm.weight": torch.ones(32)}, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"does not reload: .*unexpected_keys"):
+        reloaded_logits(base, INPUT)
+
+
+def _write_measured(base: Path, target: Path, results: Any) -> None:
+    malloc = ctypes.CDLL(None)
+    for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h: freed memory goes back at once
+        malloc.mallopt(option, 65536)
+    trained = TrainedWeights(ModelSource(directory=base), None, NONE, 0, None)
+    for folder in ("warm", "measured"):  # first once for what is imported on the way
+        Path("/proc/self/clear_refs").write_text("5")
+        before = resident("VmRSS")
+        write_model(target / folder, trained.model, trained.read, torch.float32, "30MB", trained.weights.tied)
+    results.put(resident("VmHWM") - before)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_writing_holds_two_tensors(stored: torch.dtype, tmp_path: Path) -> None:
+    """Resident memory, see tests/distributed/loading.py; 140 MB of parameters, the largest 17 MB."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**MODELS["big"]), dtype=stored)
+    sizes = [4 * p.numel() for p in model.parameters()]
+    model.save_pretrained(tmp_path / "base")
+    del model
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    process = context.Process(target=_write_measured, args=(tmp_path / "base", tmp_path, results))
+    process.start()
+    peak = results.get(timeout=120)
+    process.join()
+    assert max(sizes) <= peak <= 2.2 * max(sizes) < 0.3 * sum(sizes)
+    if stored == torch.float32:
+        same_weights(tmp_path / "measured", tmp_path / "base")

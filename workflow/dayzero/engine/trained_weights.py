@@ -1,0 +1,120 @@
+"""What training left behind, tensor by tensor: a checkpoint's weights, or the base model's with the adapters added."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from pathlib import Path
+from typing import cast
+
+import torch
+import torch.distributed.checkpoint as dcp
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from dayzero.config import Method
+from dayzero.engine.initial_values import memory_for
+from dayzero.engine.lora import ADAPTER
+from dayzero.engine.model import ModelSource
+from dayzero.engine.safetensors_file import read_header
+from dayzero.engine.weights import Weights
+from dayzero.errors import ConfigError
+from dayzero.files import read_json
+
+
+class TrainedWeights:
+    """The tensors of the trained model, read one at a time; those of the untouched model where `train` is None.
+
+    `train` is the train stage's folder, with `adapter/` for LoRA and its last checkpoint for other methods. Raises
+    `ConfigError` where that stage has not finished.
+    """
+
+    def __init__(
+        self, source: ModelSource, tokenizer: Path | None, method: Method, seed: int, train: Path | None
+    ) -> None:
+        if train is not None and not (train / "summary.json").is_file():
+            raise ConfigError(f"--train {train} has no summary.json: finish the train stage first")
+        self.weights = Weights(source, source.config(tokenizer), Method(name="none"), seed)
+        self.model = copy.deepcopy(self.weights.stored.model if self.weights.stored else self.weights.template)
+        """The whole model on the meta device, as transformers loads or builds it."""
+        self.checkpoint: _Checkpoint | None = None
+        self.adapters: _Adapters | None = None
+        if train is not None and method.name == "lora":
+            self.adapters = _Adapters(train / "adapter", self.weights)
+        elif train is not None:
+            self.checkpoint = _Checkpoint(train / read_json(train / "summary.json")["checkpoint"])
+            names = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+            if missing := sorted(name for name in names if self._in_checkpoint(name) is None):
+                raise ValueError(
+                    f"{self.checkpoint.path} lacks {', '.join(missing[:3])}: it is a checkpoint of another model"
+                )
+
+    @torch.no_grad()
+    def read(self, name: str) -> Tensor:
+        """A parameter or buffer by the model's own name, whole, on the CPU; parameters are float32."""
+        if saved := self._in_checkpoint(name):
+            assert self.checkpoint is not None
+            return self.checkpoint.read(saved)
+        value = self.weights.read(name)
+        return self.adapters.add(name, value) if self.adapters else value
+
+    def _in_checkpoint(self, name: str) -> str | None:
+        if self.checkpoint is None:
+            return None
+        source = self.weights.tied.get(name, name)
+        same = (name, source, *(other for other, of in self.weights.tied.items() if of == source))
+        return next((n for n in same if n in self.checkpoint.saved), None)
+
+
+class _Checkpoint:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+        self.saved = {
+            name.removeprefix("model.model."): entry
+            for name, entry in metadata.items()
+            if name.startswith("model.model.") and isinstance(entry, TensorStorageMetadata)
+        }
+
+    def read(self, name: str) -> Tensor:
+        entry = self.saved[name]
+        value = torch.empty(entry.size, dtype=entry.properties.dtype)
+        dcp.load({"model": {f"model.{name}": value}}, checkpoint_id=self.path, no_dist=True)
+        return value
+
+
+class _Adapters:
+    """PEFT's own layers around an empty model: one at a time gets memory, its adapter's values, and is merged."""
+
+    def __init__(self, directory: Path, weights: Weights) -> None:
+        self.model = copy.deepcopy(weights.template)
+        with torch.device("meta"):
+            inject_adapter_in_model(LoraConfig.from_pretrained(str(directory)), self.model, adapter_name=ADAPTER)
+        self.stored = {t.name: t for t in read_header(directory / "adapter_model.safetensors")}
+        self.layers: dict[str, list[str]] = defaultdict(list)
+        """Name of a weight in the plain model -> the adapted modules around it, inner ones first."""
+        for path, module in reversed(list(self.model.named_modules())):
+            if isinstance(module, LoraLayer):
+                plain = path.replace(".base_layer", "")
+                self.layers[f"{plain}.{getattr(module, 'parameter_name', 'weight')}"].append(path)
+
+    def add(self, name: str, value: Tensor) -> Tensor:
+        for path in self.layers.get(name, ()):
+            layer = cast(LoraLayer, self.model.get_submodule(path))
+            weight = _name_of(self.model, getattr(layer.get_base_layer(), name.rpartition(".")[2]))
+            parts = [part for part in layer.adapter_layer_names if hasattr(layer, part)]
+            adapters = [f"{path}.{p}.{n}" for p in parts for n, _ in getattr(layer, p).named_parameters()]
+            with memory_for(self.model, (weight, *adapters), {weight: value}) as memory:
+                for adapter in adapters:
+                    stored = self.stored["base_model.model." + adapter.replace(f".{ADAPTER}", "")]
+                    memory[adapter].copy_(stored.read())
+                layer.merge()
+                value = memory[weight].data
+            layer.merged_adapters.clear()
+        return value
+
+
+def _name_of(model: nn.Module, tensor: Tensor) -> str:
+    return next(name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter is tensor)
