@@ -27,7 +27,8 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from dayzero.console import log
+from dayzero.console import ProgressBar, log
+from dayzero.engine.distributed import rank
 from dayzero.engine.safetensors_file import StoredTensor, stored_tensors
 from dayzero.engine.share import Share
 from dayzero.pretrained import load_causal_lm
@@ -76,14 +77,15 @@ class StoredWeights:
     def __init__(self, directory: Path, model_class: type[PreTrainedModel], config: PretrainedConfig) -> None:
         """Read the headers. Raises `DataError` where they lack some of the model's weights or have other shapes."""
         stored = stored_tensors(directory)
-        self.model = load_causal_lm(
-            directory,
-            model_class=model_class,
-            config=config,
-            state_dict={name: tensor.meta() for name, tensor in stored.items()},
-            dtype=torch.float32,
-            device_map="meta",
-        )
+        with _no_progress_bar():
+            self.model = load_causal_lm(
+                directory,
+                model_class=model_class,
+                config=config,
+                state_dict={name: tensor.meta() for name, tensor in stored.items()},
+                dtype=torch.float32,
+                device_map="meta",
+            )
         """The model as transformers loads it, without memory."""
         state = self.model.state_dict()
         self.conversions = _conversions(self.model, stored, state)
@@ -110,24 +112,31 @@ class StoredWeights:
         One tensor is read at a time, and of it only the rows that a rank holds; experts stored one by one are fused one
         by one. Any other conversion holds its whole tensors, before and after, for a moment.
         """
-        for conversion in {id(c): c for c in (self.by_target[n] for n in tensors if n in self.names)}.values():
-            shares = {name: Share(tensors[name]) for name in conversion.targets if name in tensors}
-            if all(share.empty for share in shares.values()):
-                continue
-            if conversion.converter is None:
-                ((_, stored),) = conversion.sources
-                for share in shares.values():
-                    _fill_rows(share, stored)
-            elif conversion.expert_by_expert:
-                ((name, target),) = conversion.targets.items()
-                self._fill_experts(shares[name], conversion, target.dtype)
-            else:
-                dtypes = {target.dtype for target in conversion.targets.values()}
-                dtype = dtypes.pop() if len(dtypes) == 1 else None
-                made = conversion.convert(self.model, [(p, s.read().to(dtype)) for p, s in conversion.sources])
-                for name, share in shares.items():
-                    share.fill(made[name])
+        wanted = list({id(c): c for c in (self.by_target[n] for n in tensors if n in self.names)}.values())
+        bar = ProgressBar("loading weights", len(wanted), enabled=rank() == 0 and len(wanted) > 1)
+        with bar:
+            for conversion in wanted:
+                self._fill(conversion, tensors)
+                bar.advance()
         return self.names & set(tensors)
+
+    def _fill(self, conversion: Conversion, tensors: Mapping[str, Tensor]) -> None:
+        shares = {name: Share(tensors[name]) for name in conversion.targets if name in tensors}
+        if all(share.empty for share in shares.values()):
+            return
+        if conversion.converter is None:
+            ((_, stored),) = conversion.sources
+            for share in shares.values():
+                _fill_rows(share, stored)
+        elif conversion.expert_by_expert:
+            ((name, target),) = conversion.targets.items()
+            self._fill_experts(shares[name], conversion, target.dtype)
+        else:
+            dtypes = {target.dtype for target in conversion.targets.values()}
+            dtype = dtypes.pop() if len(dtypes) == 1 else None
+            made = conversion.convert(self.model, [(p, s.read().to(dtype)) for p, s in conversion.sources])
+            for name, share in shares.items():
+                share.fill(made[name])
 
     def _fill_experts(self, share: Share, conversion: Conversion, dtype: torch.dtype) -> None:
         stacks: dict[str, list[StoredTensor]] = {}
