@@ -7,12 +7,14 @@ parameter at a time; what they come to is first found out with the headers alone
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -158,6 +160,17 @@ class StoredWeights:
             return True
         rows = a.shape[0] if a.shape else 1
         return any(not torch.equal(x, b.read(at, at + len(x)).to(x.dtype)) for at, x in a.blocks(0, rows))
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    shown = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.logging.enable_progress_bar()
 
 
 def _conversions(model: PreTrainedModel, stored: dict[str, StoredTensor], state: dict[str, Tensor]) -> list[Conversion]:

@@ -7,7 +7,7 @@ asks by the model's own names, so it does not matter how the model is split, nor
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -60,14 +60,16 @@ class Weights:
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Give these tensors, plain or sharded ones, their values; names are those of the model with its adapters."""
         done = self.initial.fill_adapters(tensors)
-        base = {_base_name(name, self.initial.names): t for name, t in tensors.items() if name not in done}
+        left = {_base_name(name, self.initial.names): t for name, t in tensors.items() if name not in done}
         if self.stored:
-            stored_names = {self._stored_name(name): name for name in base}
-            filled = self.stored.fill({stored: base[name] for stored, name in stored_names.items()})
-            base = {name: base[name] for stored, name in stored_names.items() if stored not in filled}
-        left = {self.tied.get(name, name): tensor for name, tensor in base.items()}
-        missing = set(left) - self.initial.fill(left)
-        assert not missing, f"nothing gives values to {', '.join(sorted(missing)[:3])}"
+            filled: set[str] = set()
+            for names in _one_name_each(left, self._stored_name):
+                here = self.stored.fill({stored: left[name] for stored, name in names.items()})
+                filled |= {names[stored] for stored in here}
+            left = {name: tensor for name, tensor in left.items() if name not in filled}
+        for names in _one_name_each(left, lambda name: self.tied.get(name, name)):
+            missing = set(names) - self.initial.fill({own: left[name] for own, name in names.items()})
+            assert not missing, f"nothing gives values to {', '.join(sorted(missing)[:3])}"
 
     def read(self, name: str) -> Tensor:
         """One parameter or buffer of the model without adapters, whole, on the CPU."""
@@ -94,6 +96,18 @@ class Weights:
 def _base_name(name: str, known: set[str]) -> str:
     """The name of a tensor in the model without adapters, which put themselves around some of its modules."""
     return name if name in known else name.replace(".base_layer", "")
+
+
+def _one_name_each(names: Iterable[str], of: Callable[[str], str]) -> list[dict[str, str]]:
+    """`of(name)` -> name, in as many parts as some have names: tied tensors may be apart, as on a pipeline's stages."""
+    parts: list[dict[str, str]] = []
+    for name in names:
+        key = of(name)
+        part = next((part for part in parts if key not in part), None)
+        if part is None:
+            parts.append(part := {})
+        part[key] = name
+    return parts
 
 
 def _allocate(module: nn.Module, device: torch.device) -> None:
