@@ -33,6 +33,7 @@ from tests.distributed.loading import load
 from tests.tiny import ARCHITECTURES, write_rows
 
 STEPS = 10
+SEED = 5
 
 
 def settings(job: dict[str, Any]) -> tuple[Train, Method]:
@@ -75,7 +76,7 @@ def reference(job: dict[str, Any]) -> dict[str, Any]:
     the model's construction and the loader."""
     train, method = settings(job)
     source = source_of(job)
-    model = build_model(source, source.config(), method, seed=5, meta=False)
+    model = build_model(source, source.config(), method, seed=SEED, meta=False)
     parameters = [p for p in model.parameters() if p.requires_grad]
     embeddings = {id(model.get_input_embeddings().weight)}
     groups = [
@@ -140,7 +141,7 @@ def make_trainer(job: dict[str, Any], directory: Path) -> Trainer:
         method=method,
         train=train,
         dims=ParallelDims(world_size=distributed.world_size(), **sizes),
-        seed=5,
+        seed=SEED,
         device=distributed.local_device(),
         directory=directory,
         identity=job.get("identity", {"job": "test"}),
@@ -353,7 +354,7 @@ def bf16_logits(job: dict[str, Any]) -> dict[str, Any]:
     weights = all_weights(trainer)
     if distributed.rank() == 0:
         source = source_of(job)
-        plain = build_model(source, source.config(), trainer.method, seed=5, meta=False).eval()
+        plain = build_model(source, source.config(), trainer.method, seed=SEED, meta=False).eval()
         found["untrained"] = plain(input_ids=row).logits.detach()
         plain.load_state_dict(weights)
         found["plain"] = plain(input_ids=row).logits.detach()

@@ -149,7 +149,7 @@ def _write_measured(base: Path, target: Path, results: Any) -> None:
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 def test_writing_holds_two_tensors(stored: torch.dtype, tmp_path: Path) -> None:
-    """Resident memory, see tests/distributed/loading.py; 140 MB of parameters, the largest 17 MB."""
+    """Resident memory, see tests/distributed/loading.py; 130 MB of parameters, the largest 17 MB."""
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**MODELS["big"]), dtype=stored)
     sizes = [4 * p.numel() for p in model.parameters()]
     model.save_pretrained(tmp_path / "base")
