@@ -33,7 +33,7 @@ from tests.distributed.loading import load
 from tests.tiny import ARCHITECTURES, write_rows
 
 STEPS = 10
-SEED = 5
+SEED = 4
 
 
 def settings(job: dict[str, Any]) -> tuple[Train, Method]:
