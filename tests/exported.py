@@ -8,7 +8,12 @@ from tests.tiny_tokenizer import CHATML, tiny_tokenizer
 
 
 def tiny_export(
-    path: Path, *, chat_template: str | None = CHATML, head_dim: int = 32, tie_word_embeddings: bool = False
+    path: Path,
+    *,
+    chat_template: str | None = CHATML,
+    head_dim: int = 32,
+    num_key_value_heads: int = 1,
+    tie_word_embeddings: bool = False,
 ) -> Path:
     """Save model and tokenizer to `path`; the same arguments give the same weights."""
     import torch
@@ -23,7 +28,7 @@ def tiny_export(
         intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=2,
-        num_key_value_heads=1,
+        num_key_value_heads=num_key_value_heads,
         head_dim=head_dim,
         max_position_embeddings=512,
         initializer_range=0.2,

@@ -1,4 +1,5 @@
-"""Every stage for real on a tiny model: an untouched model, LoRA on two processes, and pretraining with a tokenizer."""
+"""Every stage for real on a tiny model: untouched, LoRA on FSDP2 x TP, full on PP x FSDP2, and pretraining in one
+process with a tokenizer of its own."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ defaults:
     verify_serving.threads: 1
 runs:
   base: {method.name: none}
-  lora: {parallelism.dp_shard: 2, method.lora.rank: 4}
+  lora: {parallelism: {dp_shard: 2, tp: 2}, method.lora.rank: 4}
+  full: {method.name: full, parallelism: {pp: 2, dp_shard: 2}}
   pretrain:
     method.name: pretrain
     model:
@@ -56,7 +58,7 @@ runs:
 def done(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """The experiment, finished."""
     project = make_project(tmp_path_factory.mktemp("end"), EXPERIMENT)
-    tiny_export(project.path / "local/llama", tie_word_embeddings=True)
+    tiny_export(project.path / "local/llama", num_key_value_heads=2, tie_word_embeddings=True)
     rows = [
         {"text": f"Row {i}: the answer to {i} + {i + 1} is {2 * i + 1}, and the fox jumps {i} times."}
         for i in range(80)
@@ -73,15 +75,16 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 def test_every_run_has_its_row(done: Project) -> None:
     scores = pd.read_csv(done.path / "results/tiny/report/results.csv")
-    assert set(scores["run"]) == {"base", "lora", "pretrain"}
+    assert set(scores["run"]) == {"base", "lora", "full", "pretrain"}
     value = scores[scores["metric"] == "bits_per_byte"].set_index("run")["value"]
     assert value["lora"] < value["base"]  # six steps help a random model
+    assert value["full"] < value["base"]
     page = (done.path / "results/tiny/report/index.html").read_text()
-    assert all(text in page for text in ("base", "lora", "pretrain", "text_perplexity", "<svg"))
+    assert all(text in page for text in ("base", "lora", "full", "pretrain", "text_perplexity", "<svg"))
 
 
 def test_training_went_down_and_left_a_checkpoint(done: Project) -> None:
-    for run, ranks in {"lora": 2, "pretrain": 1}.items():
+    for run, ranks in {"lora": 4, "full": 4, "pretrain": 1}.items():
         folder = done.path / f"results/tiny/{run}/train"
         losses = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
         summary = read_json(folder / "summary.json")
@@ -91,15 +94,34 @@ def test_training_went_down_and_left_a_checkpoint(done: Project) -> None:
         assert (folder / summary["checkpoint"]).is_dir()
 
 
+def test_a_mesh_gives_the_curve_of_one_process(done: Project, tmp_path: Path) -> None:
+    for run in ("lora", "full"):
+        config = read_json(done.path / f"results/tiny/{run}/config.json")
+        config["parallelism"] = {"strategy": "none"}
+        used = read_json(done.path / f"results/tiny/{run}/train/summary.json")["provenance"]["identity"]
+        model = done.path / "results/store/models" / used["model"]["store"]
+        tokens = done.path / "results/store/tokens" / used["tokens"]["store"]
+        command = [sys.executable, "-m", "dayzero.stages.train", "--config", json.dumps(config)]
+        command += ["--model", str(model), "--tokens", str(tokens), "--output", str(tmp_path / run)]
+        finished = subprocess.run(command, cwd=done.path, text=True, capture_output=True)
+        assert finished.returncode == 0, finished.stderr
+        found, want = (
+            [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            for folder in (done.path / f"results/tiny/{run}/train", tmp_path / run)
+        )
+        for key in ("loss", "grad_norm"):
+            assert [r[key] for r in found] == pytest.approx([r[key] for r in want], rel=1e-4), (run, key)
+
+
 def test_served_models_agree(done: Project) -> None:
-    for run in ("base", "lora", "pretrain"):
+    for run in ("base", "lora", "full", "pretrain"):
         assert read_json(done.path / f"results/tiny/{run}/serve/parity.json")["verdict"] == "pass"
 
 
 def test_exported_models_load(done: Project) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    for run in ("base", "lora", "pretrain"):
+    for run in ("base", "lora", "full", "pretrain"):
         folder = done.path / f"results/tiny/{run}/model"
         model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
         assert len(tokenizer) <= model.config.vocab_size
@@ -118,7 +140,7 @@ def test_everything_carries_its_provenance_and_its_log(done: Project) -> None:
         )
         for path in (done.path / "results").glob(pattern)
     ]
-    assert len(written) == 5 + 2 + 3 * 3  # data, model, tokenizer and two of tokens; two trained of three runs
+    assert len(written) == 5 + 3 + 4 * 3  # data, model, tokenizer and two of tokens; three trained of four runs
     for path in written:
         assert read_json(path)["provenance"]["packages"], path
     for stage in ("train", "export", "evaluate", "verify_serving"):
