@@ -16,7 +16,7 @@ from dayzero.files import read_json
 from tests.exported import tiny_export
 from tests.workflow.project import Project, make_project
 
-pytestmark = [pytest.mark.workflow, pytest.mark.end_to_end]
+pytestmark = [pytest.mark.workflow, pytest.mark.end_to_end, pytest.mark.timeout(1800)]
 
 EXPERIMENT = """
 description: every stage on a tiny model
