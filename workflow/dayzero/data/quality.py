@@ -186,7 +186,7 @@ def check_split(
     Raises DataError for a file that cannot be read.
     """
     try:
-        source = pq.ParquetFile(file, memory_map=True)
+        source = pq.ParquetFile(file)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"cannot read {file} ({error}): fetch the data again") from error
     rows = source.metadata.num_rows
