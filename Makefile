@@ -2,6 +2,7 @@
 LOCK ?= envs/lock-cpu.txt
 EXPERIMENT ?= demo
 RUN ?= lora
+ROW ?= 0
 HOST ?= 127.0.0.1
 PORT ?= 8000
 PYTEST_ARGS ?=
@@ -10,10 +11,11 @@ export PYTHON TORCH_INDEX_URL
 
 BIN := .venv/bin
 RESULTS := results/$(EXPERIMENT)
+INSPECT = $(BIN)/python -m dayzero.stages.inspect_rows --experiment $(EXPERIMENT) --run $(RUN)
 SNAKEMAKE = $(BIN)/snakemake --cores all --config experiment=$(EXPERIMENT) --
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-full lint serve clean
+.PHONY: help env demo inspect test test-full lint serve clean
 
 help:
 	@echo "make demo             set up everything, run the default experiment from end to end, print its scores"
@@ -21,6 +23,7 @@ help:
 	@echo "make test-full        every test and the whole matrix of meshes, methods and models (about an hour)"
 	@echo "make lint             ruff, mypy, import-linter, snakefmt, snakemake --lint"
 	@echo "make env              only install, into .venv (LOCK=envs/lock-gpu.txt with an NVIDIA GPU and CUDA 13)"
+	@echo "make inspect RUN=lora ROW=0   a row of a run's tokens with what is supervised coloured (EXPERIMENT=demo)"
 	@echo "make serve RUN=lora   an OpenAI-compatible server on a run's model (EXPERIMENT=demo HOST=127.0.0.1 PORT=8000)"
 	@echo "make clean            remove .venv and caches; results/ stays"
 	@echo "PYTHON=/path/to/python3.12 chooses the interpreter; TORCH_INDEX_URL=... adds a wheel index for torch."
@@ -45,6 +48,10 @@ lint: env
 	$(BIN)/lint-imports
 	$(BIN)/snakefmt --check Snakefile workflow/rules
 	$(BIN)/snakemake --lint
+
+inspect: env
+	$(SNAKEMAKE) $$($(INSPECT) --print-target)
+	@$(INSPECT) --row $(ROW)
 
 serve: env
 	$(SNAKEMAKE) $(RESULTS)/$(RUN)/model/manifest.json
