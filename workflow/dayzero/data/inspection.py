@@ -89,7 +89,7 @@ def print_rows(views: list[RowView], console: Console) -> None:
     for view in views:
         console.rule(f"[bold]row {view.index}[/] · {_count(len(view.documents), 'document')}", style="bold")
         for number, document in enumerate(view.documents, 1):
-            console.rule(Text(_heading(number, document)), align="left", style="dim")
+            console.print(Text(f"── {_heading(number, document)}", "bold"), soft_wrap=True)
             text = Text()
             for piece in document.pieces:
                 style = "green underline" if piece.supervised else "dim"
