@@ -104,7 +104,10 @@ def test_command_line_overrides(tiny: Project) -> None:
                 "command line: runs.lo: no such run; did you mean low?",
             ],
         ),
-        (["set=data.source=nothing.jsonl"], ["data.source = 'nothing.jsonl': no such file or directory"]),
+        (
+            ["set=data.source=[nothing.jsonl,local/more.jsonl]"],
+            ["data.source = 'nothing.jsonl': no such file or directory"],
+        ),
         (
             ["set=train.global_batch_size=6"],
             [
