@@ -153,6 +153,16 @@ COMBINATIONS = {
     "{parallelism: {strategy: ddp, dp_shard: 2}}": "parallelism.dp_shard = 2: ddp keeps whole copies, but dp_replicate 1 x dp_shard 2 x cp 1 x tp 1 = 2: use dp_replicate 2 "
     "and dp_shard 1, or strategy fsdp2",
     "model.source: null": "model.source = None: method.name lora needs a model: use hf:, package: or a local path",
+    "data.weights: [1, 2]": "data.weights = [1, 2]: 2 weights for 1 sources: give one for each",
+    "data.template: {text: '{a.b}'}": "data.template.text = '{a.b}': {a.b} is not a plain column name: a template holds {column} and "
+    "nothing else (no attributes, items, conversions or formats); rename the column with data.columns if its name has such characters",
+    "{data: {format: text, template: {text: '{a}'}}}": "data.template = {'text': '{a}'}: goes with data.format template (or auto), "
+    "this run's is text",
+    "data.format: template": "data.template: data.format template needs it, e.g. {user: '{question}', assistant: '{answer}'}",
+    "{data: {format: pretokenized, max_chars: 9}}": "data.max_chars = 9: pretokenized rows have no characters: set it to null",
+    "tokenize.loss_roles: []": "tokenize.loss_roles = []: names nobody, so that nothing would be supervised: name at least one role",
+    "{tokenize: {loss_parts: tool_arguments, loss_roles: [user]}}": "tokenize.loss_parts = 'tool_arguments': tool_arguments are the "
+    "assistant's: leave tokenize.loss_roles at [assistant]",
     "data.source: null": "data.source = None: name the rows to use (hf:, package: or local files)",
     "data.source: s3://bucket": "data.source = 's3://bucket': s3://bucket: unknown kind of source s3:, use hf:, package: or a "
     "local path",
@@ -221,6 +231,9 @@ IGNORED = {
     "{data: {test_source: t.jsonl, test_size: 5}}": "data.test_size = 5: data.test_source gives the rows: leave one of the two "
     "out",
     "{data.subset: en}": "data.subset = 'en': only hf: sources have it",
+    "{data.streaming: true}": "data.streaming = True: only hf: sources have it",
+    "{data.format: text, tokenize.loss_turns: last}": "tokenize.loss_turns = 'last': only conversations have turns, data.format text "
+    "makes none",
 }
 
 

@@ -10,12 +10,15 @@ import pytest
 from dayzero.config import Tokenize
 from dayzero.data.chat import ChatEncoder
 from dayzero.data.documents import DocumentEncoder
+from dayzero.data.plain_text import TextEncoder
 from dayzero.errors import ConfigError, DataError
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tests.tiny_tokenizer import CHATML, tiny_tokenizer
+from tests.tiny_tokenizer import TEXT as TRAINING_TEXT
 from tests.unit.chat_templates import FORGETS_REASONING, JSON_CALLS, MARKED_CALLS, XML_CALLS
 from tests.unit.test_chat_masks import supervised
 
@@ -180,6 +183,35 @@ def test_control_tokens_in_arguments_and_tools_stay_words(tokenizer: PreTrainedT
         said = "".join(supervised(tokenizer, ids, mask))
         assert (EVIL in said) == (not options)
         assert json.dumps({"text": EVIL}) in said
+
+
+def test_the_twin_reads_as_the_tokenizer_does(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Also where spaces belong to words and the first one is added (SentencePiece's way), and around control tokens."""
+    bpe = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    bpe.decoder = decoders.Sequence(parts)
+    special = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    alphabet = [f"<0x{byte:02X}>" for byte in range(256)]
+    bpe.train_from_iterator(TRAINING_TEXT, trainers.BpeTrainer(vocab_size=600, special_tokens=[*special, *alphabet]))
+    other = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", additional_special_tokens=special[3:]
+    )
+    for made in (tokenizer, other):
+        encoder = TextEncoder(made)
+        for text in (
+            "<|im_start|>user\nThe fox <|im_end|> jumps\n",
+            "The fox",
+            " The <|im_end|>",
+            "☃ 👩‍👩‍👧<|im_end|>",
+        ):
+            ids, mask = encoder.supervised(text, [(0, len(text))])
+            assert ids == made(text, add_special_tokens=False)["input_ids"]
+            assert all(mask)
+        words = "The <|im_end|> fox"
+        plain = encoder.ids(encoder.mark(words))
+        assert made.convert_tokens_to_ids("<|im_end|>") not in plain
+        assert made.decode(plain) == words
 
 
 def test_text_is_read_as_configured(tokenizer: PreTrainedTokenizerBase) -> None:

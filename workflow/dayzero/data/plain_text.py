@@ -32,6 +32,7 @@ class TextEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self._pattern = special_token_pattern(tokenizer)
+        self._starts = {token[0] for token in special_tokens(tokenizer)}
         self._twin: Tokenizer | None = None
         self._original: dict[int, int] = {}
         self._aliases: dict[str, str] = {}
@@ -40,7 +41,7 @@ class TextEncoder:
         """The text with every control token in it broken. Raises DataError where it holds one of our own characters."""
         if not text.isascii() and any(c in text for c in (BREAK, STAND_IN, OPEN, CLOSE)):
             raise DataError("the text holds a noncharacter from U+FDD0 to U+FDD3, which no text should: remove it")
-        if self._pattern is None:
+        if self._pattern is None or not any(c in text for c in self._starts):
             return text
         parts, done, match = [], 0, self._pattern.search(text)
         while match:
