@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 WINDOW_TOKENS, WINDOW_DOCUMENTS = 2**23, 2**20
-"""A window is full with so many tokens (5 bytes each, at times thrice in memory) or documents."""
+"""A window is full with so many tokens (5 bytes each, about three times in memory) or documents."""
 WINDOW_ROWS = 256
 """Rows that a window holds at least, however long they are."""
 CARRIED = 4
@@ -48,11 +48,36 @@ class Documents:
             at += length
         return Documents(ids, mask, lengths, self.document_ids[order])
 
-    @staticmethod
-    def join(parts: list[Documents]) -> Documents:
-        """The documents of all parts, one after another."""
-        names = Documents.__dataclass_fields__
-        return Documents(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+
+class _Window:
+    """Documents waiting to be packed, in a buffer that is filled again and again."""
+
+    def __init__(self, tokens: int) -> None:
+        self._input_ids, self._loss_mask = np.empty(tokens, np.int32), np.empty(tokens, np.bool_)
+        self._lengths: list[NDArray[np.int64]] = []
+        self._document_ids: list[NDArray[np.int64]] = []
+        self.num_tokens = self.num_documents = 0
+
+    def add(self, part: Documents) -> None:
+        start, stop = self.num_tokens, self.num_tokens + len(part.input_ids)
+        if stop > len(self._input_ids):
+            more = stop - len(self._input_ids) + len(self._input_ids) // 8
+            self._input_ids = np.concatenate([self._input_ids, np.empty(more, np.int32)])
+            self._loss_mask = np.concatenate([self._loss_mask, np.empty(more, np.bool_)])
+        self._input_ids[start:stop], self._loss_mask[start:stop] = part.input_ids, part.loss_mask
+        self._lengths.append(part.lengths)
+        self._document_ids.append(part.document_ids)
+        self.num_tokens, self.num_documents = stop, self.num_documents + len(part.lengths)
+
+    def documents(self) -> Documents:
+        """All of them, as views that the next `add` after `clear` writes over."""
+        lengths, document_ids = np.concatenate(self._lengths), np.concatenate(self._document_ids)
+        used = slice(0, self.num_tokens)
+        return Documents(self._input_ids[used], self._loss_mask[used], lengths, document_ids)
+
+    def clear(self) -> None:
+        self._lengths, self._document_ids = [], []
+        self.num_tokens = self.num_documents = 0
 
 
 def pack_stream(
@@ -68,21 +93,18 @@ def pack_stream(
     Yields documents in row order with the number of documents in each row, [R]; never an empty share.
     """
     window_tokens = window_tokens or max(WINDOW_TOKENS, WINDOW_ROWS * seq_len)
-    waiting: list[Documents] = []
-    tokens = documents = 0
+    waiting = _Window(window_tokens)
     for part in parts:
-        waiting.append(part)
-        tokens, documents = tokens + len(part.input_ids), documents + len(part.lengths)
-        if tokens >= window_tokens or documents >= WINDOW_DOCUMENTS:
-            window = Documents.join(waiting)
-            order, counts, carried = pack_window(window.lengths, seq_len)
+        waiting.add(part)
+        if waiting.num_tokens >= window_tokens or waiting.num_documents >= WINDOW_DOCUMENTS:
+            window = waiting.documents()
+            order, counts, back = pack_window(window.lengths, seq_len)
+            carried = window.take(back)
             yield window.take(order), counts
-            waiting = [window.take(carried)]
-            tokens, documents = len(waiting[0].input_ids), len(carried)
-            del window
-    if documents:
-        window = Documents.join(waiting)
-        waiting.clear()
+            waiting.clear()
+            waiting.add(carried)
+    if waiting.num_documents:
+        window = waiting.documents()
         order, counts = best_fit_rows(window.lengths, seq_len)
         yield window.take(order), counts
 
