@@ -236,8 +236,10 @@ class Train(_Section):
 class Parallelism(_Section):
     """How the ranks share the work; the world size is the product of the sizes."""
 
-    strategy: Literal["fsdp2", "ddp", "none"] = "fsdp2"
-    """none: one bare process without wrappers, the reference that all others are compared with."""
+    strategy: Literal["fsdp2", "ddp", "megatron_fsdp", "none"] = "fsdp2"
+    """megatron_fsdp: NVIDIA's Megatron-FSDP (NVIDIA GPUs and the package megatron-fsdp), over dp_shard alone; not with
+    lora, compile or tied weights. none: one bare process without wrappers, the reference that all others are compared
+    with."""
     dp_replicate: PositiveInt = 1
     """Data-parallel replicas (all of them for ddp; HSDP when dp_shard > 1 too)."""
     dp_shard: PositiveInt = 1

@@ -242,6 +242,14 @@ def _parallelism(run: RunConfig) -> Iterator[tuple[str, str]]:
         yield error.key, error.reason
     if run.train.compile and run.parallelism.pp_schedule == "zero_bubble":
         yield "train.compile", "does not go with pp_schedule zero_bubble, which splits backward passes: turn one off"
+    if run.parallelism.strategy == "megatron_fsdp":
+        if run.train.compile:
+            yield "train.compile", "is not tried with parallelism.strategy megatron_fsdp: turn it off, or use fsdp2"
+        if run.method.name == "lora":
+            yield (
+                "parallelism.strategy",
+                "method.name lora freezes weights, which Megatron-FSDP frees while they are still needed: use fsdp2",
+            )
 
 
 def _other(run: RunConfig) -> Iterator[tuple[str, str]]:

@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dayzero.console import log
 from dayzero.engine.distributed import gather_objects, rank
+from dayzero.engine.megatron_fsdp import has_unequal_shards, locate_shards
 from dayzero.errors import ConfigError
 from dayzero.files import read_json
 
@@ -54,7 +55,8 @@ def state_of(
         name = names[id(parameter)]
         own = {f"optimizer.{copies.get(name, name)}.{key}": value for key, value in values.items()}
         moments = own | moments if name in copies else moments | own
-    return cast(dict[str, Tensor], state | moments)
+    everything = cast(dict[str, Tensor], state | moments)
+    return locate_shards(everything, for_saving=for_saving) if has_unequal_shards(model) else everything
 
 
 def load_checkpoint(

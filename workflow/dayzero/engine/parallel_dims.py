@@ -10,7 +10,7 @@ from dayzero.errors import ConfigError
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-STRATEGIES = ("fsdp2", "ddp", "none")
+STRATEGIES = ("fsdp2", "ddp", "megatron_fsdp", "none")
 SCHEDULES = ("1f1b", "interleaved", "zero_bubble")
 
 
@@ -64,6 +64,8 @@ class ParallelDims:
             )
         if self.strategy == "ddp" and self.tp * self.cp != 1:
             raise SizeError("parallelism.strategy", f"ddp splits only rows, but {equation}: use fsdp2 with tp and cp")
+        if self.strategy == "megatron_fsdp" and product != self.dp_shard:
+            raise SizeError("parallelism.strategy", f"megatron_fsdp has dp_shard alone, but {equation}: use fsdp2")
         if self.sequence_parallel and self.tp == 1:
             raise SizeError("parallelism.sequence_parallel", "is on, but tp is 1: set tp, or turn it off")
         self._check_pp(equation)

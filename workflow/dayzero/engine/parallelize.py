@@ -1,6 +1,7 @@
 """All parallelism is applied here, in one order. The model's own code stays single-device.
 
-pipeline -> tensor parallelism -> expert parallelism -> activation checkpointing -> compile -> FSDP2 | DDP
+pipeline -> tensor parallelism -> expert parallelism -> activation checkpointing -> compile
+-> FSDP2 | DDP | Megatron-FSDP
 
 - The pipeline comes first: what a rank does not hold need not be split, wrapped or sharded.
 - Tensor parallelism comes before FSDP2, which then shards what is left of each matrix, on the other mesh axes.
@@ -9,7 +10,7 @@ pipeline -> tensor parallelism -> expert parallelism -> activation checkpointing
 - Adapters are in the model already: put in after sharding they would differ between ranks, with no error.
 - Activation checkpointing comes before compile, so that the compiler sees (and may fuse) the recomputation.
 - Compile comes before FSDP2, so that its hooks stay outside the compiled graphs.
-- FSDP2 shards the empty model before it has any memory; DDP copies one that has its values.
+- FSDP2 shards the empty model before it has any memory; DDP copies, and Megatron-FSDP shards, one that has its values.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from dayzero.engine.context_parallel import recalled
 from dayzero.engine.distributed import local_device
 from dayzero.engine.expert_parallel import apply_expert_parallel, layer_placement, shard_experts
 from dayzero.engine.loss import CausalLMWithLoss
+from dayzero.engine.megatron_fsdp import check_megatron_fsdp, shard_module
 from dayzero.engine.parallel_dims import ParallelDims
 from dayzero.engine.pipeline_cut import Anatomy
 from dayzero.engine.pipeline_parallel import Pipeline
@@ -93,6 +95,12 @@ def parallelize(
             fully_shard(root, mesh=data_mesh, mp_policy=policy, **kept)
         load()
         return module, partial_parameters(module, partial_modules), pipeline
+    if dims.strategy == "megatron_fsdp":
+        assert mesh is not None
+        check_megatron_fsdp(module.model)
+        load()
+        shard_module(module, layers, mesh)
+        return module, [], None
     load()
     if dims.strategy == "ddp":
         return DistributedDataParallel(module, device_mesh=mesh), [], None

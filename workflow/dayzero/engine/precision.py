@@ -20,7 +20,8 @@ def mixed_precision_policy(precision: str) -> MixedPrecisionPolicy:
 
 
 def autocast(precision: str, strategy: str, device: torch.device) -> AbstractContextManager[object]:
-    """Where no FSDP2 policy casts (ddp, none), bf16 means torch's autocast over float32 weights."""
+    """Where no FSDP2 policy casts (ddp, megatron_fsdp, none), bf16 means torch's autocast over float32 weights."""
     if precision == "bf16" and strategy != "fsdp2":
-        return torch.autocast(device.type, dtype=torch.bfloat16)
+        # kept for the next use, the bfloat16 weights of all layers would stay on a rank that holds a share of them
+        return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=strategy != "megatron_fsdp")
     return nullcontext()

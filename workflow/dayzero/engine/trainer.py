@@ -31,6 +31,7 @@ from dayzero.engine.expert_parallel import average_expert_gradients
 from dayzero.engine.lora import warn_of_frozen_experts
 from dayzero.engine.loss import IGNORE, CausalLMWithLoss
 from dayzero.engine.lr_scheduler import lr_factor
+from dayzero.engine.megatron_fsdp import adapt_optimizer, has_unequal_shards, require_gradients, whole_parameters
 from dayzero.engine.metrics import MetricsLog, peak_memory_gib
 from dayzero.engine.model import ModelSource, count_parameters, share_weights
 from dayzero.engine.optimizer import build_optimizer, clip_grad_norm
@@ -119,6 +120,8 @@ class Trainer:
         )
         self.copies = self.pipeline.copies_here() if self.pipeline else frozenset[int]()
         self.optimizer = build_optimizer(self.module, self.train.optimizer, copies=self.copies)
+        if has_unequal_shards(self.module):
+            adapt_optimizer(self.optimizer)
         self.metrics = MetricsLog(self.checkpoints / "metrics.jsonl", enabled=self.is_main)
         self.writer = CheckpointWriter(self.checkpoints, self.train.checkpoint)
 
@@ -211,6 +214,8 @@ class Trainer:
         router_weight = self.router_coefficient * max(num_labels, 1) / num_rows
         loss_sum = self._backward(batch.micro_batches, scale, router_weight)
         loss_value = self._sum_over_tokens(loss_sum) / max(num_labels, 1)
+        if has_unequal_shards(self.module):
+            require_gradients(self.module)
         if self.partial:
             assert self.mesh is not None
             sum_partial_gradients(self.partial, self.mesh.get_group("tp"))
@@ -312,6 +317,9 @@ class Trainer:
         return self._whole_weights(frozen=True)
 
     def _whole_weights(self, *, frozen: bool) -> dict[str, Tensor]:
+        if has_unequal_shards(self.module):
+            # none is frozen
+            return {name.removeprefix("model."): whole for name, whole in whole_parameters(self.module).items()}
         options = StateDictOptions(
             full_state_dict=True, cpu_offload=self.pipeline is None, ignore_frozen_params=not frozen
         )

@@ -62,11 +62,14 @@ def _launch(args: argparse.Namespace, arguments: list[str]) -> None:
     from dayzero.data.tokens import TokenRows
     from dayzero.engine import checkpoint
     from dayzero.engine.launch import EXIT_INTERRUPTED, run_torchrun
+    from dayzero.engine.megatron_fsdp import require_megatron_fsdp
     from dayzero.engine.parallel_dims import ParallelDims
 
     run = _read_run(args)
     sizes = run.parallelism.model_dump()
     dims = ParallelDims(world_size=run.parallelism.world_size, **sizes)
+    if dims.strategy == "megatron_fsdp":
+        require_megatron_fsdp()
     dims.grad_accum_steps(run.train.global_batch_size, run.train.local_batch_size)
     check_rows(TokenRows(args.tokens / "train", run.tokenize.seq_len), dims.dp)  # before any process is started
     if run.train.checkpoint.keep_best and not (args.tokens / "validation").is_dir():
@@ -113,13 +116,14 @@ def _check_fit(run: RunConfig, args: argparse.Namespace, dims: ParallelDims) -> 
             f"{args.tokens} has the token id {largest}, but the model's vocab_size is {vocab_size}: use the model's "
             "own tokenizer, or a larger model.architecture.vocab_size"
         )
-    if dims.pp > 1 or dims.ep > 1 or dims.tp > 1 or run.train.router_aux_loss_coef:
+    if dims.pp > 1 or dims.ep > 1 or dims.tp > 1 or run.train.router_aux_loss_coef or dims.strategy == "megatron_fsdp":
         _check_model(run, args, dims)
 
 
 def _check_model(run: RunConfig, args: argparse.Namespace, dims: ParallelDims) -> None:
     """Hold what the config says of layers and experts against the model without weights. Raises `ConfigError`."""
     from dayzero.engine.expert_parallel import check_expert_parallel
+    from dayzero.engine.megatron_fsdp import check_megatron_fsdp
     from dayzero.engine.model import build_model
     from dayzero.engine.pipeline_cut import check_pipeline
     from dayzero.engine.router_loss import router_loss_coefficient
@@ -128,6 +132,8 @@ def _check_model(run: RunConfig, args: argparse.Namespace, dims: ParallelDims) -
     source = _source(run, args)
     model = build_model(source, source.config(args.tokenizer), run.method, run.seed, meta=True)
     router_loss_coefficient(model, run.train.router_aux_loss_coef, dims)
+    if dims.strategy == "megatron_fsdp":
+        check_megatron_fsdp(model)
     if dims.ep > 1:
         check_expert_parallel(model, dims.ep)
     if dims.pp > 1:
@@ -156,8 +162,11 @@ def _rank(args: argparse.Namespace) -> None:
 
     from dayzero.engine import distributed
     from dayzero.engine.launch import EXIT_INTERRUPTED, errors_reported, reports_errors
+    from dayzero.engine.megatron_fsdp import require_megatron_fsdp
     from dayzero.engine.trainer import Interrupted
 
+    if run.parallelism.strategy == "megatron_fsdp":
+        require_megatron_fsdp()
     handlers = log.handlers
     with distributed.process_group() as device, errors_reported(distributed.rank()):
         if distributed.rank() != 0:
