@@ -39,8 +39,8 @@ SEED = 4
 
 EPS = 1e-6
 """Of Adam. An element whose gradient is all but zero (in lora_A, whose lora_B starts at zero) has rounding for a
-gradient, about 1e-9 here; with the usual 1e-8 Adam makes steps of it that differ by up to 1e-4 between any two orders of
-summation."""
+gradient, about 1e-9 here; with the usual 1e-8 Adam makes steps of it that differ by up to 1e-4 between any two orders
+of summation."""
 
 
 def settings(job: dict[str, Any]) -> tuple[Train, Method]:
