@@ -55,7 +55,7 @@ def cell(run: str, model: str, method: str, rows: str, folder: Path, **sizes: An
         "method": method,
         "packed": rows == "packed",
         "rows": str(folder / f"rows-{rows}"),
-        "folder": str(folder / "-".join([name, *map(str, sizes.values())])),
+        "folder": str(folder / "-".join([name, *(f"{k}={v}" for k, v in sizes.items())])),
         "local_batch_size": 1,
         **{"strategy": "fsdp2", **sizes},
     }

@@ -140,7 +140,9 @@ def test_everything_carries_its_provenance_and_its_log(done: Project) -> None:
         )
         for path in (done.path / "results").glob(pattern)
     ]
-    assert len(written) == 5 + 3 + 4 * 3  # data, model, tokenizer and two of tokens; three trained of four runs
+    assert (
+        len(written) == 6 + 3 + 4 * 3
+    )  # data and its check, model, tokenizer, two of tokens; three trained of four runs
     for path in written:
         assert read_json(path)["provenance"]["packages"], path
     for stage in ("train", "export", "evaluate", "verify_serving"):
