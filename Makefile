@@ -20,7 +20,7 @@ SNAKEMAKE = $(BIN)/snakemake --cores all --config experiment=$(EXPERIMENT) --
 help:
 	@echo "make demo             set up everything, run the default experiment from end to end, print its scores"
 	@echo "make test             every test (PYTEST_ARGS=... for pytest)"
-	@echo "make test-full        every test and the whole matrix of meshes, methods and models (about an hour)"
+	@echo "make test-full        every test and the whole matrix of meshes, methods and models"
 	@echo "make lint             ruff, mypy, import-linter, snakefmt, snakemake --lint"
 	@echo "make env              only install, into .venv (LOCK=envs/lock-gpu.txt with an NVIDIA GPU and CUDA 13)"
 	@echo "make inspect RUN=lora ROW=0   a row of a run's tokens with what is supervised coloured (EXPERIMENT=demo)"
