@@ -1,4 +1,4 @@
-"""strategy megatron_fsdp: NVIDIA's Megatron-FSDP (https://pypi.org/project/megatron-fsdp/) in place of FSDP2.
+"""strategy megatron_fsdp: NVIDIA's Megatron-FSDP (the package megatron-fsdp) in place of FSDP2.
 
 It gathers a layer's parameters on a stream of its own, one layer ahead, from one flat buffer for each layer. What is
 used is the package's `experimental.fully_shard`, which works on modules in place as FSDP2 does. Weights, gradients and
