@@ -38,7 +38,7 @@ from dayzero.engine.optimizer import build_optimizer, clip_grad_norm
 from dayzero.engine.packing import packing_leak
 from dayzero.engine.parallel_dims import ParallelDims
 from dayzero.engine.parallelize import parallelize
-from dayzero.engine.pipeline_cut import anatomy
+from dayzero.engine.pipeline_cut import Anatomy, anatomy
 from dayzero.engine.precision import autocast
 from dayzero.engine.router_loss import RouterLoss, router_loss_coefficient
 from dayzero.engine.signals import StopRequest
@@ -105,6 +105,7 @@ class Trainer:
         self.context: ContextParallel | None = None
         if self.dims.cp > 1:
             self.context = ContextParallel(self.dims.build_cp_mesh(self.device.type).get_group(), self.dims.cp_method)
+        self.anatomy: Anatomy | None = None
         bare = self._empty_module()
         model = bare.model
         self.vocab_size: int = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
@@ -128,7 +129,8 @@ class Trainer:
     def _empty_module(self) -> CausalLMWithLoss:
         """The model with its loss, on the meta device."""
         model = self.weights.empty_model()
-        self.anatomy = anatomy(model, self.dims.pp) if self.dims.pp > 1 else None
+        if self.dims.pp > 1 and self.anatomy is None:
+            self.anatomy = anatomy(model, self.dims.pp)
         if self.dims.cp > 1:
             use_context_parallel(model, self.dims.cp, self.dims.cp_method)
         router_loss = None
