@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.distributed.launch import run_ranks
+from tests.distributed.test_parity import job
 
 MESHES: dict[str, tuple[int, dict[str, Any]]] = {
     "ddp": (2, {"strategy": "ddp", "dp_replicate": 2}),
@@ -47,18 +48,10 @@ def references(folder: Path) -> list[dict[str, Any]]:
 
 
 def cell(run: str, model: str, method: str, rows: str, folder: Path, **sizes: Any) -> dict[str, Any]:
+    made = job(run, model, method, rows, folder, **{"strategy": "fsdp2", "local_batch_size": 1, **sizes})
     name = "-".join([run, model, method, rows])
-    return {
-        "name": name,
-        "run": run,
-        "model": model,
-        "method": method,
-        "packed": rows == "packed",
-        "rows": str(folder / f"rows-{rows}"),
-        "folder": str(folder / "-".join([name, *(f"{k}={v}" for k, v in sizes.items())])),
-        "local_batch_size": 1,
-        **{"strategy": "fsdp2", **sizes},
-    }
+    place = folder / "-".join([name, *(f"{k}={v}" for k, v in sizes.items())])
+    return {**made, "name": name, "folder": str(place), "validate": False}
 
 
 def run_mesh(mesh: str, folder: Path) -> dict[str, dict[str, Any]]:
