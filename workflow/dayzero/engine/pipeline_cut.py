@@ -151,7 +151,7 @@ class _Trace:
     output: tuple[type, int]
 
 
-class _AnyValue(TorchFunctionMode):
+class AnyValue(TorchFunctionMode):
     """Lets code that looks at values run on the meta device, where there are none: every value is true or 1."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -228,7 +228,7 @@ def _trace_in(
         for module in tried.get_submodule(end).modules():
             module.register_forward_pre_hook(lambda *_, end=end: called[len(leaves) > 0].add(end))
     ids = torch.zeros(1, 8, dtype=torch.long, device="meta")
-    with torch.device("meta"), _AnyValue(), torch.enable_grad():
+    with torch.device("meta"), AnyValue(), torch.enable_grad():
         logits = tried(input_ids=ids, use_cache=False).logits
     if len(leaves) != len(layers) + 1:
         raise refuse(f"only {len(leaves) - 1} of its {len(layers)} layers are called")

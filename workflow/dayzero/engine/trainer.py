@@ -27,7 +27,9 @@ from dayzero.console import ProgressBar, log
 from dayzero.engine import checkpoint, distributed
 from dayzero.engine.checkpoint_writer import CheckpointWriter
 from dayzero.engine.context_parallel import ContextParallel, use_context_parallel
+from dayzero.engine.device_peaks import peak_flops
 from dayzero.engine.expert_parallel import average_expert_gradients
+from dayzero.engine.flops import StepFlops, count_flops
 from dayzero.engine.lora import warn_of_frozen_experts
 from dayzero.engine.loss import IGNORE, CausalLMWithLoss
 from dayzero.engine.lr_scheduler import lr_factor
@@ -112,6 +114,8 @@ class Trainer:
         self.trainable_parameters, self.total_parameters = count_parameters(model)
         if self.method.name == "lora" and self.is_main:
             warn_of_frozen_experts(model, self.method.lora)
+        self.peak_flops = peak_flops(self.device, self.train.precision)
+        self.flops: StepFlops | None = count_flops(model) if self.peak_flops else None
         self.router_loss = bare.router_loss
         self.router_coefficient = router_loss_coefficient(model, self.train.router_aux_loss_coef, self.dims)
         self.mesh = None if self.dims.strategy == "none" else self.dims.build_mesh(self.device.type)
@@ -186,7 +190,8 @@ class Trainer:
                 self.step = batch.step + 1
                 last = self.step == self.max_steps
                 seconds = time.perf_counter() - started
-                record |= speed(record["num_tokens"], seconds, started - waiting_since, self.dims.world_size)
+                peak = (record.pop("flops"), self.peak_flops)
+                record |= speed(record["num_tokens"], seconds, started - waiting_since, self.dims.world_size, *peak)
                 record |= {"peak_memory_gib": peak_memory_gib(self.device), "checkpoint_seconds": waited}
                 if validation and (last or (self.train.validate_every and self.step % self.train.validate_every == 0)):
                     record["validation_loss"] = self.validation_losses[self.step] = self.validate(validation())
@@ -208,8 +213,9 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         rows = sum(int((m["lengths"] > 0).sum()) for m in batch.micro_batches)
-        counts: list[float] = [batch.num_label_tokens, batch.num_tokens, rows, stop]
-        num_labels, num_tokens, num_rows, stops = self._sum_over_rows(counts)
+        flops = self.flops.of_batch(batch.micro_batches, batch.num_label_tokens) if self.flops else 0.0
+        counts: list[float] = [batch.num_label_tokens, batch.num_tokens, rows, stop, flops]
+        num_labels, num_tokens, num_rows, stops, flops = self._sum_over_rows(counts)
         # FSDP2 and DDP average gradients over ranks; the loss is a sum over ranks
         scale = self.dims.dp * self.dims.cp / max(num_labels, 1)
         # a mean over rows, written as a part of the sum that is divided by the label tokens
@@ -237,7 +243,8 @@ class Trainer:
         record = {"step": step, "epoch": batch.epoch, "loss": loss_value, "grad_norm": grad_norm, "lr": lr}
         if self.router_loss:
             record["router_aux_loss"] = self._sum_over_tokens(self.router_loss.take_sum()) / num_rows
-        return record | {"num_label_tokens": int(num_labels), "num_tokens": int(num_tokens)}, stops > 0
+        record |= {"num_label_tokens": int(num_labels), "num_tokens": int(num_tokens), "flops": flops}
+        return record, stops > 0
 
     def _backward(self, micro_batches: list[dict[str, Tensor]], scale: float, router_weight: float) -> float:
         """Gradients of `scale` times the summed loss of all `micro_batches`; returns the share of the sum seen here."""
@@ -387,13 +394,19 @@ class Trainer:
         return nullcontext()
 
 
-def speed(num_tokens: int, seconds: float, data_seconds: float, world_size: int) -> dict[str, float | None]:
-    """The timing keys of metrics.jsonl; tokens a second count the wait for data."""
-    rate = num_tokens / max(seconds + data_seconds, 1e-9)
+def speed(
+    num_tokens: int, seconds: float, data_seconds: float, world_size: int, flops: float, peak: float | None
+) -> dict[str, float | None]:
+    """The timing keys of metrics.jsonl; tokens a second and mfu count the wait for data.
+
+    `flops`: operations that the step needs on all ranks; `peak`: those a second that one device can do, if known.
+    """
+    whole = max(seconds + data_seconds, 1e-9)
+    rate = num_tokens / whole
     return {
         "tokens_per_second": rate,
         "tokens_per_second_per_gpu": rate / world_size,
-        "mfu": None,
+        "mfu": flops / (whole * world_size * peak) if peak else None,
         "step_seconds": seconds,
         "data_seconds": data_seconds,
     }
