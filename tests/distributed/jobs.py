@@ -30,6 +30,7 @@ from dayzero.engine.parallel_dims import ParallelDims
 from dayzero.engine.trainer import Trainer
 from torch.distributed.tensor import DTensor
 
+from tests.distributed import frozen_weights
 from tests.distributed.cuda_stand_in import cuda_stand_in
 from tests.distributed.loading import load
 from tests.tiny import ARCHITECTURES, write_rows
@@ -373,10 +374,14 @@ def bf16_logits(job: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def frozen(job: dict[str, Any]) -> dict[str, Any]:
+    return frozen_weights.frozen(job, make_trainer, lambda job, trainer: fit({**job, "validate": False}, trainer))
+
+
 JOBS = {
     job.__name__: job
     for job in (
-        *(bf16_logits, leak, load, reference, train, resume, bad_step, same_shape_again),
+        *(bf16_logits, frozen, leak, load, reference, train, resume, bad_step, same_shape_again),
         *(train_with_late_writes, train_until_killed_in_save, failing_save),
     )
 }

@@ -12,6 +12,7 @@ import pytest
 import torch
 from dayzero.engine.parallel_dims import SCHEDULES
 
+from tests.distributed.frozen_weights import check_frozen
 from tests.distributed.launch import run_ranks
 from tests.distributed.loading import check_loading, loading_jobs
 
@@ -93,6 +94,7 @@ def one(folder: Path) -> Results:
         for precision in ("fp32", "bf16"):
             train = {"precision": precision}
             jobs.append(job("leak", model, "full", "packed", folder, strategy="fsdp2", train=train))
+    jobs.append(job("frozen", "llama", "lora", "packed", folder, strategy="fsdp2"))
     return run_ranks(1, jobs, folder / "one")
 
 
@@ -136,6 +138,11 @@ def two(folder: Path) -> Results:
         job("bf16_logits", "llama", "full", "packed", folder, **bf16, pp=2, pp_schedule="zero_bubble"),
         job("leak", "llama", "full", "packed", folder, **PP, pp_schedule="interleaved"),
         *(job("same_shape_again", "llama", "full", "packed", folder, **PP, pp_schedule=s) for s in SCHEDULES),
+    ]
+    jobs += [
+        job("frozen", "qwen3", "lora", "padded", folder, strategy="fsdp2"),
+        job("frozen", "llama", "lora", "padded", folder, strategy="fsdp2", tp=2),
+        job("frozen", "mixtral", "lora", "packed", folder, strategy="fsdp2", dp_replicate=2),
     ]
     jobs += [job("train", *case, folder, strategy="fsdp2", tp=2) for case in WITHOUT_PLAN]
     return run_ranks(2, jobs + loading_jobs(folder, 2), folder / "two")
@@ -275,6 +282,11 @@ def test_frozen_weights_are_bit_identical(two: Results) -> None:
     assert all(torch.equal(before[key], after[key]) for key in frozen)
     moved = [key for key in before if "lora_" in key and not torch.equal(before[key], after[key])]
     assert len(moved) == len([key for key in before if "lora_" in key])
+
+
+def test_frozen_bf16_weights_train_like_float32_masters_to_the_bit(one: Results, two: Results) -> None:
+    check_frozen(one, {"llama": 0.0})
+    check_frozen(two, {"qwen3": 1.0, "llama": 1.0, "mixtral": 0.0})
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ pipeline -> tensor parallelism -> expert parallelism -> activation checkpointing
 - Expert parallelism splits only experts, tensor parallelism only what is around them. The experts that a rank keeps get
   an FSDP2 mesh of their own, inside that of their layer.
 - Adapters are in the model already: put in after sharding they would differ between ranks, with no error.
+- A linear module and its adapter become one operation where nothing acts on the modules inside.
 - Activation checkpointing comes before compile, so that the compiler sees (and may fuse) the recomputation.
 - Compile comes before FSDP2, so that its hooks stay outside the compiled graphs.
 - FSDP2 shards the empty model before it has any memory; DDP copies, and Megatron-FSDP shards, one that has its values.
@@ -29,6 +30,8 @@ from dayzero.config import Train
 from dayzero.engine.context_parallel import recalled
 from dayzero.engine.distributed import local_device
 from dayzero.engine.expert_parallel import apply_expert_parallel, layer_placement, shard_experts
+from dayzero.engine.frozen import frozen_in_bf16
+from dayzero.engine.lora_linear import fuse_lora
 from dayzero.engine.loss import CausalLMWithLoss
 from dayzero.engine.megatron_fsdp import check_megatron_fsdp, shard_module
 from dayzero.engine.parallel_dims import ParallelDims
@@ -70,6 +73,8 @@ def parallelize(
         assert mesh is not None
         expert_mesh = dims.build_expert_mesh(mesh.device_type)
         experts = apply_expert_parallel(module.model, expert_mesh["ep"])
+    if dims.tp == dims.pp == 1:
+        fuse_lora(module)
     if train.activation_checkpointing == "full":
         again: dict[str, Any] = {"context_fn": recalled} if pipeline and dims.cp > 1 else {}
         for layer in layers:
@@ -81,11 +86,14 @@ def parallelize(
 
     if dims.strategy == "fsdp2":
         assert mesh is not None
-        policy = mixed_precision_policy(train.precision)
+        policy = mixed_precision_policy(train.precision, module)
         data_mesh = dims.data_mesh(mesh)
         placement = layer_placement(data_mesh.shape[-1])
         # in a pipeline the next micro-batch needs the weights again at once: gathered for each they would cost too much
         kept: dict[str, Any] = {"reshard_after_forward": False} if pipeline else {}
+        if data_mesh.shape[-1] == 1 and dims.tp == dims.pp == 1:
+            # each rank holds all of them anyway, and FSDP2 would copy them in every forward and backward pass
+            kept["ignored_params"] = frozen_in_bf16(module)
         if experts:
             shard_experts(experts, dims.data_mesh(expert_mesh), policy)
         for layer in layers:

@@ -5,16 +5,20 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from dayzero.engine.frozen import frozen_in_bf16
 
-def mixed_precision_policy(precision: str) -> MixedPrecisionPolicy:
+
+def mixed_precision_policy(precision: str, module: nn.Module) -> MixedPrecisionPolicy:
     """FSDP2's policy. bf16 gathers and computes in bfloat16; weights, gradients and their reduction stay float32.
 
-    Buffers are left alone, so rotary tables keep their float32 values.
+    Buffers are left alone, so rotary tables keep their float32 values. Frozen weights of `module` that are kept in
+    bfloat16 (see `frozen.py`) are cast where float32 is asked for.
     """
     if precision == "fp32":
-        return MixedPrecisionPolicy()
+        return MixedPrecisionPolicy(param_dtype=torch.float32 if frozen_in_bf16(module) else None)
     assert precision == "bf16", precision
     return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 

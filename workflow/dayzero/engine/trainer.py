@@ -30,6 +30,7 @@ from dayzero.engine.context_parallel import ContextParallel, use_context_paralle
 from dayzero.engine.device_peaks import peak_flops
 from dayzero.engine.expert_parallel import average_expert_gradients
 from dayzero.engine.flops import StepFlops, count_flops
+from dayzero.engine.frozen import in_float32, keep_frozen_in_bf16
 from dayzero.engine.lora import warn_of_frozen_experts
 from dayzero.engine.loss import IGNORE, CausalLMWithLoss
 from dayzero.engine.lr_scheduler import lr_factor
@@ -44,6 +45,7 @@ from dayzero.engine.pipeline_cut import Anatomy, anatomy
 from dayzero.engine.precision import autocast
 from dayzero.engine.router_loss import RouterLoss, router_loss_coefficient
 from dayzero.engine.signals import StopRequest
+from dayzero.engine.structure import find_layers
 from dayzero.engine.tensor_parallel import pad_tokens, sum_partial_gradients
 from dayzero.engine.weights import Weights
 
@@ -133,6 +135,8 @@ class Trainer:
     def _empty_module(self) -> CausalLMWithLoss:
         """The model with its loss, on the meta device."""
         model = self.weights.empty_model()
+        if self.train.precision == "bf16" and self.dims.strategy == "fsdp2":
+            keep_frozen_in_bf16(model, self.weights.stored_dtype)
         if self.dims.pp > 1 and self.anatomy is None:
             self.anatomy = anatomy(model, self.dims.pp)
         if self.dims.cp > 1:
@@ -305,6 +309,8 @@ class Trainer:
                 load=lambda: share_weights(bare, self.module),
                 found=self.anatomy,
             )
+            with in_float32(bare, [] if self.pipeline else list(find_layers(bare.model))):
+                return self._logits(module, input_ids, position_ids, "fp32")
         return self._logits(module, input_ids, position_ids, "fp32")
 
     def _logits(self, module: nn.Module, input_ids: Tensor, position_ids: Tensor, precision: str) -> Tensor:

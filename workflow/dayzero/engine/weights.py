@@ -78,6 +78,14 @@ class Weights:
         self.fill({name: value})
         return value
 
+    def stored_dtype(self, name: str) -> torch.dtype | None:
+        """The dtype in which the directory has a tensor of the adapted model; None where it has not just one."""
+        if self.stored is None:
+            return None
+        conversion = self.stored.by_target.get(self._stored_name(_base_name(name, self.initial.names)))
+        dtypes = {tensor.dtype for _, tensor in conversion.sources} if conversion else set()
+        return dtypes.pop() if len(dtypes) == 1 else None
+
     def _stored_name(self, name: str) -> str:
         """The name under which a tensor of the model is in the directory: tied ones are there under one of theirs."""
         assert self.stored is not None

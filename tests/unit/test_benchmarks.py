@@ -1,0 +1,103 @@
+"""The benchmarks' own code: they measure the same work everywhere, and the GPU one checks itself on a CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.train_cpu import print_table
+from benchmarks.workload import MARK, Clock, Measured, Task, lengths_by_step, measure, peak_resident_gib
+
+ROOT = Path(__file__).parents[2]
+
+
+def measured(way: str, seconds: float, peak: float, loss: float) -> Measured:
+    return Measured(
+        way=way,
+        step_seconds=[100.0, seconds, seconds],
+        step_cpu_seconds=[100.0, seconds / 2, seconds / 2],
+        losses=[3.0, loss, 1.0],
+        num_tokens=[10, 60, 40],
+        peak_gib=peak,
+    )
+
+
+def test_warm_up_steps_are_left_out_of_a_rate() -> None:
+    one = measured("dayzero", 5.0, 1.0, 2.0)
+    assert one.rate(1) == pytest.approx(10.0)
+    assert one.cpu_rate(1) == pytest.approx(20.0)
+
+
+def test_the_table_takes_medians_and_says_how_far_losses_are_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    ours = [measured("dayzero", seconds, 2.0, 2.0) for seconds in (1.0, 5.0, 500.0)]
+    print_table([*ours, measured("trl packed", 10.0, 4.0, 2.25)])
+    lines = capsys.readouterr().out.splitlines()
+    cells = [cell.strip() for cell in next(line for line in lines if "trl packed" in line).split("|")[1:-1]]
+    assert cells == ["trl packed", "5", "2.00", "10", "2.00", "4.00", "0.50", "0.2500", "1"]
+
+
+def test_tokens_of_a_step_are_those_of_its_documents(tmp_path: Path) -> None:
+    file = tmp_path / "documents.jsonl"
+    rows = [{"input_ids": [1] * length, "labels": [1] * length} for length in (3, 4, 5, 6, 7)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = Task(model="", documents=str(file), batch_size=2, steps=2)
+    assert lengths_by_step(task, task.read_documents()) == [7, 11]
+
+
+def test_a_measurement_is_a_process_of_its_own_with_a_peak_of_its_own(tmp_path: Path) -> None:
+    held = bytearray(200 * 2**20)
+    held[::4096] = b"x" * len(held[::4096])
+    script = tmp_path / "child.py"
+    script.write_text(
+        "from benchmarks.workload import Measured, report\n"
+        "report(Measured(way='x', step_seconds=[], step_cpu_seconds=[], losses=[], num_tokens=[]))\n"
+    )
+    path = os.pathsep.join([str(ROOT), str(tmp_path)])
+    done = subprocess.run(
+        [sys.executable, str(script)], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True
+    )
+    found = Measured(**json.loads(done.stdout.removeprefix(MARK)))
+    assert 0 < found.peak_gib < 0.1 < peak_resident_gib()
+    with pytest.raises(RuntimeError, match="No module named"):
+        measure("benchmarks.nowhere", [])
+
+
+def test_a_clock_has_a_span_for_every_step() -> None:
+    clock = Clock()
+    clock.start()
+    for _ in range(3):
+        clock.tick()
+    spans = clock.spans()
+    assert [len(spans[key]) for key in ("step_seconds", "step_cpu_seconds")] == [3, 3]
+
+
+def test_the_gpu_benchmark_checks_itself_on_a_cpu() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks/train_gpu.py"), "--self-check"]
+    command += ["--cases", "llama-3.1-8b-lora", "llama-3.2-1b-full"]
+    done = subprocess.run(
+        [*command, "--ways", "dayzero bf16", "trainer", "plain loop"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "failed" not in done.stdout, done.stdout
+    rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| ") and "tokens" not in line]
+    assert len(rows) == 2 * 3
+    for case in (rows[:3], rows[3:]):
+        last = [float(row[-1]) for row in case]
+        assert max(last) - min(last) < 0.02 * max(last), "the programs do not train alike"
+
+
+def test_without_a_gpu_the_gpu_benchmark_says_so_in_one_line() -> None:
+    import torch
+
+    from benchmarks.train_gpu import require_gpu
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(SystemExit, match="needs a CUDA GPU"):
+        require_gpu()

@@ -1,0 +1,87 @@
+"""The fused LoRA operation against PEFT's own forward and backward pass."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from dayzero.config import Lora
+from dayzero.engine.lora import inject_lora
+from dayzero.engine.lora_linear import FusedLoraLinear, fuse_lora
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from tests.tiny import ARCHITECTURES, VOCAB_SIZE
+
+
+def adapted(name: str, lora: Lora, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    torch.manual_seed(0)
+    fields = dict(ARCHITECTURES[name])
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    inject_lora(model, lora)
+    for n, parameter in model.named_parameters():
+        if "lora_B" in n:
+            torch.nn.init.normal_(parameter, std=0.1)  # PEFT's zeros would hide half of the operation
+    return model
+
+
+def gradients(model: PreTrainedModel) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    ids = torch.randint(0, VOCAB_SIZE, (2, 11), generator=torch.Generator().manual_seed(1))
+    logits = model(input_ids=ids, use_cache=False).logits
+    logits.float().logsumexp(-1).sum().backward()
+    return logits.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "opt", "stablelm"])
+def test_equals_peft_in_value_and_gradient(name: str) -> None:
+    peft = adapted(name, Lora(rank=3, alpha=7.0), torch.float64)
+    fused = copy.deepcopy(peft)
+    assert fuse_lora(fused) > 20
+    expected, expected_gradients = gradients(peft)
+    logits, found = gradients(fused)
+    torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
+    assert set(found) == set(expected_gradients) != set()
+    for n, gradient in found.items():
+        torch.testing.assert_close(gradient, expected_gradients[n], rtol=1e-9, atol=1e-10, msg=n)
+
+
+def test_in_bfloat16_it_is_no_further_from_the_truth_than_peft() -> None:
+    peft = adapted("llama", Lora(rank=3), torch.bfloat16)
+    for parameter in peft.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)  # as FSDP2's policy does with the adapters
+    fused = copy.deepcopy(peft)
+    fuse_lora(fused)
+    truth, true_gradients = gradients(copy.deepcopy(peft).to(torch.float64))
+    errors = []
+    for model in (peft, fused):
+        logits, found = gradients(model)
+        misses = [(found[n].double() - g).norm() / g.norm() for n, g in true_gradients.items()]
+        errors.append(((logits.double() - truth).norm().item(), torch.stack(misses).mean().item()))
+    (by_peft, gradients_by_peft), (by_fused, gradients_by_fused) = errors
+    assert by_fused < 1.2 * by_peft
+    assert gradients_by_fused < 1.2 * gradients_by_peft
+
+
+@pytest.mark.parametrize("change", [{"dropout": 0.1}])
+def test_what_is_more_than_a_plain_adapter_is_left_to_peft(change: dict[str, float]) -> None:
+    assert fuse_lora(adapted("llama", Lora(rank=2, **change))) == 0  # type: ignore[arg-type]
+
+
+def test_trained_base_weights_are_left_to_peft() -> None:
+    model = adapted("llama", Lora(rank=2, targets=["q_proj"]))
+    model.requires_grad_(True)
+    assert fuse_lora(model) == 0
+
+
+def test_mixed_dtypes_and_disabled_adapters_go_through_peft() -> None:
+    model = adapted("llama", Lora(rank=2))
+    expected, _ = gradients(copy.deepcopy(model))
+    fuse_lora(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under_autocast, _ = gradients(model)
+    assert 0 < (under_autocast.float() - expected).abs().max() < 0.1 * expected.abs().max()
+    module = next(m for m in model.modules() if isinstance(m, FusedLoraLinear))
+    module.enable_adapters(False)
+    x = torch.randn(3, module.in_features)
+    torch.testing.assert_close(module(x), module.base_layer(x))
