@@ -16,6 +16,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -85,7 +86,11 @@ def run(task: Task, way: str, setting: dict[str, Any], profile: str | None = Non
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update(one)
+    with patch.dict(os.environ, one):
+        return _run(task, way, setting, profile)
+
+
+def _run(task: Task, way: str, setting: dict[str, Any], profile: str | None) -> Measured:
     setting = {"documents_per_row": 1, **setting}
     together = setting.pop("documents_per_row")
     rows_per_step = task.batch_size // together

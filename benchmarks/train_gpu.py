@@ -69,9 +69,7 @@ def main() -> None:
     parser.add_argument("--local-batch-size", type=int, default=2, help="documents in a forward pass")
     parser.add_argument("--folder", type=Path, help="where models lie meanwhile, up to 33 GB (default: temporary)")
     parser.add_argument("--results", type=Path, help="JSON lines: measurements are appended")
-    parser.add_argument(
-        "--self-check", action="store_true", help="tiny shapes in this process, a CPU will do"
-    )
+    parser.add_argument("--self-check", action="store_true", help="tiny shapes in this process, a CPU will do")
     args = parser.parse_args()
     if args.self_check:
         args.steps, args.warmup, args.seq_len, args.global_batch_size = 2, 1, 32, 4
