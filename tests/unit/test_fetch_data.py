@@ -68,6 +68,10 @@ def test_ids_are_kept_and_made_unique(tmp_path: Path) -> None:
     rows = [{"id": i, "text": f"t{n}"} for n, i in enumerate(["a", 7, "a"])]
     _fetch(tmp_path / "out", source=_rows(tmp_path / "r.jsonl", rows), validation_size=0)
     assert [r["id"] for r in _read(tmp_path / "out", "train")] == ["a", "7", "a#2"]
+    rows = [{"id": i, "text": f"t{n}"} for n, i in enumerate(["a#3", "a", "a#2", "b#x", "a", "a", "a#2", "b"])]
+    _fetch(tmp_path / "more", source=_rows(tmp_path / "m.jsonl", rows), validation_size=0)
+    ids = [r["id"] for r in _read(tmp_path / "more", "train")]
+    assert ids == ["a#3", "a", "a#2", "b#x", "a#4", "a#5", "a#2#2", "b"]
     assert not (tmp_path / "out" / "validation.parquet").exists()
 
 
