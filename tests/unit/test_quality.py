@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from dayzero.config import DataCheck
-from dayzero.data import spill
+from dayzero.data import quality, spill
 from dayzero.data.histogram import LengthHistogram
 from dayzero.data.ngrams import words
 from dayzero.data.quality import Contamination, check_split, questions, row_texts

@@ -70,9 +70,9 @@ def test_no_question_stands_on_two_sides(
     assert split.tolist() == plainly(questions, validation, test, seed, given)
     rows = [*questions, *(q for part in given for q in part)]
     sides = [{question_key(q) for q, s in zip(rows, split, strict=True) if s == side} for side in range(3)]
-    assert (
-        not sides[TRAIN] & sides[TEST] and not sides[VALIDATION] & sides[TEST] and not sides[TRAIN] & sides[VALIDATION]
-    )
+    assert not sides[TRAIN] & sides[TEST]
+    assert not sides[VALIDATION] & sides[TEST]
+    assert not sides[TRAIN] & sides[VALIDATION]
     assert not any(found.shared.values())
     assert found.questions.tolist() == list(map(len, sides))
     assert found.held_out.total() == np.sum(split == LEFT_OUT)
