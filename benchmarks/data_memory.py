@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,8 @@ import numpy as np
 import psutil
 import pyarrow.parquet as pq
 
+STAGES = ("fetch_data", "check_data", "tokenize")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -32,6 +33,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=float, nargs="+", default=[0.2, 1.0], help="gigabytes")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--last", choices=STAGES, default=STAGES[-1], help="the last stage to run")
     parser.add_argument("--folder", type=Path, help="where the files are made; default: the system's temporary folder")
     args = parser.parse_args()
     print(
@@ -45,24 +47,25 @@ def main() -> None:
 
 def measure(args: argparse.Namespace, size: float, folder: Path) -> None:
     """Print a line for each stage."""
-    text, data, tokens = folder / "corpus.txt", folder / "data", folder / "tokens"
+    text, data = folder / "corpus.txt", folder / "data"
     rows = write_text(args.text, text, size * 1e9)
     options = {"seq_len": args.seq_len, "long_documents": "split"}
     config = {"data": {"source": str(text), "validation_size": 0.001}, "tokenize": options}
     given = ["--config", json.dumps(config)]
     workers = ["--tokenizer", str(args.tokenizer), "--num-workers", str(args.workers)]
     tasks = ["--tasks-dir", str(folder), "--data", str(data)]
-    for stage, arguments in (
-        ("fetch_data", ["--output", str(data)]),
-        ("check_data", [*tasks, "--output", str(folder / "check")]),
-        ("tokenize", ["--data", str(data), *workers, "--output", str(tokens)]),
-    ):
+    outputs = {
+        "fetch_data": ["--output", str(data)],
+        "check_data": [*tasks, "--output", str(folder / "check")],
+        "tokenize": ["--data", str(data), *workers, "--output", str(folder / "tokens")],
+    }
+    for stage in STAGES[: STAGES.index(args.last) + 1]:
+        arguments = outputs[stage]
         command = [sys.executable, "-m", f"dayzero.stages.{stage}", *given, *arguments]
         peak, wall, cpu = watch(command, folder / f"{stage}.log")
         rate = f"{size * 1e3 / cpu:11.1f}"
         print(f"{size:6.1f} {rows:12,} {stage:>12} {peak:9.0f} {wall:8.0f} {cpu:8.0f} {rate}", flush=True)
         text.unlink(missing_ok=True)
-    shutil.rmtree(tokens)
 
 
 def write_text(source: Path, file: Path, size: float) -> int:
