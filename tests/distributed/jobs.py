@@ -20,7 +20,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from dayzero.config import Method, Train
-from dayzero.data.loader import TrainBatches, ValidationBatches
+from dayzero.data.loader import Batch, TrainBatches, ValidationBatches
+from dayzero.data.mixing import Mix
 from dayzero.data.tokens import TokenRows
 from dayzero.engine import checkpoint_writer, distributed
 from dayzero.engine.megatron_fsdp import has_unequal_shards
@@ -60,8 +61,19 @@ def settings(job: dict[str, Any]) -> tuple[Train, Method]:
     return Train(**{**train, **job.get("train", {})}), Method(name=job["method"], **job.get("method_options", {}))
 
 
+class Recorded(TrainBatches):
+    """Notes in `drawn` which documents each step was given."""
+
+    drawn: dict[int, list[int]]
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in super().__iter__():
+            self.drawn[batch.step + 1] = sorted(batch.row_ids)
+            yield batch
+
+
 def batches_of(job: dict[str, Any], train: Train, start_step: int, dp_rank: int, dp_size: int) -> TrainBatches:
-    return TrainBatches(
+    batches = Recorded(
         TokenRows(job["rows"]),
         global_batch_size=train.global_batch_size,
         local_batch_size=train.local_batch_size,
@@ -72,7 +84,10 @@ def batches_of(job: dict[str, Any], train: Train, start_step: int, dp_rank: int,
         num_epochs=train.num_epochs,
         start_step=start_step,
         num_workers=train.num_data_workers,
+        mix=Mix(job["mix"]["rows"], job["mix"]["weights"], ["a", "b"]) if "mix" in job else None,
     )
+    batches.drawn = job.setdefault("drawn", {})
+    return batches
 
 
 def source_of(job: dict[str, Any]) -> ModelSource:
@@ -212,6 +227,7 @@ def train(job: dict[str, Any], trainer: Trainer | None = None) -> dict[str, Any]
             }
         ),
         "checkpoints": [p.name for p in sorted(trainer.checkpoints.glob("step_*"))],
+        "drawn": job["drawn"],
     }
 
 
@@ -228,6 +244,7 @@ def fit(job: dict[str, Any], trainer: Trainer) -> None:
 def resume(job: dict[str, Any]) -> dict[str, Any]:
     """Continue from whatever is in the job's folder; with `lose_moments` without Adam's moments."""
     trainer = make_trainer(job, Path(job["folder"]))
+    job["drawn"] = {}
     trainer.resume()
     started_at = trainer.step
     if job.get("lose_moments"):
@@ -241,6 +258,7 @@ def resume(job: dict[str, Any]) -> dict[str, Any]:
         "steps": [r["step"] for r in trainer.metrics.records],
         "weights": all_weights(trainer),
         "spread": replica_spread(trainer),
+        "drawn": job["drawn"],
     }
 
 

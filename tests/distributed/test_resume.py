@@ -12,8 +12,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from dayzero.data.mixing import Mix
 
 from tests.distributed.launch import REPOSITORY, run_ranks
 from tests.distributed.test_parity import job
@@ -25,6 +27,7 @@ pytestmark = pytest.mark.distributed
 CASE = ("llama", "full", "packed")
 SETTINGS: dict[str, Any] = {"strategy": "fsdp2", "local_batch_size": 2}
 V_PIPELINE: dict[str, Any] = {"pp": 2, "pp_schedule": "zero_bubble"}
+MIX: dict[str, Any] = {"rows": [14, 6], "weights": [0.7, 0.3]}  # the 20 rows as those of two sources
 LORA: dict[str, Any] = {**SETTINGS, "method_options": {"lora": {"rank": 4, "dropout": 0.2}}}
 
 
@@ -62,6 +65,7 @@ def runs(folder: Path) -> dict[str, dict[str, Any]]:
     named = {"full": full, "lora": lora, "ddp": ddp, "loader": loader, "late": late, "sync": sync, "tp": tp,
              "plain-lora": plain_lora, "tp-lora": tp_lora}  # fmt: skip
     named["moe"] = moe = job("train", "mixtral", "full", "packed", folder, **SETTINGS, ep=2, **every)
+    named["mixed"] = mixed = job("train", *CASE, folder, **SETTINGS, mix=MIX, **every)
     named["bad"] = job("bad_step", *CASE, folder, **SETTINGS)
     named["pipeline"] = pipeline = job("train", *CASE, folder, **SETTINGS, **V_PIPELINE, **every)
     named["bad-pipeline"] = job("bad_step", *CASE, folder, **SETTINGS, pp=2)
@@ -83,6 +87,7 @@ def runs(folder: Path) -> dict[str, dict[str, Any]]:
         copy_of(loader, folder, "loader-5", 5),
         copy_of(late, folder, "late-6", 6, **every),
         copy_of(sync, folder, "sync-5", 5),
+        copy_of(mixed, folder, "mixed-5", 5),
         copy_of(full, folder, "full-done", 10),
         copy_of(full, folder, "full-5-without-moments", 5, lose_moments=True),
         copy_of(full, folder, "full-5-on-tp", 5, tp=2),
@@ -102,6 +107,7 @@ def runs(folder: Path) -> dict[str, dict[str, Any]]:
     then = {run["name"]: run for run in on_2}
     on_1 = [
         copy_of(full, folder, "full-5-on-1", 5),
+        copy_of(mixed, folder, "mixed-5-on-1", 5),
         copy_of(moe, folder, "moe-5-on-1", 5, ep=1),
         copy_of(then["four-3-on-2"], folder, "four-6-on-2-on-1", 6),
         copy_of(then["four-lora-3-on-2"], folder, "four-lora-6-on-2-on-1", 6),
@@ -112,7 +118,7 @@ def runs(folder: Path) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize(("whole", "resumed", "step"), [
     ("full", "full-5", 5), ("lora", "lora-3", 3), ("ddp", "ddp-7", 7), ("loader", "loader-5", 5), ("late", "late-6", 6),
-    ("sync", "sync-5", 5), ("full", "late-6", 6), ("pipeline", "pipeline-5", 5),
+    ("sync", "sync-5", 5), ("full", "late-6", 6), ("pipeline", "pipeline-5", 5), ("mixed", "mixed-5", 5),
 ])  # fmt: skip
 def test_resumed_equals_uninterrupted_bit_for_bit(
     runs: dict[str, dict[str, Any]], whole: str, resumed: str, step: int
@@ -131,7 +137,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
     ("tp-lora", "tp-lora-5-on-fsdp2", 5), ("four", "four-3-on-2", 3), ("four-lora", "four-lora-3-on-2", 3),
     ("four", "four-6-on-2-on-1", 6), ("four-lora", "four-lora-6-on-2-on-1", 6), ("full", "full-5-on-pipeline", 5),
     ("pipeline", "pipeline-5-on-fsdp2", 5), ("pipeline", "pipeline-5-on-1f1b", 5),
-    ("moe", "moe-5-on-1", 5), ("moe", "moe-5-on-4", 5),
+    ("moe", "moe-5-on-1", 5), ("moe", "moe-5-on-4", 5), ("mixed", "mixed-5-on-1", 5),
 ])  # fmt: skip
 def test_resumed_on_another_mesh(runs: dict[str, dict[str, Any]], whole: str, resumed: str, step: int) -> None:
     assert runs[resumed]["started_at"] == step
@@ -139,6 +145,18 @@ def test_resumed_on_another_mesh(runs: dict[str, dict[str, Any]], whole: str, re
     for key, tensor in runs[whole]["weights"].items():
         torch.testing.assert_close(runs[resumed]["weights"][key], tensor, rtol=1e-4, atol=1e-5)
     assert runs[resumed]["spread"] == 0.0
+
+
+def test_a_mix_goes_on_with_its_schedule(runs: dict[str, dict[str, Any]]) -> None:
+    """What the trainer was given, step by step, is the schedule of a mix that nobody interrupted."""
+    mix = Mix(MIX["rows"], MIX["weights"], ["a", "b"])
+    rows = [mix.rows(np.arange(8 * step, 8 * step + 8), 3).tolist() for step in range(10)]
+    assert sum(row >= 14 for step in rows for row in step) == 24  # 30 % of 80
+    expected = {step: sorted(2 * row + i for row in drawn for i in (0, 1)) for step, drawn in enumerate(rows, 1)}
+    assert runs["mixed"]["drawn"] == expected
+    for resumed in ("mixed-5", "mixed-5-on-1"):
+        assert runs[resumed]["drawn"] == {step: expected[step] for step in range(6, 11)}
+    assert runs["mixed"]["losses"] != runs["full"]["losses"]
 
 
 def test_lost_moments_would_be_seen(runs: dict[str, dict[str, Any]]) -> None:

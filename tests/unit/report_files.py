@@ -127,6 +127,7 @@ def _write_shared(shelf: Path, run: RunConfig) -> None:
         },
         "sources": [{**source, "sha256": "5b" * 32, "licence": "Apache-2.0", "rows": 1053}],
         "dropped": {"too_long": 211, "duplicate": 17},
+        "rejected": {"rows": 5, "file": "rejected.jsonl", "by_file": {"a.jsonl": 3, "b.jsonl": 2}},
         "overlap": {"test_train_questions": 0, "method": "normalised question text, exact match"},
         "provenance": provenance(6.4, 0.4, 1),
     }
@@ -156,6 +157,7 @@ def _write_shared(shelf: Path, run: RunConfig) -> None:
         check_file = shelf / "checks" / store.check_key(run) / "manifest.json"
         _write(check_file, {**check, "provenance": provenance(2.2, 0.3, 2)})
     counts: dict[str, Any] = {"dropped": {"no_labels": 2}, "truncated": 9, "split": 0, "packing_efficiency": 0.9731}
+    counts |= {"special_token_text": 6, "reasoning_left_out": 1}
     counts["document_tokens"] = {"counts": [0, 0, 0, 400, 978, 200], "longest": 31, "total": 20_000}
     tokens = {
         "seq_len": run.tokenize.seq_len,

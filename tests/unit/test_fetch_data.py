@@ -9,11 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from dayzero.data import spill
 from dayzero.evaluation.function_calls import score_answer
 from dayzero.files import sha256_file
 from dayzero.stages import fetch_data
@@ -68,6 +70,10 @@ def test_ids_are_kept_and_made_unique(tmp_path: Path) -> None:
     rows = [{"id": i, "text": f"t{n}"} for n, i in enumerate(["a", 7, "a"])]
     _fetch(tmp_path / "out", source=_rows(tmp_path / "r.jsonl", rows), validation_size=0)
     assert [r["id"] for r in _read(tmp_path / "out", "train")] == ["a", "7", "a#2"]
+    rows = [{"id": i, "text": f"t{n}"} for n, i in enumerate(["a#3", "a", "a#2", "b#x", "a", "a", "a#2", "b"])]
+    _fetch(tmp_path / "more", source=_rows(tmp_path / "m.jsonl", rows), validation_size=0)
+    ids = [r["id"] for r in _read(tmp_path / "more", "train")]
+    assert ids == ["a#3", "a", "a#2", "b#x", "a#4", "a#5", "a#2#2", "b"]
     assert not (tmp_path / "out" / "validation.parquet").exists()
 
 
@@ -77,6 +83,29 @@ def test_repeated_text_stays_but_on_one_side(tmp_path: Path) -> None:
     manifest = _fetch(tmp_path / "out", source=str(file), validation_size=8)
     rows = {name: [r["text"] for r in _read(tmp_path / "out", name)] for name in manifest["splits"]}
     assert sorted(len([t for t in texts if t == "refrain"]) for texts in rows.values()) == [0, 10]
+
+
+def test_memory_does_not_grow_with_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spill, "HELD_BYTES", 2**16)
+
+    def peak(rows: int) -> int:
+        file = tmp_path / f"{rows}.jsonl"
+        _rows(
+            file,
+            [{"id": i % 100, "prompt": f"q{i % (rows - 9)}", "completion": f"a{i % (rows - 9)}"} for i in range(rows)],
+        )
+        tracemalloc.start()
+        manifest = _fetch(tmp_path / f"out{rows}", source=str(file))
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert manifest["dropped"] == {"duplicate": 9}
+        assert sum(split["rows"] for split in manifest["splits"].values()) == rows - 9
+        ids = [row["id"] for name in manifest["splits"] for row in _read(tmp_path / f"out{rows}", name)]
+        assert len(set(ids)) == rows - 9
+        return most
+
+    peak(50)  # what is imported and remembered once
+    assert peak(12_000) < 1.1 * peak(3_000)
 
 
 def test_several_sources_and_max_rows(tmp_path: Path) -> None:
@@ -183,6 +212,7 @@ def test_a_full_disk_and_a_read_only_store(tmp_path: Path, capsys: pytest.Captur
 COUNTING = """
 import sys, time
 from dayzero.data import data_files
+from dayzero.data import spill
 from dayzero.stages import fetch_data
 read = data_files.read_rows
 def slow(*args):

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from dayzero.config import DataCheck
-from dayzero.data import quality
+from dayzero.data import quality, spill
 from dayzero.data.histogram import LengthHistogram
 from dayzero.data.ngrams import words
 from dayzero.data.quality import Contamination, check_split, questions, row_texts
@@ -113,7 +113,7 @@ def test_a_split_with_known_faults(tmp_path):
     words_of = texts[20].split()
     texts[190] = " ".join([*words_of[:-1], "other"])  # one word of 60 changed
     texts[5] = "  "
-    report = check_split(write(tmp_path / "t.parquet", texts), "text", DataCheck(), "train")
+    report = check_split(write(tmp_path / "t.parquet", texts), "text", DataCheck(), "train", tmp_path)
     assert report["rows"] == 200
     assert report["empty_answers"] == 1
     assert report["exact_duplicates"] == {"found": 2, "looked_at": 200, "share": 0.01}
@@ -126,12 +126,11 @@ def test_a_split_with_known_faults(tmp_path):
 
 
 def test_more_rows_than_are_looked_at_are_sampled_with_their_copies(tmp_path, monkeypatch):
-    monkeypatch.setattr(quality, "EXACT_ROWS", 400)
+    monkeypatch.setattr(spill, "HELD_BYTES", 1000)
     texts = [sentence(i % 500, 12) for i in range(2000)]
-    report = check_split(write(tmp_path / "t.parquet", texts), "text", DataCheck(sample_rows=300), "train")
-    exact = report["exact_duplicates"]
-    assert 200 < exact["looked_at"] < 600
-    assert exact["share"] == 0.75, "all copies of a chosen row are chosen: the share is exact"
+    report = check_split(write(tmp_path / "t.parquet", texts), "text", DataCheck(sample_rows=300), "train", tmp_path)
+    assert report["exact_duplicates"] == {"found": 1500, "looked_at": 2000, "share": 0.75}
+    assert [p.name for p in tmp_path.iterdir()] == ["t.parquet"]
     assert report["near_duplicates"]["looked_at"] < 200
     assert report["near_duplicates"]["found"] == 0
 

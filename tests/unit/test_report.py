@@ -83,6 +83,12 @@ def test_the_page_holds_the_data_report(demo: tuple[list[Path], Path]) -> None:
     for shown in ("2 (1.7 %)", "with 70 % of their 8-grams in training rows", "3 of 1,580 (0.2 %)", "en 987, es 13"):
         assert shown in dom
     assert "15.3 %" in dom, "the share of supervised tokens"
+    page = Page(dom).text
+    for shown in ("set aside in rejected.jsonl 5 rows (a.jsonl: 3, b.jsonl: 2)", "dropped: too long 211"):
+        assert shown in page
+    for shown in ("truncated", "split up", "with control-token text", "reasoning left out", "2 no labels"):
+        assert shown in page
+    assert "Share of supervised tokens" in page
 
 
 def test_csv_has_one_row_for_each_score_with_the_values_of_the_files(demo: tuple[list[Path], Path]) -> None:

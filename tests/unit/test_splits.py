@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
-from dayzero.data.splits import TEST, TRAIN, VALIDATION, assign_splits, num_rows, overlap, question_key
+from dayzero.data import spill
+from dayzero.data.spill import Spill
+from dayzero.data.splits import (
+    LEFT_OUT,
+    TEST,
+    TRAIN,
+    VALIDATION,
+    Assigned,
+    assign_splits,
+    num_rows,
+    question_key,
+    question_place,
+)
 from dayzero.errors import ConfigError
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,37 +31,84 @@ from hypothesis import strategies as st
 QUESTIONS = st.lists(st.sampled_from([f"q{i}" for i in range(60)]), min_size=20, max_size=120)
 
 
-@given(QUESTIONS, st.integers(0, 6), st.integers(0, 6), st.integers(0, 5))
-@settings(max_examples=60, deadline=None)
-def test_no_question_stands_on_two_sides(questions: list[str], validation: int, test: int, seed: int) -> None:
-    keys = [question_key(q) for q in questions]
-    split = assign_splits(keys, validation, test, seed)
-    sides = {s: {k for k, t in zip(keys, split, strict=True) if t == s} for s in (TRAIN, VALIDATION, TEST)}
-    assert overlap(sides[TRAIN], sides[TEST]) == overlap(sides[VALIDATION], sides[TEST]) == 0
-    assert overlap(sides[TRAIN], sides[VALIDATION]) == 0
-    assert np.sum(split == TEST) <= test
-    assert np.sum(split == VALIDATION) <= validation
-    assert np.sum(split == TRAIN) > 0
+def assign(
+    questions: list[str], validation: int, test: int, seed: int, given: Sequence[Sequence[str]] = ()
+) -> tuple[np.ndarray, Assigned]:
+    """The split of each row: of `questions`, which may be cut, then of given validation and test rows."""
+    rows = [*questions, *(q for part in given for q in part)]
+    split = np.repeat([TRAIN, VALIDATION, TEST][: 1 + len(given)], [len(questions), *map(len, given)]).astype(np.int8)
+    with tempfile.TemporaryDirectory() as folder, Spill(Path(folder) / "spill", 3) as places:
+        for row, question in enumerate(rows):
+            places.add(question_place(question, seed), row)
+        found = assign_splits(places, split, len(questions), validation, test)
+    return split, found
+
+
+def plainly(questions: list[str], validation: int, test: int, seed: int, given: Sequence[Sequence[str]]) -> list[int]:
+    """The same in plain Python, in memory."""
+    sizes = Counter(map(question_key, questions))
+    salt = f"dayzero split {seed}:".encode()
+    chosen: dict[bytes, int] = {}
+    for split, wanted in ((TEST, test), (VALIDATION, validation)):
+        for key in sorted(sizes, key=lambda key: hashlib.sha256(salt + key).digest()):
+            if key not in chosen and sizes[key] <= wanted:
+                chosen[key] = split
+                wanted -= sizes[key]
+    rows = [(q, chosen.get(question_key(q), TRAIN)) for q in questions]
+    rows += [(q, split) for split, part in zip((VALIDATION, TEST), given, strict=False) for q in part]
+    last = {key: max(s for q, s in rows if question_key(q) == key) for key in {question_key(q) for q, _ in rows}}
+    return [s if s == last[question_key(q)] else LEFT_OUT for q, s in rows]
+
+
+@given(QUESTIONS, st.integers(0, 9), st.integers(0, 9), st.integers(0, 5), st.lists(QUESTIONS, max_size=2))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_no_question_stands_on_two_sides(
+    questions: list[str], validation: int, test: int, seed: int, more: list[list[str]]
+) -> None:
+    given = [part[:5] for part in more]
+    split, found = assign(questions, validation, test, seed, given)
+    assert split.tolist() == plainly(questions, validation, test, seed, given)
+    rows = [*questions, *(q for part in given for q in part)]
+    sides = [{question_key(q) for q, s in zip(rows, split, strict=True) if s == side} for side in range(3)]
+    assert not sides[TRAIN] & sides[TEST]
+    assert not sides[VALIDATION] & sides[TEST]
+    assert not sides[TRAIN] & sides[VALIDATION]
+    assert not any(found.shared.values())
+    assert found.questions.tolist() == list(map(len, sides))
+    assert found.held_out.total() == np.sum(split == LEFT_OUT)
+    cut = split[: len(questions)]
+    assert np.sum(cut == TEST) <= test
+    assert np.sum(cut == VALIDATION) <= validation
+
+
+def test_more_rows_than_memory_is_to_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    questions = [f"question {i % 900}" for i in range(1000)]
+    expected, _ = assign(questions, 100, 200, 1)
+    monkeypatch.setattr(spill, "HELD_BYTES", 2000)
+    assert assign(questions, 100, 200, 1)[0].tolist() == expected.tolist() == plainly(questions, 100, 200, 1, [])
 
 
 def test_sizes_are_exact_where_single_questions_allow_it() -> None:
-    keys = [question_key(f"question {i % 90}") for i in range(100)]  # ten questions come twice
+    questions = [f"question {i % 90}" for i in range(100)]  # ten questions come twice
     for seed in range(5):
-        split = assign_splits(keys, 10, 21, seed)
+        split, _ = assign(questions, 10, 21, seed)
         assert [int(np.sum(split == s)) for s in (TRAIN, VALIDATION, TEST)] == [69, 10, 21]
 
 
 def test_the_order_of_rows_does_not_matter_but_the_seed_does() -> None:
-    keys = [question_key(f"question {i}") for i in range(200)]
-    shuffled = random.Random(0).sample(keys, len(keys))
-    first, again = assign_splits(keys, 10, 20, 0), assign_splits(shuffled, 10, 20, 0)
-    assert dict(zip(keys, first, strict=True)) == dict(zip(shuffled, again, strict=True))
-    assert dict(zip(keys, first, strict=True)) != dict(zip(keys, assign_splits(keys, 10, 20, 1), strict=True))
+    questions = [f"question {i}" for i in range(200)]
+    shuffled = random.Random(0).sample(questions, len(questions))
+    first, again, other = (
+        dict(zip(rows, assign(rows, 10, 20, seed)[0].tolist(), strict=True))
+        for rows, seed in ((questions, 0), (shuffled, 0), (questions, 1))
+    )
+    assert first == again
+    assert first != other
 
 
 def test_a_known_split_never_changes() -> None:
     """Anyone's test rows would change with this function: raise store.FORMAT then."""
-    split = assign_splits([question_key(f"question {i}") for i in range(30)], 3, 4, 0)
+    split, _ = assign([f"question {i}" for i in range(30)], 3, 4, 0)
     assert (np.flatnonzero(split == TEST).tolist(), np.flatnonzero(split == VALIDATION).tolist()) == KNOWN
 
 
@@ -66,4 +130,4 @@ def test_sizes() -> None:
     with pytest.raises(ConfigError, match=r"data\.test_size = 1\.5: give rows as an integer"):
         num_rows(1.5, 100, "data.test_size")
     with pytest.raises(ConfigError, match=r"test_size \(8 rows\) \+ data\.validation_size \(2 rows\).*of 10: lower"):
-        assign_splits([question_key(str(i)) for i in range(10)], 2, 8, 0)
+        assign([str(i) for i in range(10)], 2, 8, 0)

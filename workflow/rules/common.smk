@@ -41,6 +41,7 @@ PLOTS = [
     "memory",
     "stage_time",
     "document_lengths",
+    "label_share",
     "languages",
 ]
 

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-PLOTS = ("loss", "scores", "throughput", "memory", "stage_time", "document_lengths", "languages")
+PLOTS = ("loss", "scores", "throughput", "memory", "stage_time", "document_lengths", "label_share", "languages")
 OUTPUTS = {
     "fetch_data": ["manifest.json"],
     "fetch_model": ["manifest.json"],

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from contextlib import ExitStack
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from dayzero.column_template import check_templates, parse_template
 from dayzero.config import Data
 from dayzero.console import ProgressBar, log
 from dayzero.data import function_calling, hub_data, splits
 from dayzero.data.formats import FORMATS, SCHEMAS, check_columns, detect_format, normalise, stored_kind
-from dayzero.data.readers import BATCH_BYTES, BATCH_ROWS, batch_rows, data_files, read_rows
+from dayzero.data.readers import BATCH_BYTES, BATCH_ROWS, data_files, read_rows
 from dayzero.data.rejects import Rejects
 from dayzero.data.rows import Dropped, Example, Row
 from dayzero.data.sources import Fetched, fetch_files, parse_source
+from dayzero.data.spill import Spill, row_array
+from dayzero.data.split_files import ReadRows, RowGroups, leave_out_copies, note_id, number_ids, write_splits
 from dayzero.data.store_entry import Memory, make_entry
 from dayzero.errors import ConfigError, DataError
-from dayzero.files import sha256_file
 from dayzero.provenance import Clock
 from dayzero.store import data_section
 
@@ -74,17 +74,6 @@ def _listed(group: str | list[str] | None) -> list[str]:
     return [group] if isinstance(group, str) else list(group or [])
 
 
-@dataclass
-class _Rows:
-    """Normalised rows on disk (in `file`, in reading order) and each row's question key in memory."""
-
-    file: Path
-    keys: list[bytes] = field(default_factory=list)
-    sources: list[int] = field(default_factory=list)
-    """Each row's source: its place in the list of sources."""
-    num_sources: int = 0
-
-
 class _Maker:
     def __init__(self, data: Data, folder: Path, workspace: Path, memory: Memory) -> None:
         self.data, self.folder, self.workspace, self.memory = data, folder, workspace, memory
@@ -94,7 +83,9 @@ class _Maker:
         self.rejects = Rejects(folder / "rejected.jsonl") if data.on_bad_row == "reject" else None
         self.dropped: Counter[str] = Counter()
         self.sources: list[dict[str, Any]] = []
-        self.ids: set[str] = set()
+        self.num_rows = 0  # read and normalised so far
+        # Of every row, on disk: its question's place, its content and its id.
+        self.questions, self.contents, self.ids = (Spill(workspace / f"{n}.spill", 3) for n in ("q", "c", "i"))
         self.answers: dict[str, list[Any]] = {}
 
     def make(self, clock: Clock) -> dict[str, Any]:
@@ -106,34 +97,26 @@ class _Maker:
             self.answers = function_calling.read_answers((origin, row) for _, origin, row in answers)
         elif self.format == "template":
             self._check_template_columns()
-        main = self._normalise(_listed(self.data.source), "data.source", "train", self.data.max_rows)
-        validation = self._normalise(_listed(self.data.validation_source), "data.validation_source", "validation")
-        test = self._normalise(_listed(self.data.test_source), "data.test_source", "test")
+        parts = [
+            self._normalise(_listed(self.data.source), "data.source", "train", self.data.max_rows),
+            self._normalise(_listed(self.data.validation_source), "data.validation_source", "validation"),
+            self._normalise(_listed(self.data.test_source), "data.test_source", "test"),
+        ]
+        split = row_array(self.workspace / "split", self.num_rows, np.int8)
+        for part, number in zip(parts, (splits.TRAIN, splits.VALIDATION, splits.TEST), strict=True):
+            split[part.rows] = number
+        if copies := leave_out_copies(self.contents, split, parts):
+            self.dropped["duplicate"] += copies
         if self.dropped:
             log.info("left out: %s", _counts(self.dropped))
-
-        total = len(main.keys)
-        cut_validation = 0 if self.data.validation_source else self._size("validation_size", total)
-        cut_test = 0 if self.data.test_source else self._size("test_size", total)
-        split = splits.assign_splits(main.keys, cut_validation, cut_test, self.data.split_seed)
-        parts = {
-            "train": (main, split == splits.TRAIN),
-            "validation": (main, split == splits.VALIDATION) if cut_validation else (validation, _all(validation)),
-            "test": (main, split == splits.TEST) if cut_test else (test, _all(test)),
-        }
-        parts = self._keep_apart(parts)
-        written = {name: self._write(name, *part) for name, part in parts.items() if part[1].any()}
-        if "train" not in written:
-            raise DataError("data.source: no training row is left: all share a question with validation or test")
-        wanted = {
-            "test": cut_test or self.data.test_source,
-            "validation": cut_validation or self.data.validation_source,
-        }
-        for name, needed in wanted.items():
-            if needed and name not in written:
-                raise ConfigError(f"data.{name}_size: no {name} row could be cut without sharing a question: raise it")
+        assigned = self._assign(split, parts[0])
+        numbers = row_array(self.workspace / "numbers", self.num_rows, np.int32)
+        number_ids(self.ids, split, numbers)
+        written = write_splits(self.folder, parts, split, numbers)
+        for name, entry in written.items():
+            entry["questions"] = int(assigned.questions[splits.SPLITS.index(name)])
+        self._check_written(written)
         log.info("rows: %s", ", ".join(f"{name} {s['rows']}" for name, s in written.items()))
-        questions = {name: _questions(*part) for name, part in parts.items()}
         return {
             "format": self.kind,
             "source_format": ", ".join(self.found),
@@ -142,30 +125,42 @@ class _Maker:
             "dropped": dict(self.dropped),
             **({"rejected": self.rejects.close()} if self.rejects else {}),
             "overlap": {
-                "test_train_questions": splits.overlap(questions["test"], questions["train"]),
-                "test_validation_questions": splits.overlap(questions["test"], questions["validation"]),
-                "validation_train_questions": splits.overlap(questions["validation"], questions["train"]),
+                **{
+                    f"{splits.SPLITS[a]}_{splits.SPLITS[b]}_questions": count
+                    for (a, b), count in assigned.shared.items()
+                },
                 "method": f"equal questions after: {splits.NORMALISATION}",
             },
             "provenance": clock.provenance(split_seed=self.data.split_seed),
         }
 
-    def _size(self, name: str, total: int) -> int:
-        return splits.num_rows(getattr(self.data, name), total, f"data.{name}")
-
-    def _keep_apart(self, parts: dict[str, tuple[_Rows, np.ndarray]]) -> dict[str, tuple[_Rows, np.ndarray]]:
-        """Drop validation and training rows that share a question with test, and training rows with validation."""
-        taken: set[bytes] = set()
-        result = {}
-        for name in ("test", "validation", "train"):
-            rows, chosen = parts[name]
-            keep = chosen & np.array([key not in taken for key in rows.keys], dtype=bool)
-            if lost := int(chosen.sum() - keep.sum()):
+    def _assign(self, split: np.ndarray, main: ReadRows) -> splits.Assigned:
+        """Cut validation and test, and leave out rows that share a question with held-out ones."""
+        total = sum(
+            int((split[i : min(i + 2**20, main.num_rows)] == splits.TRAIN).sum())
+            for i in range(0, main.num_rows, 2**20)
+        )
+        cut = {
+            name: 0
+            if getattr(self.data, f"{name}_source")
+            else splits.num_rows(getattr(self.data, f"{name}_size"), total, f"data.{name}_size")
+            for name in ("validation", "test")
+        }
+        assigned = splits.assign_splits(self.questions, split, main.num_rows, cut["validation"], cut["test"])
+        for number in (splits.VALIDATION, splits.TRAIN):
+            if lost := assigned.held_out[number]:
+                name = splits.SPLITS[number]
                 self.dropped[f"{name}_question_held_out"] += lost
                 log.warning("WARNING: %d %s rows share a question with held-out rows and are left out", lost, name)
-            result[name] = (rows, keep)
-            taken |= _questions(rows, keep)
-        return {name: result[name] for name in ("train", "validation", "test")}
+        return assigned
+
+    def _check_written(self, written: dict[str, Any]) -> None:
+        if "train" not in written:
+            raise DataError("data.source: no training row is left: all share a question with validation or test")
+        for name in ("test", "validation"):
+            wanted = getattr(self.data, f"{name}_size") or getattr(self.data, f"{name}_source")
+            if wanted and name not in written:
+                raise ConfigError(f"data.{name}_size: no {name} row could be cut without sharing a question: raise it")
 
     def _read(self, texts: list[str], key: str, split: str | None) -> Iterator[tuple[int, str, Row]]:
         """The rows of the sources: (the source's place, origin, row)."""
@@ -199,9 +194,9 @@ class _Maker:
         if self.data.sha256 and (isinstance(self.data.sha256, str) or text in self.data.sha256):
             raise ConfigError(f"data.sha256: {text} is a hub data set: pin its commit instead, `hf:org/name@commit`")
 
-    def _normalise(self, texts: list[str], key: str, split: str, limit: int | None = None) -> _Rows:
+    def _normalise(self, texts: list[str], key: str, split: str, limit: int | None = None) -> ReadRows:
         """Read and normalise the sources into one Parquet file of the workspace, a batch at a time."""
-        rows = _Rows(self.workspace / f"{split}.parquet", num_sources=len(texts))
+        rows = ReadRows(self.workspace / f"{split}.parquet", self.num_rows, [0] * len(texts))
         if not texts:
             return rows
         dropped: Counter[str] = Counter()
@@ -210,16 +205,16 @@ class _Maker:
             stream = islice(self._read(texts, key, hub_split), limit)
             self._write_batches(rows, self._examples(stream, rows, dropped, bar))
         self.dropped.update(dropped)
-        if not rows.keys:
+        rows.ends = np.maximum.accumulate(rows.ends).tolist()
+        if not rows.num_rows:
             bad = f" and {self.rejects.count} rejected" if self.rejects and self.rejects.count else ""
             raise DataError(f"{key}: no rows are left after leaving out {_counts(dropped) or 'nothing'}{bad}")
         return rows
 
     def _examples(
-        self, stream: Iterable[tuple[int, str, Row]], rows: _Rows, dropped: Counter[str], bar: ProgressBar
+        self, stream: Iterable[tuple[int, str, Row]], rows: ReadRows, dropped: Counter[str], bar: ProgressBar
     ) -> Iterator[tuple[int, dict[str, Any]]]:
-        """The rows to write, each with its size; their keys and sources go to `rows`."""
-        seen: set[bytes] = set()
+        """The rows to write, each with its size; what must be known of all of them is noted."""
         current, source_format = None, ""
         for number, origin, row in stream:
             bar.advance()
@@ -238,14 +233,13 @@ class _Maker:
                 dropped[example.reason] += 1
                 continue
             if self.kind not in REPEATABLE:
-                content = splits.exact_key(example.columns)
-                if content in seen:
-                    dropped["duplicate"] += 1
-                    continue
-                seen.add(content)
-            rows.keys.append(splits.question_key(example.question))
-            rows.sources.append(number)
-            yield example.num_chars, {"id": self._id(example.id, origin), "origin": origin, **example.columns}
+                self.contents.add(splits.exact_key(example.columns), self.num_rows)
+            self.questions.add(splits.question_place(example.question, self.data.split_seed), self.num_rows)
+            name = example.id or origin
+            note_id(self.ids, name, self.num_rows)
+            self.num_rows += 1
+            rows.ends[number] = self.num_rows - rows.first
+            yield example.num_chars, {"id": name, "origin": origin, **example.columns}
 
     def _source_format(self, row: Row, origin: str) -> str:
         """The format of a source, by its first row where it is not configured."""
@@ -279,51 +273,16 @@ class _Maker:
             return function_calling.normalise_call(row, origin, self.answers)
         return normalise(row, origin, source_format, self.data.columns, self.data.template)
 
-    def _id(self, wanted: str | None, origin: str) -> str:
-        """The row's own id, or its origin; made unique by a number where it is not."""
-        base = name = wanted or origin
-        number = 1
-        while name in self.ids:
-            number += 1
-            name = f"{base}#{number}"
-        self.ids.add(name)
-        return name
-
     def _schema(self) -> pa.Schema:
         schema = function_calling.SCHEMA if self.format == "function_calling" else SCHEMAS[self.kind]
         return pa.schema([("id", pa.string()), ("origin", pa.string()), *schema])
 
-    def _write_batches(self, rows: _Rows, examples: Iterator[tuple[int, dict[str, Any]]]) -> None:
-        writer: pq.ParquetWriter | None = None
-        try:
+    def _write_batches(self, rows: ReadRows, examples: Iterator[tuple[int, dict[str, Any]]]) -> None:
+        with ExitStack() as stack:
+            out: RowGroups | None = None  # the format is known with the first row
             for batch in _batches(examples):
-                writer = writer or pq.ParquetWriter(rows.file, self._schema(), compression="zstd")
-                writer.write_table(pa.Table.from_pylist(batch, schema=self._schema()))
-        finally:
-            if writer is not None:
-                writer.close()
-
-    def _write(self, name: str, rows: _Rows, chosen: np.ndarray) -> dict[str, Any]:
-        file = self.folder / f"{name}.parquet"
-        start = 0
-        with (
-            pq.ParquetFile(rows.file) as source,
-            pq.ParquetWriter(file, source.schema_arrow, compression="zstd") as out,
-        ):
-            meta = source.metadata
-            size = sum(meta.row_group(i).total_byte_size for i in range(meta.num_row_groups))
-            for batch in source.iter_batches(batch_size=batch_rows(size, meta.num_rows)):
-                picked = batch.filter(pa.array(chosen[start : start + len(batch)]))
-                start += len(batch)
-                if len(picked):
-                    out.write_batch(picked)
-        return {
-            "file": file.name,
-            "rows": int(chosen.sum()),
-            "source_rows": np.bincount(np.array(rows.sources)[chosen], minlength=rows.num_sources).tolist(),
-            "questions": len(_questions(rows, chosen)),
-            "sha256": sha256_file(file),
-        }
+                out = out or stack.enter_context(RowGroups(rows.file, self._schema()))
+                out.append(pa.RecordBatch.from_pylist(batch, schema=self._schema()))
 
 
 def _batches(examples: Iterator[tuple[int, dict[str, Any]]]) -> Iterator[list[dict[str, Any]]]:
@@ -338,14 +297,6 @@ def _batches(examples: Iterator[tuple[int, dict[str, Any]]]) -> Iterator[list[di
             batch, held = [], 0
     if batch:
         yield batch
-
-
-def _all(rows: _Rows) -> np.ndarray:
-    return np.ones(len(rows.keys), dtype=bool)
-
-
-def _questions(rows: _Rows, chosen: np.ndarray) -> set[bytes]:
-    return {rows.keys[i] for i in np.flatnonzero(chosen)}
 
 
 def _counts(counts: Counter[str]) -> str:

@@ -14,14 +14,14 @@ A document's first token is never supervised: nothing stands before it to predic
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from dayzero.config import Tokenize
 from dayzero.config_checks import LOSS_KEYS
-from dayzero.data.chat import ChatEncoder
+from dayzero.data.chat import ChatEncoder, Rendered
 from dayzero.data.conversations import load_messages
 from dayzero.data.plain_text import TextEncoder
 from dayzero.data.tokenizer import affixes, special_token_pattern, special_tokens, text_ids
@@ -34,6 +34,7 @@ OPTIONAL_COLUMNS = ["tools"]
 """Columns that are read where they are there."""
 
 Document = tuple[list[int], list[bool]]
+_T = TypeVar("_T")
 
 
 class DocumentEncoder:
@@ -51,6 +52,7 @@ class DocumentEncoder:
         self._special = special_token_pattern(tokenizer)
         self._special_starts = {token[0] for token in special_tokens(tokenizer)}
         self._known: dict[str, list[int]] = {}
+        self._rendered: dict[int, Rendered | None] = {}  # by the rows' identities, while those are at hand
         if data_format == "messages":
             self._chat = ChatEncoder(tokenizer, options)
             return
@@ -75,24 +77,20 @@ class DocumentEncoder:
         if self.format in ("text", "prompt_completion"):
             texts = {row[c] for row in rows for c in COLUMNS[self.format] if row.get(c)}
             self._known = dict(zip(texts, text_ids(self.tokenizer, list(texts)), strict=True))
+        elif self.format == "messages":
+            self._rendered = {id(row): self._of_row(row, self._render) for row in rows}
+            self._chat.learn(rendered for rendered in self._rendered.values() if rendered)
         for index, row in enumerate(rows):
             for document in self.encode(row):
                 yield index, document
-        self._known = {}
+        self._known, self._rendered = {}, {}
 
     def encode(self, row: Mapping[str, Any]) -> Iterator[Document]:
         """The documents of one row: none, one, or several where a long one is split.
 
         Raises DataError or ConfigError naming the row.
         """
-        where = f"row {row.get('origin') or row.get('id') or '?'}"
-        for column in COLUMNS[self.format]:
-            if row.get(column) is None:
-                raise DataError(f"{where}: no value in column {column}: fill it or remove the row")
-        try:
-            ids, mask = getattr(self, f"_{self.format}")(row)
-        except (ConfigError, DataError) as error:
-            raise type(error)(f"{where}: {error}") from error
+        ids, mask = self._of_row(row, getattr(self, f"_{self.format}"))
         if not ids:
             self.counts["dropped.empty"] += 1
             return
@@ -102,6 +100,17 @@ class DocumentEncoder:
                 self.counts["dropped.few_labels"] += 1
             else:
                 yield part_ids, part_mask
+
+    def _of_row(self, row: Mapping[str, Any], make: Callable[[Mapping[str, Any]], _T]) -> _T:
+        """What `make` makes of a row that has its columns; errors name the row."""
+        where = f"row {row.get('origin') or row.get('id') or '?'}"
+        for column in COLUMNS[self.format]:
+            if row.get(column) is None:
+                raise DataError(f"{where}: no value in column {column}: fill it or remove the row")
+        try:
+            return make(row)
+        except (ConfigError, DataError) as error:
+            raise type(error)(f"{where}: {error}") from error
 
     def _fit(self, ids: list[int], mask: list[bool]) -> Iterator[Document]:
         n, policy = self.options.seq_len, self.options.long_documents
@@ -133,17 +142,22 @@ class DocumentEncoder:
         return prompt + completion, [False] * len(prompt) + [True] * len(completion)
 
     def _messages(self, row: Mapping[str, Any]) -> Document:
+        rendered = self._rendered[id(row)] if id(row) in self._rendered else self._render(row)
+        return self._chat.tokenize(rendered) if rendered else ([], [])
+
+    def _render(self, row: Mapping[str, Any]) -> Rendered | None:
+        """The conversation of a row; None where it is empty."""
         messages, tools = load_messages(row)
         for i, message in enumerate(messages, start=1):
             if "role" not in message or "content" not in message:
                 raise DataError(f"message {i} has no role or content: fill it or remove the row")
         self._count_special(*_texts_of(row))
         if not messages:
-            return [], []
+            return None
         self._chat.counts.clear()
-        document = self._chat.encode(messages, tools)
+        rendered = self._chat.render(messages, tools)
         self.counts.update(self._chat.counts)
-        return document
+        return rendered
 
     def _pretokenized(self, row: Mapping[str, Any]) -> Document:
         return list(row["input_ids"]), list(row["loss_mask"])

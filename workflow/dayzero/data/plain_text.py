@@ -7,8 +7,9 @@ those words with a character that no text holds; `ids` then reads whole control 
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, processors
@@ -21,6 +22,8 @@ BREAK, STAND_IN, OPEN, CLOSE = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
 """Noncharacters: Unicode keeps them for a program's own use (https://www.unicode.org/versions/latest, section 23.7)."""
 
 Range = tuple[int, int]
+HEADS, LONGEST_HEAD = 1000, 200
+"""Beginnings of turns that are remembered with their tokens, and the characters of the longest."""
 
 
 class TextEncoder:
@@ -36,6 +39,14 @@ class TextEncoder:
         self._twin: Tokenizer | None = None
         self._original: dict[int, int] = {}
         self._aliases: dict[str, str] = {}
+        self._known: dict[str, list[int]] = {}
+        self._heads: dict[str, list[int]] = {}
+        fast = isinstance(getattr(tokenizer, "backend_tokenizer", None), Tokenizer)
+        self._control_ids: dict[str, int] = {}
+        for token in special_tokens(tokenizer) if fast else ():
+            control = tokenizer.convert_tokens_to_ids(token)
+            assert isinstance(control, int)
+            self._control_ids[token] = control
 
     def mark(self, text: str) -> str:
         """The text with every control token in it broken. Raises DataError where it holds one of our own characters."""
@@ -60,9 +71,61 @@ class TextEncoder:
 
     def ids(self, text: str) -> list[int]:
         """Token ids of a marked text, without any the tokenizer would add."""
-        if BREAK not in text:
-            return text_ids(self.tokenizer, [text])[0]
-        return self._encode(self._aliased(text)[0])[0]
+        if BREAK in text:
+            return self._encode(self._aliased(text)[0])[0]
+        known = self._known.get(text)
+        return text_ids(self.tokenizer, [text])[0] if known is None else known
+
+    def learn(self, texts: Iterable[str]) -> None:
+        """Read marked texts together, which `ids` then knows until the next call."""
+        unmarked = list({text for text in texts if BREAK not in text})
+        self._known = dict(zip(unmarked, text_ids(self.tokenizer, unmarked), strict=True))
+
+    def tokens_before(self, text: str, ids: list[int], ends: Sequence[int]) -> list[int]:
+        """How many of a marked text's `ids` are the tokens of its first characters, up to each of the `ends`.
+
+        Only up to the first of the ends, which are ascending, where the text up to it on its own has other tokens.
+        Control tokens cut a text apart before anything else is done to it, so up to the last of them the tokens are
+        those of the whole, and only what follows it is read again.
+        """
+        starts, places = self._controls(text, ids)
+        found: list[int] = []
+        for end in ends:
+            last = bisect_left(starts, end) - 1
+            start, place = (starts[last], places[last]) if last >= 0 else (0, 0)
+            head = self._head(text[start:end])
+            if ids[place : place + len(head)] != head:
+                break
+            found.append(place + len(head))
+        return found
+
+    def _controls(self, text: str, ids: list[int]) -> tuple[list[int], list[int]]:
+        """Where the control tokens stand in an unmarked text and in its ids; none where the two do not agree."""
+        if self._pattern is None or not self._control_ids or BREAK in text:
+            return [], []
+        starts, places, place = [], [], -1
+        counts: Counter[int] = Counter()
+        for match in self._pattern.finditer(text):
+            control = self._control_ids[match[0]]
+            try:
+                place = ids.index(control, place + 1)
+            except ValueError:
+                return [], []
+            counts[control] += 1
+            starts.append(match.start())
+            places.append(place)
+        agree = all(ids.count(control) == count for control, count in counts.items())
+        return (starts, places) if agree else ([], [])
+
+    def _head(self, text: str) -> list[int]:
+        """The ids of what a control token is followed by up to an answer, which is mostly the same."""
+        if len(text) > LONGEST_HEAD:
+            return self.ids(text)
+        if text not in self._heads:
+            if len(self._heads) >= HEADS:
+                self._heads.clear()
+            self._heads[text] = self.ids(text)
+        return self._heads[text]
 
     def supervised(self, text: str, ranges: Sequence[Range]) -> tuple[list[int], list[bool]]:
         """Token ids of a marked text and for each whether it holds a character of one of the ranges."""

@@ -1,8 +1,8 @@
 """What the rows of a data set are like, and how much of the evaluation's items stands in the training rows.
 
-One pass over each split, in memory that does not grow with it: whatever must be held for every row is held for a share
-of them that a hash of their content chooses, so that copies of a row are chosen together and the choice does not depend
-on the order of rows.
+One pass over each split, in memory that does not grow with it: the hashes of the rows' contents are sorted on disk, and
+what is costly is looked at for a share of the rows that a hash of their content chooses, so that copies of a row are
+chosen together and the choice does not depend on the order of rows.
 """
 
 from __future__ import annotations
@@ -26,12 +26,11 @@ from dayzero.config import DataCheck
 from dayzero.console import ProgressBar, log
 from dayzero.data.histogram import LengthHistogram
 from dayzero.data.ngrams import Words, words
+from dayzero.data.spill import Spill, first_of_groups
 from dayzero.errors import DataError
 
 BATCH_ROWS, BATCH_BYTES = 512, 2**20
 """Rows looked at together: so many, or fewer long ones."""
-EXACT_ROWS = 2**23
-"""Rows whose content is remembered to find copies (8 bytes each); of more rows a share."""
 LANGUAGE_ROWS, LANGUAGE_CHARS = 1000, 2000
 """Rows, and characters of each, whose language is told."""
 SHINGLE, PERMUTATIONS = 5, 64
@@ -174,7 +173,7 @@ class _NearDuplicates:
 
 
 def check_split(
-    file: Path, kind: str, check: DataCheck, name: str, contamination: Contamination | None = None
+    file: Path, kind: str, check: DataCheck, name: str, workspace: Path, contamination: Contamination | None = None
 ) -> dict[str, Any]:
     """What one split's rows are like; `contamination` is shown all of them.
 
@@ -182,6 +181,7 @@ def check_split(
         file: the split's Parquet file.
         kind: one of TEXTS.
         name: the split's name, for messages.
+        workspace: a folder for 8 bytes a row while this runs.
 
     Raises DataError for a file that cannot be read.
     """
@@ -190,22 +190,21 @@ def check_split(
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"cannot read {file} ({error}): fetch the data again") from error
     rows = source.metadata.num_rows
-    exact, near, told = (_Sampled(n, rows) for n in (EXACT_ROWS, check.sample_rows, LANGUAGE_ROWS))
-    contents: list[NDArray[np.uint64]] = []
+    near, told = (_Sampled(n, rows) for n in (check.sample_rows, LANGUAGE_ROWS))
     lengths, similar = LengthHistogram(), _NearDuplicates(check.near_duplicate)
     languages: Counter[str] = Counter()
     empty = first = 0
     columns = [c for c in ("text", "prompt", "completion", "messages") if c in source.schema_arrow.names]
     size = sum(source.metadata.row_group(i).total_byte_size for i in range(source.metadata.num_row_groups))
     together = min(max(BATCH_BYTES * rows // max(size, 1), 1), BATCH_ROWS)
-    with ProgressBar(f"check {name}", rows) as bar:
+    with Spill(workspace / "contents", 1) as contents, ProgressBar(f"check {name}", rows) as bar:
         for batch in source.iter_batches(together, columns=columns, use_threads=False):
             texts = row_texts(batch, kind)
             strings = texts.to_pylist()
             hashes = np.fromiter(map(_content_hash, strings), np.uint64, len(strings))
             lengths.add(pc.utf8_length(texts).to_numpy(zero_copy_only=False))
             empty += empty_answers(batch, kind)
-            contents.append(hashes[exact.chosen(hashes)])
+            contents.add_all(hashes[:, None])
             for i in told.chosen(hashes):
                 languages[language(strings[i])] += 1
             close = near.chosen(hashes)
@@ -217,12 +216,12 @@ def check_split(
                     similar.see(int(hashes[i]), shingles)
             first += len(strings)
             bar.advance(len(strings))
-    kept = np.concatenate(contents) if contents else np.empty(0, np.uint64)
+        copies = sum(int((~first_of_groups(part, 1)).sum()) for part in contents.buckets())
     return {
         "rows": rows,
         "empty_answers": empty,
         "characters": lengths.result(),
-        "exact_duplicates": _share(len(kept) - len(np.unique(kept)), len(kept)),
+        "exact_duplicates": _share(copies, rows),
         "near_duplicates": {**_share(similar.found, similar.rows), "similarity": check.near_duplicate},
         "languages": dict(languages.most_common()),
     }

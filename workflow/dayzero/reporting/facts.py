@@ -91,6 +91,10 @@ def data_tables(runs: Sequence[Run]) -> list[tuple[str, Table, Table]]:
             questions = f", {number(entry['questions'])} different questions" if entry.get("questions") else ""
             facts.append([f"split {split}", f"{number(entry.get('rows'))} rows{questions}"])
         facts.extend([f"dropped: {words(reason)}", number(n)] for reason, n in (data.get("dropped") or {}).items())
+        if rejected := data.get("rejected"):
+            files = [f"{name}: {number(n)}" for name, n in (rejected.get("by_file") or {}).items()]
+            said = f"{number(rejected.get('rows'))} rows" + (f" ({', '.join(files)})" if files else "")
+            facts.append(["set aside in rejected.jsonl", said])
         facts.extend([f"overlap: {words(name)}", text(value)] for name, value in (data.get("overlap") or {}).items())
         header = ["source", "rows", "licence", "revision", "sha256"]
         tables.append((_used_by(key, users, runs), Table(header, sources, frozenset({1})), Table(["", ""], facts)))
@@ -137,7 +141,8 @@ def checks_tables(runs: Sequence[Run]) -> list[tuple[str, Table, Table]]:
 def tokens_table(runs: Sequence[Run]) -> Table:
     """Every tokenised split: counts, what was dropped or cut, packing efficiency."""
     header = ["tokens", "split", "row length", "packed", "rows", "documents", "tokens", "label tokens"]
-    header += ["supervised", "dropped", "truncated", "split up", "filled"]
+    header += ["supervised", "dropped", "truncated", "split up", "filled", "with control-token text"]
+    header += ["reasoning left out"]
     rows = []
     for key, users in by_key(runs, "tokenize").items():
         tokens = users[0].tokens
@@ -160,9 +165,11 @@ def tokens_table(runs: Sequence[Run]) -> Table:
                     number(entry.get("truncated")),
                     number(entry.get("split")),
                     DASH if efficiency is None else f"{100 * efficiency:.1f} %",
+                    number(entry.get("special_token_text")),
+                    number(entry.get("reasoning_left_out")),
                 ]
             )
-    return Table(header, rows, frozenset({2, 4, 5, 6, 7, 8, 9, 10, 11, 12}))
+    return Table(header, rows, frozenset({2, *range(4, 15)}))
 
 
 def differences_table(runs: Sequence[Run]) -> Table:

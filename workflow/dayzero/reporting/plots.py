@@ -184,6 +184,25 @@ def document_lengths_plot(runs: Sequence[Run], scores: pd.DataFrame) -> Figure:
     return figure
 
 
+def label_share_plot(runs: Sequence[Run], scores: pd.DataFrame) -> Figure:
+    """The share of the tokens that is supervised, by tokenised split."""
+    names, shares = [], []
+    for key, users in by_key(runs, "tokenize").items():
+        for split, entry in ((users[0].tokens or {}).get("splits") or {}).items():
+            if entry.get("tokens"):
+                names.append(f"{key} {split}")
+                shares.append(100 * entry["label_tokens"] / entry["tokens"])
+    figure, axes = _figure(0.9 + 0.3 * max(2, len(names)))
+    if not names:
+        return _nothing(axes, "No tokens were counted")
+    axes.barh(range(len(names)), shares, 0.62, color=COLOURS[0])
+    for place, share in enumerate(shares):
+        axes.annotate(f"{share:.1f} %", (share, place), (3, 0), textcoords="offset points", va="center", color=INK)
+    _bars_axis(axes, names, "% of the tokens that are supervised")
+    axes.set_xlim(0, 112)
+    return figure
+
+
 def languages_plot(runs: Sequence[Run], scores: pd.DataFrame) -> Figure:
     """The languages of the training rows that were looked at."""
     found = {}
@@ -212,6 +231,7 @@ PLOTS: dict[str, tuple[str, Callable[[Sequence[Run], pd.DataFrame], Figure]]] = 
     "memory": ("Peak memory by stage", memory_plot),
     "stage_time": ("Time by stage", stage_time_plot),
     "document_lengths": ("Lengths of the training documents", document_lengths_plot),
+    "label_share": ("Share of supervised tokens", label_share_plot),
     "languages": ("Languages of the training rows", languages_plot),
 }
 """File name -> (title, drawing)."""

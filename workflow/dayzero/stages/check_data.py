@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,9 +42,11 @@ def body(args: argparse.Namespace) -> None:
         if "test" in files:
             asked = {"the test split": quality.held_out(files["test"], kind), **asked}
         contamination = quality.Contamination(asked, check.ngram, check.overlap)
+        args.output.parent.mkdir(parents=True, exist_ok=True)
         for name, file in files.items():
             seen_by = contamination if name == "train" else None
-            splits[name] = quality.check_split(file, kind, check, name, seen_by)
+            with tempfile.TemporaryDirectory(dir=args.output.parent, prefix=f".{args.output.name}.") as workspace:
+                splits[name] = quality.check_split(file, kind, check, name, Path(workspace), seen_by)
             _say(name, splits[name])
         found = contamination.result()
         quality.refuse_contamination(found, check)
@@ -63,8 +66,6 @@ def _questions(args: argparse.Namespace, names: list[str]) -> dict[str, list[str
     """Task -> what each of its items asks."""
     if not names:
         return {}
-    import tempfile
-
     from dayzero.evaluation.tasks import load_tasks, task_questions
 
     with tempfile.TemporaryDirectory(prefix="dayzero-tasks-") as work_dir:
