@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
 from dayzero import store
-from dayzero.config import RunConfig, StageResources
+from dayzero.config import RunConfig, StageResources, TrainResources
 from dayzero.config_errors import ConfigProblems, Problem, nearest
 from dayzero.errors import ConfigError
 from dayzero.experiment import Experiment
@@ -180,7 +181,7 @@ class Wiring:
         """Each run's folder."""
         return [f"{self.experiment}/{name}" for name in self.runs]
 
-    def resources(self, stage: str, wildcards: Any) -> StageResources:
+    def resources(self, stage: str, wildcards: Any) -> StageResources | TrainResources:
         """What a job asks of the machine: by its run, or by the first run that uses its key."""
         if name := getattr(wildcards, "run", None):
             run = self.run(name)
@@ -189,6 +190,33 @@ class Wiring:
         else:
             run = next(iter(self.runs.values()))
         return getattr(run.resources, stage)
+
+    def gpus(self, stage: str, wildcards: Any) -> int:
+        """GPUs of each node that a job runs on."""
+        asked = self.resources(stage, wildcards)
+        if asked.gpu == "auto":
+            return self._world_size(wildcards) // self.nodes(stage, wildcards)
+        return int(asked.gpu)
+
+    def nodes(self, stage: str, wildcards: Any) -> int:
+        """Nodes that a job runs on."""
+        return getattr(self.resources(stage, wildcards), "nodes", 1)
+
+    def processes(self, wildcards: Any) -> int:
+        """Training processes on each node."""
+        return self._world_size(wildcards) // self.nodes("train", wildcards)
+
+    def launch_arguments(self, wildcards: Any) -> str:
+        """Machine settings of training as arguments. They change no result, so they are no parameter of the rule."""
+        asked = self.run(wildcards.run).resources.train
+        arguments = f"--nodes {asked.nodes} --max-requeues {asked.max_requeues}"
+        return arguments + (
+            f" --network-interface {shlex.quote(interface)}" if (interface := asked.network_interface) else ""
+        )
+
+    def _world_size(self, wildcards: Any) -> int:
+        run = self.run(wildcards.run)
+        return 1 if run.method.name == "none" else run.parallelism.world_size
 
     @staticmethod
     def _has_tasks(run: RunConfig) -> bool:

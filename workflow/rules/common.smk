@@ -10,6 +10,7 @@ from dayzero.wiring import Wiring
 from dayzero.errors import ConfigError
 from dayzero.experiment import experiment_path, load_experiment
 from dayzero.files import check_folder, check_writable
+from dayzero.snakemake_resources import Site, job_resources
 from dayzero.store import RUN_NAME
 
 # jobs run the `python` that runs Snakemake; a conda environment, where one is activated, still comes first
@@ -26,6 +27,7 @@ try:
     OVERRIDES = config_overrides(config, site_keys=["experiment", "results_dir"])
     EXPERIMENT = load_experiment(EXPERIMENT_FILE, OVERRIDES)
     WIRING = Wiring(EXPERIMENT, RESULTS)
+    SITE = Site.of(workflow.resource_settings._parsed_default_resources)
     WIRING.check_local_files()
     check_folder(RESULTS)
 except ConfigError as error:

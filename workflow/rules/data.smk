@@ -30,9 +30,7 @@ rule fetch_model:
         "../../envs/train.yaml"
     threads: lambda w: WIRING.resources("fetch", w).threads
     resources:
-        mem_mb=lambda w: WIRING.resources("fetch", w).mem_mb,
-        runtime=lambda w: WIRING.resources("fetch", w).runtime,
-        gpu=lambda w: WIRING.resources("fetch", w).gpu,
+        **job_resources(WIRING, SITE, "fetch"),
     params:
         spec=lambda w: WIRING.spec("models", w.key),
         directory=subpath(output.manifest, parent=True),
@@ -51,9 +49,7 @@ rule fetch_data:
         "../../envs/train.yaml"
     threads: lambda w: WIRING.resources("fetch", w).threads
     resources:
-        mem_mb=lambda w: WIRING.resources("fetch", w).mem_mb,
-        runtime=lambda w: WIRING.resources("fetch", w).runtime,
-        gpu=lambda w: WIRING.resources("fetch", w).gpu,
+        **job_resources(WIRING, SITE, "fetch"),
         streaming=lambda w: WIRING.streaming(w.key),  # not a parameter: it changes no row, so it reruns nothing
     params:
         spec=lambda w: WIRING.spec("data", w.key),
@@ -76,9 +72,7 @@ rule check_data:
         "../../envs/evaluate.yaml"
     threads: lambda w: WIRING.resources("check_data", w).threads
     resources:
-        mem_mb=lambda w: WIRING.resources("check_data", w).mem_mb,
-        runtime=lambda w: WIRING.resources("check_data", w).runtime,
-        gpu=lambda w: WIRING.resources("check_data", w).gpu,
+        **job_resources(WIRING, SITE, "check_data"),
     params:
         spec=lambda w: WIRING.spec("checks", w.key),
         data=subpath(input.data, parent=True),
@@ -100,9 +94,7 @@ rule train_tokenizer:
         "../../envs/train.yaml"
     threads: lambda w: WIRING.resources("tokenize", w).threads
     resources:
-        mem_mb=lambda w: WIRING.resources("tokenize", w).mem_mb,
-        runtime=lambda w: WIRING.resources("tokenize", w).runtime,
-        gpu=lambda w: WIRING.resources("tokenize", w).gpu,
+        **job_resources(WIRING, SITE, "tokenize"),
     params:
         spec=lambda w: WIRING.spec("tokenizers", w.key),
         data=subpath(input.data, parent=True),
@@ -125,9 +117,7 @@ rule tokenize:
         "../../envs/train.yaml"
     threads: lambda w: WIRING.resources("tokenize", w).threads
     resources:
-        mem_mb=lambda w: WIRING.resources("tokenize", w).mem_mb,
-        runtime=lambda w: WIRING.resources("tokenize", w).runtime,
-        gpu=lambda w: WIRING.resources("tokenize", w).gpu,
+        **job_resources(WIRING, SITE, "tokenize"),
     params:
         spec=lambda w: WIRING.spec("tokens", w.key),
         data=subpath(input.data, parent=True),

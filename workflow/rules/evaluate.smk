@@ -17,9 +17,7 @@ rule evaluate:
         "../../envs/evaluate.yaml"
     threads: lambda w: WIRING.resources("evaluate", w).threads
     resources:
-        mem_mb=lambda w: WIRING.resources("evaluate", w).mem_mb,
-        runtime=lambda w: WIRING.resources("evaluate", w).runtime,
-        gpu=lambda w: WIRING.resources("evaluate", w).gpu,
+        **job_resources(WIRING, SITE, "evaluate"),
     params:
         config=lambda w: WIRING.config(w.run, "evaluate"),
         model=subpath(input.model, parent=True),
@@ -48,9 +46,7 @@ rule verify_serving:
         "../../envs/serve.yaml"
     threads: lambda w: WIRING.resources("verify_serving", w).threads
     resources:
-        mem_mb=lambda w: WIRING.resources("verify_serving", w).mem_mb,
-        runtime=lambda w: WIRING.resources("verify_serving", w).runtime,
-        gpu=lambda w: WIRING.resources("verify_serving", w).gpu,
+        **job_resources(WIRING, SITE, "verify_serving"),
     params:
         config=lambda w: WIRING.config(w.run, "verify_serving"),
         model=subpath(input.model, parent=True),

@@ -36,9 +36,7 @@ rule report:
         "../../envs/train.yaml"
     threads: lambda w: WIRING.resources("report", w).threads
     resources:
-        mem_mb=lambda w: WIRING.resources("report", w).mem_mb,
-        runtime=lambda w: WIRING.resources("report", w).runtime,
-        gpu=lambda w: WIRING.resources("report", w).gpu,
+        **job_resources(WIRING, SITE, "report"),
     params:
         experiment=EXPERIMENT.name,
         description=EXPERIMENT.description,
