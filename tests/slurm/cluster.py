@@ -248,10 +248,13 @@ def _free_ports(count: int) -> int:
 
 def main() -> int:
     """The command line."""
-    command, cluster = sys.argv[1], Cluster(Path(sys.argv[2]).resolve())
     if problem := missing():
         print(problem, file=sys.stderr)
         return 1
+    command = sys.argv[1]
+    if command == "check":
+        return 0
+    cluster = Cluster(Path(sys.argv[2]).resolve())
     if command == "up":
         cluster.up()
         print(f"export PATH={cluster.root}/bin:$PATH")

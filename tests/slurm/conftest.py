@@ -72,7 +72,7 @@ class Site:
         """Snakemake with the SLURM profile, in the background; what it prints is in printed.txt."""
         command = [sys.executable, str(Path(__file__).with_name("polling.py")), "--profile", "slurm"]
         command += ["--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "1"]
-        command += ["--latency-wait", "10", "--config", "experiment=tiny", *arguments]
+        command += ["--latency-wait", "10", *arguments]
         with open(self.path / "printed.txt", "w") as output:
             return subprocess.Popen(
                 command, cwd=self.path, env=self.environment, text=True, stdout=output, stderr=subprocess.STDOUT

@@ -1,4 +1,4 @@
-"""The `snakemake` command, which asks SLURM for its jobs' states every second, not ever more rarely: tests are short."""
+"""The `snakemake` command, which asks SLURM for its jobs' states every second, for short tests."""
 
 import sys
 

@@ -118,10 +118,15 @@ def test_of_two_that_find_a_dead_one_one_wins(tmp_path: Path) -> None:
 def test_attempts_tell_how_each_start_ended(tmp_path: Path) -> None:
     job = Job(job_id="5", nodes="n1", num_nodes=1, gpus=4, restarts=0)
     checkpoint = tmp_path / "checkpoints/step_3"
-    with pytest.raises(ValueError, match="no"), recorded(tmp_path, job, 0):
-        checkpoint.mkdir(parents=True)
-        (checkpoint / "trainer.json").write_text("{}")
-        raise ValueError("no")
+
+    def fail() -> None:
+        with recorded(tmp_path, job, 0):
+            checkpoint.mkdir(parents=True)
+            (checkpoint / "trainer.json").write_text("{}")
+            raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        fail()
     Attempts(tmp_path).begin(job, 3, "n1")  # killed: never says how it ended
     with recorded(tmp_path, Job(job_id="5", gpus=4, restarts=1), 0, last_sign=time.time() + 3600):
         (tmp_path / "summary.json").write_text("{}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from dayzero.engine.node import check_shared, clock_warning, use_interface
 from dayzero.errors import ConfigError
 from dayzero.experiment import Experiment
 from dayzero.slurm import Job, parse_job, parse_time
+from dayzero.slurm_site import check_site, partitions
 from dayzero.snakemake_resources import Site, backoff, job_resources
 from dayzero.wiring import Wiring
 from snakemake_executor_plugin_slurm.validation import get_forbidden_slurm_options
@@ -93,7 +95,7 @@ def test_two_jobs_have_two_ports() -> None:
 
 
 def test_results_that_a_node_does_not_see(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="results_dir: node2 does not see .* as the first node does"):
+    with pytest.raises(ConfigError, match=r"results_dir: node2 does not see .* as the first node does"):
         check_shared(tmp_path / ".launch-7", "node2", seconds=0.05)
 
 
@@ -107,7 +109,7 @@ def test_clocks_that_differ(tmp_path: Path, offset: float, says: str | None) -> 
 def test_network_interfaces(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
         monkeypatch.setenv(name, "")
-    with pytest.raises(ConfigError, match="resources.train.network_interface ib7: node2 has .*"):
+    with pytest.raises(ConfigError, match=r"resources.train.network_interface ib7: node2 has .*"):
         use_interface("ib7", "node2")
     use_interface(sorted(psutil.net_if_addrs())[0], "node2")
 
@@ -172,7 +174,7 @@ def test_each_attempt_waits_longer_but_not_for_ever() -> None:
 
 
 def test_a_wrong_way_to_ask_for_gpus() -> None:
-    with pytest.raises(ConfigError, match="gpu_request = 'gpu' .*: use gres, gpus-per-node, gpus"):
+    with pytest.raises(ConfigError, match=r"gpu_request = 'gpu' .*: use gres, gpus-per-node, gpus"):
         Site(gpu_request="gpu")
 
 
@@ -204,12 +206,77 @@ def test_a_limit_below_a_checkpoint_interval(tmp_path: Path, caplog: pytest.LogC
     metrics.parent.mkdir()
     log.propagate = True
     try:
-        with caplog.at_level(logging.WARNING, logger="dayzero"):
-            with attempts.recorded(tmp_path, Job(job_id="1", time_limit=60), checkpoint_every=100):
-                time.sleep(0.1)
-                line = json.dumps({"step": 1, "step_seconds": 2.0, "data_seconds": 0.0, "time": time.time() + 1})
-                metrics.write_text(f"{line}\n" * 3)
-                time.sleep(1.3)
+        job = Job(job_id="1", time_limit=60)
+        with caplog.at_level(logging.WARNING, logger="dayzero"), attempts.recorded(tmp_path, job, 100):
+            time.sleep(0.1)
+            line = json.dumps({"step": 1, "step_seconds": 2.0, "data_seconds": 0.0, "time": time.time() + 1})
+            metrics.write_text(f"{line}\n" * 3)
+            time.sleep(1.3)
     finally:
         log.propagate = False
     assert "time limit of 60 s is shorter than the 200 s between two checkpoints" in caplog.text
+
+
+SINFO = (
+    "cpu|(null)|2-00:00:00|4\ngpu|gpu:a100:2(S:0-1)|1:00:00|1\ngpu|gpu:a100:4|1:00:00|2\nany|gpu:2,mps:8|infinite|9\n"
+)
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A PATH with commands that say what is in files: no cluster can be without accounts and with them."""
+    says = {"sinfo": SINFO, "sbatch": "", "sacctmgr": "mine\nours\n", "sacct": ""}
+    for name, text in says.items():
+        (tmp_path / f"{name}.txt").write_text(text)
+        (tmp_path / name).write_text(f'#!/bin/sh\nwhile read -r l; do echo "$l"; done < {tmp_path}/{name}.txt\n')
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    return tmp_path
+
+
+def checked(site: Site, account: str = "", **values: object) -> SimpleNamespace:
+    settings = SimpleNamespace(status_command="sacct")
+    check_site(wiring(**values), site, account, settings)
+    return settings
+
+
+SITE = Site(cpu_partition="cpu", gpu_partition="gpu", gpu_request="gres")
+
+
+def test_a_site_that_has_all_that_is_asked(cluster: Path) -> None:
+    values = {"parallelism": {"dp_shard": 8}, "resources": {"train": {"nodes": 2, "gpu": 4, "runtime": 60}}}
+    assert checked(SITE, "ours", **values).status_command == "sacct"
+    assert partitions()["any"].limit is None
+
+
+@pytest.mark.parametrize(
+    ("site", "account", "train", "says"),
+    [
+        ({"gpu_partition": "gpuu"}, "", {}, "gpu_partition = 'gpuu' .*: no such partition; did you mean gpu?"),
+        ({"cpu_partition": "xyzzy"}, "", {}, "cpu_partition = 'xyzzy' .*: no such partition; there are cpu, gpu, any"),
+        ({}, "theirs", {}, "slurm_account = 'theirs' .*: not one of yours, which are mine, ours"),
+        ({}, "", {"gpu": 8, "runtime": 60}, "train asks for 8 GPUs of a node, but the nodes of partition gpu have 4"),
+        ({}, "", {"gpu": 2, "nodes": 4, "runtime": 60}, "nodes is 4, but partition gpu has 3"),
+        ({}, "", {"gpu": 4, "nodes": 2}, "runtime is 240 minutes, but partition gpu ends jobs after 60"),
+    ],
+)
+def test_what_a_site_has_not(
+    cluster: Path, site: dict[str, str], account: str, train: dict[str, int], says: str
+) -> None:
+    with pytest.raises(ConfigError, match=says.replace("?", r"\?")) as refused:
+        checked(replace(SITE, **site), account, parallelism={"dp_shard": 8}, resources={"train": train})
+    assert "\n" not in str(refused.value)
+
+
+def test_a_cluster_without_accounts(cluster: Path) -> None:
+    for name in ("sacct", "sacctmgr"):
+        (cluster / name).write_text("#!/bin/sh\nexit 1\n")
+    assert checked(SITE).status_command == "squeue"
+    with pytest.raises(ConfigError, match=r"slurm_account = 'mine' .*: this cluster keeps no accounts"):
+        checked(SITE, "mine")
+
+
+def test_no_slurm_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match="sbatch is not on PATH: start on a login node"):
+        checked(SITE)

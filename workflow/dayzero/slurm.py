@@ -98,7 +98,7 @@ def _gpus(fields: dict[str, str], nodes: int) -> int:
         if found := re.search(r"gres/gpu=(\d+)", fields.get(name, "")):
             return int(found[1])
     for name, times in (("TresPerJob", 1), ("TresPerNode", nodes)):
-        if found := re.search(r"gpu(?:[:=][A-Za-z]\w*)?[:=](\d+)", fields.get(name, "")):
+        if found := re.search(r"gpu(?:[:=][^:=,]+)?[:=](\d+)", fields.get(name, "")):
             return int(found[1]) * times
     return 0
 

@@ -39,13 +39,20 @@ class Site:
     @classmethod
     def of(cls, default_resources: Mapping[str, Any]) -> Site:
         """The site's keys among a profile's default resources."""
-        values = {name: default_resources[name] for name in cls.__annotations__ if name in default_resources}
-        # not yet evaluated: the text of the profile, in which a quoted word is a word
-        return cls(**{name: str(getattr(value, "raw", value) or "").strip("'\"") for name, value in values.items()})
+        return cls(**{name: named(default_resources, name) for name in cls.__annotations__})
 
     @property
     def is_slurm(self) -> bool:
         return bool(self.gpu_request)
+
+
+def named(default_resources: Mapping[str, Any], name: str) -> str:
+    """The text of one default resource of a profile; nothing where it is not set.
+
+    It is not yet evaluated there: a word in quotes is that word.
+    """
+    value = default_resources.get(name)
+    return str(getattr(value, "raw", value) or "").strip("'\"")
 
 
 def job_resources(wiring: Wiring, site: Site, stage: str) -> dict[str, Callable[..., Any]]:

@@ -51,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.network_interface:
             use_interface(args.network_interface, name)
         os.environ[RANK_LOGS] = str(args.logs)
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # pages of C++ frames when the other side has ended
         rendezvous = [f"--nnodes={args.nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={args.endpoint}"]
         is_host = int(number == "0")
         rendezvous += [f"--rdzv-id={args.id}", f"--rdzv-conf=is_host={is_host},join_timeout={JOIN_SECONDS}"]
