@@ -123,8 +123,11 @@ def wiring(**values: object) -> Wiring:
 def asked(stage: str, site: Site, attempt: int = 1, threads: int = 4, **values: object) -> dict[str, object]:
     """The resources of a job, without those that are empty."""
     it = SimpleNamespace(run="a")
-    found = {}
+    found: dict[str, object] = {}
     for name, value in job_resources(wiring(**values), site, stage).items():
+        if not callable(value):
+            found[name] = value
+            continue
         more = {"attempt": attempt, "threads": threads}
         names = value.__code__.co_varnames[: value.__code__.co_argcount]
         found[name] = value(it, **{k: v for k, v in more.items() if k in names})

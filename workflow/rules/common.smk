@@ -12,7 +12,13 @@ from dayzero.experiment import experiment_path, load_experiment
 from dayzero.failures import print_failures
 from dayzero.files import check_folder, check_writable
 from dayzero.slurm_site import check_site
-from dayzero.snakemake_resources import Site, job_resources, named
+from dayzero.snakemake_resources import (
+    Site,
+    job_resources,
+    job_threads,
+    launch_arguments,
+    named,
+)
 from dayzero.store import RUN_NAME
 
 # jobs run the `python` that runs Snakemake; a conda environment, where one is activated, still comes first

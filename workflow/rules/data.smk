@@ -28,7 +28,7 @@ rule fetch_model:
         f"{STORE}/logs/fetch_model-{{key}}.log",
     conda:
         "../../envs/train.yaml"
-    threads: lambda w: WIRING.resources("fetch", w).threads
+    threads: job_threads(WIRING, "fetch")
     resources:
         **job_resources(WIRING, SITE, "fetch"),
     params:
@@ -47,7 +47,7 @@ rule fetch_data:
         f"{STORE}/logs/fetch_data-{{key}}.log",
     conda:
         "../../envs/train.yaml"
-    threads: lambda w: WIRING.resources("fetch", w).threads
+    threads: job_threads(WIRING, "fetch")
     resources:
         **job_resources(WIRING, SITE, "fetch"),
         streaming=lambda w: WIRING.streaming(w.key),  # not a parameter: it changes no row, so it reruns nothing
@@ -70,7 +70,7 @@ rule check_data:
     priority: 10  # before the costly stages
     conda:
         "../../envs/evaluate.yaml"
-    threads: lambda w: WIRING.resources("check_data", w).threads
+    threads: job_threads(WIRING, "check_data")
     resources:
         **job_resources(WIRING, SITE, "check_data"),
     params:
@@ -92,7 +92,7 @@ rule train_tokenizer:
         f"{STORE}/logs/train_tokenizer-{{key}}.log",
     conda:
         "../../envs/train.yaml"
-    threads: lambda w: WIRING.resources("tokenize", w).threads
+    threads: job_threads(WIRING, "tokenize")
     resources:
         **job_resources(WIRING, SITE, "tokenize"),
     params:
@@ -115,7 +115,7 @@ rule tokenize:
         f"{STORE}/logs/tokenize-{{key}}.log",
     conda:
         "../../envs/train.yaml"
-    threads: lambda w: WIRING.resources("tokenize", w).threads
+    threads: job_threads(WIRING, "tokenize")
     resources:
         **job_resources(WIRING, SITE, "tokenize"),
     params:

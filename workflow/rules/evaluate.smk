@@ -15,7 +15,7 @@ rule evaluate:
         f"{RUN}/logs/evaluate.log",
     conda:
         "../../envs/evaluate.yaml"
-    threads: lambda w: WIRING.resources("evaluate", w).threads
+    threads: job_threads(WIRING, "evaluate")
     resources:
         **job_resources(WIRING, SITE, "evaluate"),
     params:
@@ -44,7 +44,7 @@ rule verify_serving:
         f"{RUN}/logs/verify_serving.log",
     conda:
         "../../envs/serve.yaml"
-    threads: lambda w: WIRING.resources("verify_serving", w).threads
+    threads: job_threads(WIRING, "verify_serving")
     resources:
         **job_resources(WIRING, SITE, "verify_serving"),
     params:

@@ -9,7 +9,7 @@ rule export:
         f"{RUN}/logs/export.log",
     conda:
         "../../envs/train.yaml"
-    threads: lambda w: WIRING.resources("export", w).threads
+    threads: job_threads(WIRING, "export")
     resources:
         **job_resources(WIRING, SITE, "export"),
     params:

@@ -34,7 +34,7 @@ rule report:
         f"{RESULTS}/{EXPERIMENT.name}/logs/report.log",
     conda:
         "../../envs/train.yaml"
-    threads: lambda w: WIRING.resources("report", w).threads
+    threads: job_threads(WIRING, "report")
     resources:
         **job_resources(WIRING, SITE, "report"),
     params:

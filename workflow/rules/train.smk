@@ -19,10 +19,10 @@ rule train:
         f"{RUN}/logs/train.log",
     conda:
         "../../envs/train.yaml"
-    threads: lambda w: WIRING.resources("train", w).threads
+    threads: job_threads(WIRING, "train")
     resources:
         **job_resources(WIRING, SITE, "train"),
-        launch=lambda w: WIRING.launch_arguments(w),  # not a parameter: it changes no result, so it reruns nothing
+        launch=launch_arguments(WIRING),  # not a parameter: it changes no result, so it reruns nothing
     params:
         config=lambda w: WIRING.config(w.run, "train"),
         start=lambda w: WIRING.start_arguments(w.run),
