@@ -31,7 +31,7 @@ defaults:
   tokenize: {{seq_len: 64}}
   method.lora.rank: 4
   train:
-    max_steps: 60
+    max_steps: 24
     global_batch_size: 8
     local_batch_size: 2
     precision: fp32
@@ -48,7 +48,7 @@ defaults:
     evaluate: {{threads: 1, mem_mb: 2500}}
     verify_serving: {{threads: 1}}
 runs:
-  wide: {{train.max_steps: 10, parallelism: {{dp_shard: 2, tp: 2}}, resources.train: {{nodes: 2, gpu: auto}}}}
+  wide: {{train.max_steps: 4, parallelism: {{dp_shard: 2, tp: 2}}, resources.train: {{nodes: 2, gpu: auto}}}}
   reference: {{{FAULT}}}
   limited: {{{FAULT}}}
   lost: {{{FAULT}}}
@@ -154,6 +154,11 @@ def cluster() -> Iterator[Cluster]:
     if problem := missing():
         pytest.exit(problem, returncode=1)
     cluster = Cluster(Path(mkdtemp(prefix="dz-slurm-", dir="/tmp")))  # short: sockets lie in it
+
+    def leave(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, leave)  # ended from outside, the cluster is taken down too
     try:
         yield cluster.up()
     finally:
