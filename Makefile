@@ -15,14 +15,16 @@ INSPECT = $(BIN)/python -m dayzero.stages.inspect_rows --experiment $(EXPERIMENT
 SNAKEMAKE = $(BIN)/snakemake --cores all --config experiment=$(EXPERIMENT) --
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo inspect test test-full lint serve clean
+.PHONY: help env demo status inspect test test-full test-slurm lint serve clean
 
 help:
 	@echo "make demo             set up everything, run the default experiment from end to end, print its scores"
 	@echo "make test             every test (PYTEST_ARGS=... for pytest)"
 	@echo "make test-full        every test and the whole matrix of meshes, methods and models"
+	@echo "make test-slurm       the tests on a private SLURM cluster, which must be installed (under 9 minutes)"
 	@echo "make lint             ruff, mypy, import-linter, snakefmt, snakemake --lint"
 	@echo "make env              only install, into .venv (LOCK=envs/lock-gpu.txt with an NVIDIA GPU and CUDA 13)"
+	@echo "make status           a live table of an experiment's runs and jobs (EXPERIMENT=demo; ONCE=1 prints it once)"
 	@echo "make inspect RUN=lora ROW=0   a row of a run's tokens with what is supervised coloured (EXPERIMENT=demo)"
 	@echo "make serve RUN=lora   an OpenAI-compatible server on a run's model (EXPERIMENT=demo HOST=127.0.0.1 PORT=8000)"
 	@echo "make clean            remove .venv and caches; results/ stays"
@@ -39,7 +41,11 @@ test: env
 	$(BIN)/pytest $(PYTEST_ARGS)
 
 test-full: env
-	$(BIN)/pytest -m "" $(PYTEST_ARGS)
+	$(BIN)/pytest -m "not slurm" $(PYTEST_ARGS)
+
+test-slurm: env
+	@$(BIN)/python -m tests.slurm.cluster check
+	$(BIN)/pytest -m slurm tests/slurm --durations=0 $(PYTEST_ARGS)
 
 lint: env
 	$(BIN)/ruff check .
@@ -48,6 +54,9 @@ lint: env
 	$(BIN)/lint-imports
 	$(BIN)/snakefmt --check Snakefile workflow/rules
 	$(BIN)/snakemake --lint
+
+status: env
+	@$(BIN)/python -m dayzero.status --experiment $(EXPERIMENT) $(if $(ONCE),--once)
 
 inspect: env
 	$(SNAKEMAKE) $$($(INSPECT) --print-target)

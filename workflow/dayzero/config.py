@@ -310,16 +310,40 @@ class Serving(_Section):
     """Largest allowed difference of a prompt token's log probability."""
 
 
-class StageResources(_Section):
-    """What one stage asks of the machine. Changing it reruns nothing."""
-
+class _AnyResources(_Section):
     threads: PositiveInt = 2
     mem_mb: PositiveInt = 4000
     """Memory in MB."""
     runtime: PositiveInt = 60
     """Time limit in minutes."""
+
+
+class StageResources(_AnyResources):
+    """What one stage asks of the machine. Changing it reruns nothing."""
+
     gpu: NonNegativeInt = 0
     """GPUs."""
+
+
+class TrainResources(_AnyResources):
+    """What training asks of the machine: of each node, where it has several. Changing it reruns nothing."""
+
+    mem_mb: PositiveInt = 6000
+    """Memory in MB."""
+    runtime: PositiveInt = 240
+    """Time limit in minutes."""
+    gpu: NonNegativeInt | Literal["auto"] = 0
+    """GPUs of each node. auto: one for each process."""
+    nodes: PositiveInt = 1
+    """Nodes of a SLURM job; must divide the number of processes, which the sizes of `parallelism` make. Without SLURM
+    all processes run on this machine."""
+    stop_before: NonNegativeInt = 120
+    """Seconds before the time limit at which SLURM asks training to write a checkpoint; the job is then put back into
+    the queue and goes on from there. 0: never asked."""
+    max_requeues: NonNegativeInt = 100
+    """How often a job is put back into the queue before training gives up. 0: never put back."""
+    network_interface: str | None = None
+    """Network interface of every node for NCCL and gloo (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME). null: they choose."""
 
 
 class Resources(_Section):
@@ -328,7 +352,7 @@ class Resources(_Section):
     fetch: StageResources = StageResources(threads=1, mem_mb=4000, runtime=120)
     check_data: StageResources = StageResources(threads=1)
     tokenize: StageResources = StageResources()
-    train: StageResources = StageResources(mem_mb=6000, runtime=240)
+    train: TrainResources = TrainResources()
     export: StageResources = StageResources(mem_mb=6000)
     evaluate: StageResources = StageResources(mem_mb=6000, runtime=240)
     verify_serving: StageResources = StageResources(mem_mb=6000)

@@ -240,6 +240,7 @@ def _parallelism(run: RunConfig) -> Iterator[tuple[str, str]]:
         dims.grad_accum_steps(run.train.global_batch_size, run.train.local_batch_size)
     except SizeError as error:
         yield error.key, error.reason
+    yield from _nodes(run)
     if run.train.compile and run.parallelism.pp_schedule == "zero_bubble":
         yield "train.compile", "does not go with pp_schedule zero_bubble, which splits backward passes: turn one off"
     if run.parallelism.strategy == "megatron_fsdp":
@@ -250,6 +251,30 @@ def _parallelism(run: RunConfig) -> Iterator[tuple[str, str]]:
                 "parallelism.strategy",
                 "method.name lora freezes weights, which Megatron-FSDP frees while they are still needed: use fsdp2",
             )
+
+
+def _nodes(run: RunConfig) -> Iterator[tuple[str, str]]:
+    asked, world_size = run.resources.train, run.parallelism.world_size
+    if left := world_size % asked.nodes:
+        yield (
+            "resources.train.nodes",
+            f"the sizes of parallelism make {world_size} processes, and {world_size} % nodes {asked.nodes} = {left}, "
+            "must be 0: every node has the same number of processes",
+        )
+        return
+    processes = world_size // asked.nodes
+    if isinstance(asked.gpu, int) and 0 < asked.gpu < processes:
+        yield (
+            "resources.train.gpu",
+            f"{world_size} processes / nodes {asked.nodes} = {processes} on each node, but gpu is {asked.gpu}: set it "
+            f"to {processes} or auto, or use more nodes",
+        )
+    if asked.stop_before >= asked.runtime * 60:
+        yield (
+            "resources.train.stop_before",
+            f"{asked.stop_before} s before the end of a job of {asked.runtime} minutes ({asked.runtime * 60} s) is "
+            "before it begins: raise resources.train.runtime",
+        )
 
 
 def _other(run: RunConfig) -> Iterator[tuple[str, str]]:

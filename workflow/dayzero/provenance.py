@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from dayzero import __version__
+from dayzero import __version__, slurm
 
 PACKAGES = [
     *["torch", "transformers", "datasets", "peft", "accelerate", "safetensors", "tokenizers", "lm-eval", "vllm"],
@@ -62,11 +62,24 @@ def hardware() -> dict[str, Any]:
     return info
 
 
-def scheduler_job() -> dict[str, str] | None:
-    """The SLURM job this runs in; None elsewhere."""
-    names = {"job_id": "SLURM_JOB_ID", "nodes": "SLURM_JOB_NODELIST", "partition": "SLURM_JOB_PARTITION"}
-    job = {key: os.environ[name] for key, name in names.items() if name in os.environ}
-    return job or None
+def scheduler_job(seconds: float) -> dict[str, Any] | None:
+    """The SLURM job this runs in, with what a stage of so many seconds used of it; None elsewhere."""
+    job = slurm.current_job()
+    if job is None:
+        return None
+    known = {
+        "job_id": job.job_id,
+        "nodes": job.nodes,
+        "num_nodes": job.num_nodes,
+        "partition": job.partition,
+        "account": job.account,
+        "gpus": job.gpus,
+        "requeues": job.restarts,
+        "job_started": job.started,
+        "gpu_hours": round(job.gpus * seconds / 3600, 4),
+        "energy_joules": slurm.energy_joules(job.job_id),
+    }
+    return {key: value for key, value in known.items() if value not in ("", None)}
 
 
 class Clock:
@@ -78,6 +91,7 @@ class Clock:
 
     def provenance(self, **more: Any) -> dict[str, Any]:
         """Everything about this execution as JSON values; `more` is added as it is (input hashes, seeds)."""
+        seconds = time.monotonic() - self._t0
         record: dict[str, Any] = {
             "dayzero": __version__,
             "git": git_revision(),
@@ -87,10 +101,10 @@ class Clock:
             "hardware": hardware(),
             "started": self._started.isoformat(timespec="seconds"),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seconds": round(time.monotonic() - self._t0, 2),
+            "seconds": round(seconds, 2),
             "peak_memory_gib": peak_memory_gib(),
         }
-        if job := scheduler_job():
+        if job := scheduler_job(seconds):
             record["slurm"] = job
         return {**record, **more}
 

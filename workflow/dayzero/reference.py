@@ -33,8 +33,8 @@ def _sections(prefix: str, model: type[BaseModel]) -> Iterator[tuple[str, type[B
     yield prefix, model
     for name, field in model.model_fields.items():
         if inner := _inner(field):
-            if prefix == "resources" and name != "fetch":
-                continue  # all stages have the same keys
+            if prefix == "resources" and name not in ("fetch", "train"):
+                continue  # the stages but train have the same keys
             yield from _sections(f"{prefix}.{name}".lstrip("."), inner)
 
 

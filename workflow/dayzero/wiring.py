@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
 from dayzero import store
-from dayzero.config import RunConfig, StageResources
+from dayzero.config import RunConfig, StageResources, TrainResources
 from dayzero.config_errors import ConfigProblems, Problem, nearest
 from dayzero.errors import ConfigError
 from dayzero.experiment import Experiment
@@ -24,13 +25,14 @@ class Wiring:
         self.name, self.runs, self.tasks = experiment.name, experiment.runs, Path(tasks)
         self.store, self.experiment = f"{results}/store", f"{results}/{experiment.name}"
         self._of_key: dict[str, RunConfig] = {}
+        self._keys: dict[tuple[str, int], str] = {}
         for run in self.runs.values():
-            keys = [store.data_key(run), store.tokens_key(run)]
-            keys += [store.model_key(run)] if run.model.source else []
-            keys += [store.tokenizer_key(run)] if run.model.tokenizer else []
-            keys += [store.check_key(run)] if run.method.name != "none" else []
-            for key in keys:
-                self._of_key.setdefault(key, run)
+            kinds = ["data", "tokens"]
+            kinds += ["model"] if run.model.source else []
+            kinds += ["tokenizer"] if run.model.tokenizer else []
+            kinds += ["check"] if run.method.name != "none" else []
+            for kind in kinds:
+                self._of_key.setdefault(self._key(kind, run), run)
 
     def run(self, name: str) -> RunConfig:
         """The run of that name; ConfigError if the experiment has none."""
@@ -83,23 +85,29 @@ class Wiring:
         return _local_files(self.of_key(key).model.source)
 
     # directories of the store, by run
+    def _key(self, kind: str, run: RunConfig) -> str:
+        """The key of a run's data, tokens, model, tokenizer or check; hashed once."""
+        if (kind, id(run)) not in self._keys:
+            self._keys[kind, id(run)] = getattr(store, f"{kind}_key")(run)
+        return self._keys[kind, id(run)]
+
     def data(self, run: RunConfig) -> str:
-        return f"{self.store}/data/{store.data_key(run)}"
+        return f"{self.store}/data/{self._key('data', run)}"
 
     def tokens(self, run: RunConfig) -> str:
-        return f"{self.store}/tokens/{store.tokens_key(run)}"
+        return f"{self.store}/tokens/{self._key('tokens', run)}"
 
     def model(self, run: RunConfig) -> str | None:
         """Where the run starts from; None for a new architecture."""
         if run.model.source is None or run.model.architecture is not None:
             return None
-        return f"{self.store}/models/{store.model_key(run)}"
+        return f"{self.store}/models/{self._key('model', run)}"
 
     def tokenizer(self, run: RunConfig) -> str:
         """Where the run's tokenizer lies: trained, or with the model of `model.source`."""
         if run.model.tokenizer is not None:
-            return f"{self.store}/tokenizers/{store.tokenizer_key(run)}"
-        return f"{self.store}/models/{store.model_key(run)}"
+            return f"{self.store}/tokenizers/{self._key('tokenizer', run)}"
+        return f"{self.store}/models/{self._key('model', run)}"
 
     # what a run's stages read
     def start(self, name: str) -> list[str]:
@@ -168,7 +176,7 @@ class Wiring:
             case "verify_serving":
                 return [f"{path}/serve/parity.json" for path in files.values()]
             case "check":
-                keys = dict.fromkeys(store.check_key(run) for name, run in self.runs.items() if self.trained(name))
+                keys = dict.fromkeys(self._key("check", run) for name, run in self.runs.items() if self.trained(name))
                 return [f"{self.store}/checks/{key}/manifest.json" for key in keys]
             case "store":
                 directories = [d for name, run in self.runs.items() for d in (self.data(run), self.tokens(run))]
@@ -180,7 +188,7 @@ class Wiring:
         """Each run's folder."""
         return [f"{self.experiment}/{name}" for name in self.runs]
 
-    def resources(self, stage: str, wildcards: Any) -> StageResources:
+    def resources(self, stage: str, wildcards: Any) -> StageResources | TrainResources:
         """What a job asks of the machine: by its run, or by the first run that uses its key."""
         if name := getattr(wildcards, "run", None):
             run = self.run(name)
@@ -189,6 +197,33 @@ class Wiring:
         else:
             run = next(iter(self.runs.values()))
         return getattr(run.resources, stage)
+
+    def gpus(self, stage: str, wildcards: Any) -> int:
+        """GPUs of each node that a job runs on."""
+        asked = self.resources(stage, wildcards)
+        if asked.gpu == "auto":
+            return self._world_size(wildcards) // self.nodes(stage, wildcards)
+        return int(asked.gpu)
+
+    def nodes(self, stage: str, wildcards: Any) -> int:
+        """Nodes that a job runs on."""
+        return getattr(self.resources(stage, wildcards), "nodes", 1)
+
+    def processes(self, wildcards: Any) -> int:
+        """Training processes on each node."""
+        return self._world_size(wildcards) // self.nodes("train", wildcards)
+
+    def launch_arguments(self, wildcards: Any) -> str:
+        """Machine settings of training as arguments. They change no result, so they are no parameter of the rule."""
+        asked = self.run(wildcards.run).resources.train
+        arguments = f"--nodes {asked.nodes} --max-requeues {asked.max_requeues}"
+        return arguments + (
+            f" --network-interface {shlex.quote(interface)}" if (interface := asked.network_interface) else ""
+        )
+
+    def _world_size(self, wildcards: Any) -> int:
+        run = self.run(wildcards.run)
+        return 1 if run.method.name == "none" else run.parallelism.world_size
 
     @staticmethod
     def _has_tasks(run: RunConfig) -> bool:

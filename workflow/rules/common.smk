@@ -9,7 +9,16 @@ from dayzero.config_overrides import config_overrides, override_arguments
 from dayzero.wiring import Wiring
 from dayzero.errors import ConfigError
 from dayzero.experiment import experiment_path, load_experiment
+from dayzero.failures import print_failures
 from dayzero.files import check_folder, check_writable
+from dayzero.slurm_site import check_site
+from dayzero.snakemake_resources import (
+    Site,
+    job_resources,
+    job_threads,
+    launch_arguments,
+    named,
+)
 from dayzero.store import RUN_NAME
 
 # jobs run the `python` that runs Snakemake; a conda environment, where one is activated, still comes first
@@ -26,6 +35,10 @@ try:
     OVERRIDES = config_overrides(config, site_keys=["experiment", "results_dir"])
     EXPERIMENT = load_experiment(EXPERIMENT_FILE, OVERRIDES)
     WIRING = Wiring(EXPERIMENT, RESULTS)
+    SITE = Site.of(workflow.resource_settings._parsed_default_resources)
+    ACCOUNT = named(
+        workflow.resource_settings._parsed_default_resources, "slurm_account"
+    )
     WIRING.check_local_files()
     check_folder(RESULTS)
 except ConfigError as error:
@@ -49,8 +62,14 @@ PLOTS = [
 onstart:
     try:
         check_writable(RESULTS)
+        if SITE.is_slurm:
+            check_site(WIRING, SITE, ACCOUNT, workflow.executor_settings)
     except ConfigError as error:
         raise WorkflowError(str(error)) from None
+
+
+onerror:
+    print_failures(log)
 
 
 wildcard_constraints:

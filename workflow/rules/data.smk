@@ -28,11 +28,9 @@ rule fetch_model:
         f"{STORE}/logs/fetch_model-{{key}}.log",
     conda:
         "../../envs/train.yaml"
-    threads: lambda w: WIRING.resources("fetch", w).threads
+    threads: job_threads(WIRING, "fetch")
     resources:
-        mem_mb=lambda w: WIRING.resources("fetch", w).mem_mb,
-        runtime=lambda w: WIRING.resources("fetch", w).runtime,
-        gpu=lambda w: WIRING.resources("fetch", w).gpu,
+        **job_resources(WIRING, SITE, "fetch"),
     params:
         spec=lambda w: WIRING.spec("models", w.key),
         directory=subpath(output.manifest, parent=True),
@@ -49,11 +47,9 @@ rule fetch_data:
         f"{STORE}/logs/fetch_data-{{key}}.log",
     conda:
         "../../envs/train.yaml"
-    threads: lambda w: WIRING.resources("fetch", w).threads
+    threads: job_threads(WIRING, "fetch")
     resources:
-        mem_mb=lambda w: WIRING.resources("fetch", w).mem_mb,
-        runtime=lambda w: WIRING.resources("fetch", w).runtime,
-        gpu=lambda w: WIRING.resources("fetch", w).gpu,
+        **job_resources(WIRING, SITE, "fetch"),
         streaming=lambda w: WIRING.streaming(w.key),  # not a parameter: it changes no row, so it reruns nothing
     params:
         spec=lambda w: WIRING.spec("data", w.key),
@@ -74,11 +70,9 @@ rule check_data:
     priority: 10  # before the costly stages
     conda:
         "../../envs/evaluate.yaml"
-    threads: lambda w: WIRING.resources("check_data", w).threads
+    threads: job_threads(WIRING, "check_data")
     resources:
-        mem_mb=lambda w: WIRING.resources("check_data", w).mem_mb,
-        runtime=lambda w: WIRING.resources("check_data", w).runtime,
-        gpu=lambda w: WIRING.resources("check_data", w).gpu,
+        **job_resources(WIRING, SITE, "check_data"),
     params:
         spec=lambda w: WIRING.spec("checks", w.key),
         data=subpath(input.data, parent=True),
@@ -98,11 +92,9 @@ rule train_tokenizer:
         f"{STORE}/logs/train_tokenizer-{{key}}.log",
     conda:
         "../../envs/train.yaml"
-    threads: lambda w: WIRING.resources("tokenize", w).threads
+    threads: job_threads(WIRING, "tokenize")
     resources:
-        mem_mb=lambda w: WIRING.resources("tokenize", w).mem_mb,
-        runtime=lambda w: WIRING.resources("tokenize", w).runtime,
-        gpu=lambda w: WIRING.resources("tokenize", w).gpu,
+        **job_resources(WIRING, SITE, "tokenize"),
     params:
         spec=lambda w: WIRING.spec("tokenizers", w.key),
         data=subpath(input.data, parent=True),
@@ -123,11 +115,9 @@ rule tokenize:
         f"{STORE}/logs/tokenize-{{key}}.log",
     conda:
         "../../envs/train.yaml"
-    threads: lambda w: WIRING.resources("tokenize", w).threads
+    threads: job_threads(WIRING, "tokenize")
     resources:
-        mem_mb=lambda w: WIRING.resources("tokenize", w).mem_mb,
-        runtime=lambda w: WIRING.resources("tokenize", w).runtime,
-        gpu=lambda w: WIRING.resources("tokenize", w).gpu,
+        **job_resources(WIRING, SITE, "tokenize"),
     params:
         spec=lambda w: WIRING.spec("tokens", w.key),
         data=subpath(input.data, parent=True),

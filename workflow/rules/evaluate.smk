@@ -15,11 +15,9 @@ rule evaluate:
         f"{RUN}/logs/evaluate.log",
     conda:
         "../../envs/evaluate.yaml"
-    threads: lambda w: WIRING.resources("evaluate", w).threads
+    threads: job_threads(WIRING, "evaluate")
     resources:
-        mem_mb=lambda w: WIRING.resources("evaluate", w).mem_mb,
-        runtime=lambda w: WIRING.resources("evaluate", w).runtime,
-        gpu=lambda w: WIRING.resources("evaluate", w).gpu,
+        **job_resources(WIRING, SITE, "evaluate"),
     params:
         config=lambda w: WIRING.config(w.run, "evaluate"),
         model=subpath(input.model, parent=True),
@@ -46,11 +44,9 @@ rule verify_serving:
         f"{RUN}/logs/verify_serving.log",
     conda:
         "../../envs/serve.yaml"
-    threads: lambda w: WIRING.resources("verify_serving", w).threads
+    threads: job_threads(WIRING, "verify_serving")
     resources:
-        mem_mb=lambda w: WIRING.resources("verify_serving", w).mem_mb,
-        runtime=lambda w: WIRING.resources("verify_serving", w).runtime,
-        gpu=lambda w: WIRING.resources("verify_serving", w).gpu,
+        **job_resources(WIRING, SITE, "verify_serving"),
     params:
         config=lambda w: WIRING.config(w.run, "verify_serving"),
         model=subpath(input.model, parent=True),

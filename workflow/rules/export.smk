@@ -9,11 +9,9 @@ rule export:
         f"{RUN}/logs/export.log",
     conda:
         "../../envs/train.yaml"
-    threads: lambda w: WIRING.resources("export", w).threads
+    threads: job_threads(WIRING, "export")
     resources:
-        mem_mb=lambda w: WIRING.resources("export", w).mem_mb,
-        runtime=lambda w: WIRING.resources("export", w).runtime,
-        gpu=lambda w: WIRING.resources("export", w).gpu,
+        **job_resources(WIRING, SITE, "export"),
     params:
         config=lambda w: WIRING.config(w.run, "export"),
         start=lambda w: WIRING.start_arguments(w.run),

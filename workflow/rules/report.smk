@@ -34,11 +34,9 @@ rule report:
         f"{RESULTS}/{EXPERIMENT.name}/logs/report.log",
     conda:
         "../../envs/train.yaml"
-    threads: lambda w: WIRING.resources("report", w).threads
+    threads: job_threads(WIRING, "report")
     resources:
-        mem_mb=lambda w: WIRING.resources("report", w).mem_mb,
-        runtime=lambda w: WIRING.resources("report", w).runtime,
-        gpu=lambda w: WIRING.resources("report", w).gpu,
+        **job_resources(WIRING, SITE, "report"),
     params:
         experiment=EXPERIMENT.name,
         description=EXPERIMENT.description,

@@ -19,11 +19,10 @@ rule train:
         f"{RUN}/logs/train.log",
     conda:
         "../../envs/train.yaml"
-    threads: lambda w: WIRING.resources("train", w).threads
+    threads: job_threads(WIRING, "train")
     resources:
-        mem_mb=lambda w: WIRING.resources("train", w).mem_mb,
-        runtime=lambda w: WIRING.resources("train", w).runtime,
-        gpu=lambda w: WIRING.resources("train", w).gpu,
+        **job_resources(WIRING, SITE, "train"),
+        launch=launch_arguments(WIRING),  # not a parameter: it changes no result, so it reruns nothing
     params:
         config=lambda w: WIRING.config(w.run, "train"),
         start=lambda w: WIRING.start_arguments(w.run),
@@ -31,4 +30,4 @@ rule train:
         directory=subpath(output.summary, parent=True),
     shell:
         "python -m dayzero.stages.train --config {params.config:q} --tokens {params.tokens:q} {params.start:q}"
-        " --output {params.directory:q} --set-aside-other-checkpoints --log {log:q}"
+        " --output {params.directory:q} --set-aside-other-checkpoints --log {log:q} {resources.launch}"

@@ -9,20 +9,21 @@ import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import psutil
 
 from dayzero.console import log
 from dayzero.errors import one_line
-
-EXIT_INTERRUPTED = 75
-"""Exit code of training that was asked to stop and can be continued (EX_TEMPFAIL of sysexits.h)."""
+from dayzero.interruption import EXIT_INTERRUPTED as EXIT_INTERRUPTED
 
 _ERRORS = "DAYZERO_ERROR_DIR"
+RANK_LOGS = "DAYZERO_RANK_LOGS"
+"""Environment variable: the folder in which each rank keeps what it prints."""
 
 
 class RankFailed(ValueError):
@@ -39,11 +40,19 @@ def reports_errors() -> bool:
     return _ERRORS in os.environ
 
 
-def run_torchrun(module: str, arguments: list[str], processes: int) -> bool:
+def run_torchrun(
+    module: str,
+    arguments: list[str],
+    processes: int,
+    *,
+    rendezvous: Sequence[str] = ("--standalone",),
+    errors: Path | None = None,
+) -> bool:
     """Run `python -m module arguments` in `processes` local ranks; False when they stopped as asked.
 
     SIGTERM, SIGUSR1 and SIGINT are passed on to the ranks, which have as long as they need to write a checkpoint.
-    Raises `RankFailed` with the first failing rank's error.
+    `rendezvous` are torchrun's options of a world over several nodes; `errors` is then the folder for the errors of all
+    ranks. Raises `RankFailed` with the first failing rank's error.
     """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
@@ -53,21 +62,38 @@ def run_torchrun(module: str, arguments: list[str], processes: int) -> bool:
     # what the whole job may use (Snakemake sets the variable to a rule's threads) is shared among the ranks
     cores = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
     os.environ["OMP_NUM_THREADS"] = str(max(1, cores // processes))
-    with tempfile.TemporaryDirectory(prefix="dayzero-errors-") as errors, _signals_passed_on():
-        os.environ[_ERRORS] = errors
+    with tempfile.TemporaryDirectory(prefix="dayzero-errors-") as own, signals_passed_on() as asked:
+        folder = errors or Path(own)
+        os.environ[_ERRORS] = str(folder)
         try:
             # torchrun's parser would take arguments of ours that begin like its own
-            options = parse_args(["--standalone", f"--nproc-per-node={processes}", "-m", module])
+            options = parse_args([*rendezvous, f"--nproc-per-node={processes}", "-m", module])
             options.training_script_args = arguments
             # torchrun's handler of the other signals kills ranks after 30 s, perhaps in the middle of a checkpoint
             options.signals_to_handle = "SIGHUP,SIGQUIT"
             run(options)
         except ChildFailedError as failed:
             codes = {rank: failure.exitcode for rank, failure in failed.failures.items()}
-            if EXIT_INTERRUPTED in codes.values():
+            if EXIT_INTERRUPTED in codes.values() or (asked and not _reports(folder) and _by_a_stop(codes)):
                 return False
-            raise RankFailed(_first_error(Path(errors), codes)) from None
+            raise RankFailed(_first_error(folder, codes)) from None
     return True
+
+
+def keep_output() -> None:
+    """In a rank over several nodes: what this process prints goes to rank_N.log; rank 0's own log is still shown."""
+    folder = os.environ.get(RANK_LOGS)
+    if not folder:
+        return
+    rank = os.environ["RANK"]
+    shown = os.fdopen(os.dup(2), "w", buffering=1)
+    file = os.open(Path(folder) / f"rank_{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    os.close(file)
+    for handler in log.handlers:
+        if rank == "0" and type(handler) is logging.StreamHandler:
+            handler.setStream(shown)
 
 
 @contextmanager
@@ -78,14 +104,28 @@ def errors_reported(rank: int) -> Iterator[None]:
     except Exception as error:
         if folder := os.environ.get(_ERRORS):
             report = {"time": time.time(), "line": one_line(error), "traceback": traceback.format_exc()}
-            (Path(folder) / f"{rank}.json").write_text(json.dumps(report))
+            with suppress(OSError):  # the disk may be what failed
+                (Path(folder) / f"{rank}.json").write_text(json.dumps(report))
         raise
 
 
+def first_report(folder: Path) -> tuple[str, dict[str, Any]] | None:
+    """The rank that failed first and what it left in `folder`: time, line, traceback."""
+    return min(_reports(folder), key=lambda item: item[1]["time"], default=None)
+
+
+def _reports(folder: Path) -> list[tuple[str, dict[str, Any]]]:
+    return [(p.stem, json.loads(p.read_text())) for p in folder.glob("[0-9]*.json")]
+
+
+def _by_a_stop(codes: dict[int, int]) -> bool:
+    """Whether the ranks ended by the signal itself, as they do before training begins."""
+    return all(-code in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT) for code in codes.values())
+
+
 def _first_error(folder: Path, codes: dict[int, int]) -> str:
-    reports = [(json.loads(p.read_text()), p.stem) for p in folder.glob("*.json")]
-    if reports:
-        first, name = min(reports, key=lambda item: item[0]["time"])
+    if found := first_report(folder):
+        name, first = found
         log.debug(first["traceback"])
         return f"rank {name}: {first['line']}"
     rank, code = next(iter(codes.items()))
@@ -97,14 +137,19 @@ def _first_error(folder: Path, codes: dict[int, int]) -> str:
 
 
 @contextmanager
-def _signals_passed_on() -> Iterator[None]:
-    def pass_on(_: int, __: FrameType | None) -> None:
+def signals_passed_on() -> Iterator[list[int]]:
+    """Inside the block a request to stop goes on to the child processes; yields the list of those that came."""
+    asked: list[int] = []
+
+    def pass_on(number: int, _: FrameType | None) -> None:
+        asked.append(number)
         for child in psutil.Process().children():
-            child.send_signal(signal.SIGUSR1)
+            with suppress(psutil.NoSuchProcess):
+                child.send_signal(signal.SIGUSR1)
 
     before = {s: signal.signal(s, pass_on) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     try:
-        yield
+        yield asked
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)

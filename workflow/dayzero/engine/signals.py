@@ -9,11 +9,20 @@ from typing import Any
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
+_early: list[int] = []
+
+
+def note_early() -> None:
+    """From now on a request to stop is only noted, for the `StopRequest` that comes: while a model is still loaded."""
+    for s in SIGNALS:
+        signal.signal(s, lambda number, _: _early.append(number))
+
+
 class StopRequest:
     """While active, the first signal is only noted in `asked`; a second SIGINT interrupts at once."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = bool(_early)
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:

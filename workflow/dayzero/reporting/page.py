@@ -11,6 +11,7 @@ from dayzero import __version__
 from dayzero.provenance import git_revision
 from dayzero.reporting import facts
 from dayzero.reporting.collect import Run
+from dayzero.reporting.jobs import jobs_table
 from dayzero.reporting.scores import ScoreTable
 from dayzero.reporting.style import COLOURS
 
@@ -50,6 +51,7 @@ def render_page(
         differences=facts.differences_table(runs),
         provenance=facts.provenance_tables(runs),
         packages=facts.packages_table(runs),
+        jobs=jobs_table(runs),
         colours=COLOURS,
         dark_colours=DARK_COLOURS,
         version=__version__,

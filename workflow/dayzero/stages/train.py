@@ -15,11 +15,14 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from dayzero import attempts, slurm
 from dayzero.config import RunConfig
 from dayzero.console import log
 from dayzero.errors import ConfigError
 from dayzero.files import atomic_directory, atomic_file, read_json, write_json
+from dayzero.interruption import stop_or_go_on
 from dayzero.provenance import Clock
+from dayzero.run_lock import RunLock
 from dayzero.stages.base import read_config, run_stage, stage_parser
 
 if TYPE_CHECKING:
@@ -48,6 +51,10 @@ def main(argv: list[str] | None = None) -> int:
         action="store_true",
         help="train afresh where the checkpoints are of another config (default: refuse, naming the differing keys)",
     )
+    machine = parser.add_argument_group("where it runs; changes no result")
+    machine.add_argument("--nodes", type=int, default=1, help="nodes of a SLURM job (default 1)")
+    machine.add_argument("--max-requeues", type=int, default=100, help="times a SLURM job is put back (default 100)")
+    machine.add_argument("--network-interface", help="network interface of every node for NCCL and gloo")
     arguments = sys.argv[1:] if argv is None else argv
 
     from dayzero.engine.launch import is_worker
@@ -60,8 +67,6 @@ def main(argv: list[str] | None = None) -> int:
 def _launch(args: argparse.Namespace, arguments: list[str]) -> None:
     from dayzero.data.loader import check_rows
     from dayzero.data.tokens import TokenRows
-    from dayzero.engine import checkpoint
-    from dayzero.engine.launch import EXIT_INTERRUPTED, run_torchrun
     from dayzero.engine.megatron_fsdp import require_megatron_fsdp
     from dayzero.engine.parallel_dims import ParallelDims
 
@@ -78,6 +83,21 @@ def _launch(args: argparse.Namespace, arguments: list[str]) -> None:
             "has no validation rows: hold some out (data.validation_size), or set keep_best to 0"
         )
     _check_fit(run, args, dims)
+    job = slurm.current_job()
+    with RunLock(args.output, job=job) as lock:
+        finished = _run(run, args, arguments, job, lock.last_sign)
+    if not finished:
+        stop_or_go_on(args.output, job, args.max_requeues)
+
+
+def _run(
+    run: RunConfig, args: argparse.Namespace, arguments: list[str], job: slurm.Job | None, last_sign: float | None
+) -> bool:
+    """Start the ranks where they belong, on the nodes of a SLURM job or here; False when they stopped as asked."""
+    from dayzero.engine import checkpoint
+    from dayzero.engine.launch import run_torchrun
+    from dayzero.engine.launch_nodes import NodeSettings, run_on_nodes
+
     directory = args.output / "checkpoints"
     if found := checkpoint.checkpoints(directory):
         try:
@@ -86,12 +106,18 @@ def _launch(args: argparse.Namespace, arguments: list[str]) -> None:
             if not args.set_aside_other_checkpoints:
                 raise
             log.warning("training afresh; the old checkpoints are in %s: %s", checkpoint.set_aside(directory), error)
+            (args.output / attempts.FILE).unlink(missing_ok=True)
     for path in (args.output / "metrics.jsonl", args.output / "summary.json"):
         path.unlink(missing_ok=True)
-    args.output.mkdir(parents=True, exist_ok=True)
-    if not run_torchrun("dayzero.stages.train", arguments, run.parallelism.world_size):
-        log.warning("stopped as asked with a checkpoint in %s: start the stage again to continue", directory)
-        raise SystemExit(EXIT_INTERRUPTED)
+    world_size = run.parallelism.world_size
+    with attempts.recorded(args.output, job, run.train.checkpoint.every, last_sign):
+        if job is None or slurm.in_job_step():
+            if args.nodes > 1:
+                log.info("not in a SLURM job's batch script: all %d processes run on this machine", world_size)
+            return run_torchrun("dayzero.stages.train", arguments, world_size)
+        settings = NodeSettings(nodes=args.nodes, network_interface=args.network_interface)
+        logs = args.output.parent / "logs" / "ranks"
+        return run_on_nodes("dayzero.stages.train", arguments, world_size, job, settings, folder=args.output, logs=logs)
 
 
 def _check_fit(run: RunConfig, args: argparse.Namespace, dims: ParallelDims) -> None:
@@ -161,10 +187,14 @@ def _rank(args: argparse.Namespace) -> None:
     ParallelDims(world_size=int(os.environ["WORLD_SIZE"]), **run.parallelism.model_dump())
 
     from dayzero.engine import distributed
-    from dayzero.engine.launch import EXIT_INTERRUPTED, errors_reported, reports_errors
+    from dayzero.engine.launch import EXIT_INTERRUPTED, errors_reported, keep_output, reports_errors
     from dayzero.engine.megatron_fsdp import require_megatron_fsdp
+    from dayzero.engine.signals import note_early
     from dayzero.engine.trainer import Interrupted
 
+    if reports_errors():
+        note_early()
+    keep_output()
     if run.parallelism.strategy == "megatron_fsdp":
         require_megatron_fsdp()
     handlers = log.handlers
@@ -314,6 +344,7 @@ def _write_results(
             "checkpoint_seconds": round(trainer.checkpoint_seconds, 3),
             "seed": run.seed,
             **({"mix": mix} if mix else {}),
+            **({"attempts": tries} if (tries := attempts.Attempts(args.output).all()) else {}),
             "provenance": clock.provenance(identity=trainer.identity),
         },
     )

@@ -1,0 +1,272 @@
+"""A private SLURM cluster of two virtual nodes on this one host, with two stand-in GPUs each: no root, no network.
+
+`python -m tests.slurm.cluster up FOLDER` starts one and prints what to export; `down FOLDER` ends it, `kill FOLDER
+node2` pulls a node's plug, `start FOLDER node2` brings it back. Ports are free ones and every file is in FOLDER, so
+several clusters can run side by side.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from getpass import getuser
+from pathlib import Path
+
+import psutil
+
+PACKAGES = "slurmctld slurmd slurm-client munge"
+APT = f"apt-get install -y --no-install-recommends {PACKAGES}"
+NODES = ("node1", "node2")
+COMMANDS = ("srun", "sbatch", "squeue", "scancel", "sinfo", "scontrol", "sacct", "sacctmgr", "sshare")
+DAEMONS = ("munged", "slurmctld", "slurmd")
+SYSTEM_PATH = "/usr/sbin:/sbin:/usr/bin:/bin"
+
+CONFIG = """\
+ClusterName=virtual
+SlurmctldHost={host}(127.0.0.1)
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+AuthInfo=socket={root}/run/munge.sock,cred_expire=5
+SlurmctldPort={port}
+StateSaveLocation={root}/state
+SlurmdSpoolDir={root}/spool/%n
+SlurmctldPidFile={root}/run/slurmctld.pid
+SlurmdPidFile={root}/run/slurmd-%n.pid
+SlurmctldLogFile={root}/log/slurmctld.log
+SlurmdLogFile={root}/log/slurmd-%n.log
+SlurmdParameters=config_overrides
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+MpiDefault=none
+MailProg=/bin/true
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU_Memory
+SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,bf_interval=2
+ReturnToService=2
+MinJobAge=600
+KillWait=8
+OverTimeLimit=0
+SlurmctldTimeout=30
+SlurmdTimeout=12
+GresTypes=gpu
+{nodes}
+PartitionName=cpu Nodes=node1,node2 Default=YES MaxTime=60 State=UP
+PartitionName=gpu Nodes=node1,node2 MaxTime=60 State=UP
+"""
+
+
+def missing() -> str | None:
+    """What to type where SLURM is not installed; None where it is."""
+    found = [shutil.which(name, path=SYSTEM_PATH) for name in (*DAEMONS, "sbatch", "srun")]
+    return None if all(found) else f"the tests need Debian's SLURM, which `make test-slurm` does not install: {APT}"
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """One cluster, all of whose files are below `root`."""
+
+    root: Path
+    cpus: int = 8
+    """Virtual cores of each node."""
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """This process's environment with the cluster's commands first on PATH."""
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "SRUN_"))}
+        return {**clean, "PATH": f"{self.root}/bin{os.pathsep}{os.environ['PATH']}"}
+
+    def up(self) -> Cluster:
+        """Start whatever does not run. Raises RuntimeError with the daemons' last lines when it takes over 20 s."""
+        for folder in ("etc", "bin", "state", "log", "run", "spool/node1", "spool/node2"):
+            (self.root / folder).mkdir(parents=True, exist_ok=True)
+        self.root.chmod(0o755)
+        if not (self.root / "etc/slurm.conf").exists():
+            self._configure()
+        for name in ("munged", "slurmctld", *(f"slurmd-{node}" for node in NODES)):
+            if not self._alive(name):
+                self._start(name)
+        for node in NODES:
+            self.wait_for_node(node, {"idle", "mixed", "allocated"})
+        return self
+
+    def down(self) -> None:
+        """Cancel all jobs and end every daemon; what does not end in 5 s is killed."""
+        if self._alive("slurmctld"):
+            self.call("scancel", f"--user={getuser()}", check=False)
+            self._wait(lambda: not self.call("squeue", "-h", check=False).strip(), 15)
+        for name in (*(f"slurmd-{node}" for node in NODES), "slurmctld", "munged"):
+            if not self._alive(name):
+                continue
+            process = psutil.Process(self._pid(name))
+            process.terminate()
+            if not self._wait(lambda process=process: _ended(process), 5):
+                process.kill()
+        for node in NODES:
+            for pid in self._processes_of(node):
+                os.kill(pid, signal.SIGKILL)
+
+    def kill_node(self, node: str) -> None:
+        """Pull the plug: its daemon, its job steps and every process they started are gone at once."""
+        victims = self._processes_of(node)
+        if self._alive(f"slurmd-{node}"):
+            victims.add(self._pid(f"slurmd-{node}"))
+        for pid in victims:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+
+    def start_node(self, node: str) -> None:
+        """Bring a killed node back."""
+        self._start(f"slurmd-{node}")
+        self.wait_for_node(node, {"idle", "mixed", "allocated"})
+
+    def wait_for_node(self, node: str, states: set[str], seconds: float = 40) -> None:
+        """Wait until SLURM says that the node is in one of `states`."""
+
+        def there() -> bool:
+            return self.call("sinfo", "-h", "-N", "-n", node, "-o", "%T", check=False).split("\n")[0].strip() in states
+
+        if not self._wait(there, seconds):
+            logs = "\n".join(p.read_text()[-600:] for p in sorted((self.root / "log").glob("*.log")))
+            raise RuntimeError(f"{node} is not {states} after {seconds} s\n{logs}")
+
+    def call(self, *command: str, check: bool = True) -> str:
+        """What one of the cluster's commands prints, within 20 s."""
+        done = subprocess.run(
+            [f"{self.root}/bin/{command[0]}", *command[1:]], text=True, capture_output=True, timeout=20
+        )
+        assert not check or done.returncode == 0, (command, done.stderr)
+        return done.stdout
+
+    def jobs(self) -> dict[str, str]:
+        """State of every job that SLURM still knows, ended ones too."""
+        lines = self.call("squeue", "-h", "--states=all", "-o", "%i %T").split("\n")
+        return dict(line.split() for line in lines if line.strip())
+
+    def _configure(self) -> None:
+        host = socket.gethostname().partition(".")[0]
+        port = _free_ports(3)
+        address = f"NodeHostname={host} NodeAddr=127.0.0.1 CPUs={self.cpus} RealMemory=10000 Gres=gpu:2"
+        nodes = "\n".join(f"NodeName={node} Port={port + 1 + i} {address}" for i, node in enumerate(NODES))
+        etc = self.root / "etc"
+        (etc / "slurm.conf").write_text(
+            CONFIG.format(host=host, user=getuser(), root=self.root, port=port, nodes=nodes)
+        )
+        for gpu in (0, 1):
+            (self.root / f"run/nvidia{gpu}").symlink_to("/dev/null")
+        (etc / "gres.conf").write_text(f"NodeName=node[1-2] Name=gpu File={self.root}/run/nvidia[0-1]\n")
+        (etc / "cgroup.conf").write_text("CgroupAutomount=no\n")
+        (etc / "munge.key").write_bytes(os.urandom(1024))
+        (etc / "munge.key").chmod(0o600)
+        for name in COMMANDS:
+            wrapper = self.root / "bin" / name
+            # jobs lose their SLURM_* variables on the way through Snakemake, so the command itself knows its cluster
+            wrapper.write_text(f'#!/bin/sh\nSLURM_CONF={etc}/slurm.conf exec /usr/bin/{name} "$@"\n')
+            wrapper.chmod(0o755)
+
+    def _start(self, name: str) -> None:
+        root = self.root
+        conf = f"{root}/etc/slurm.conf"
+        if name == "munged":
+            (root / "run/munge.sock").unlink(missing_ok=True)
+            command = ["munged", f"--key-file={root}/etc/munge.key", f"--socket={root}/run/munge.sock"]
+            command += [f"--pid-file={root}/run/munged.pid", f"--log-file={root}/log/munged.log"]
+            command += [f"--seed-file={root}/run/munged.seed"]
+        elif name == "slurmctld":
+            command = ["slurmctld", "-c", "-f", conf]
+        else:
+            command = ["slurmd", "-f", conf, "-N", name.removeprefix("slurmd-")]
+        environment = {**self.environment, "PATH": f"{SYSTEM_PATH}:{os.environ['PATH']}"}
+        done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=20)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
+        self._wait(lambda: self._alive(name), 10)
+
+    def _pid(self, name: str) -> int:
+        return int((self.root / f"run/{name}.pid").read_text())
+
+    def _alive(self, name: str) -> bool:
+        try:
+            return not _ended(psutil.Process(self._pid(name)))
+        except (OSError, ValueError, psutil.NoSuchProcess):
+            return False
+
+    def _processes_of(self, node: str) -> set[int]:
+        """Whatever a node's job steps started, and the step daemons above them."""
+        found = set()
+        for process in psutil.process_iter():
+            try:
+                environment = process.environ()
+                if environment.get("SLURMD_NODENAME") != node or f"{self.root}/bin" not in environment.get("PATH", ""):
+                    continue
+                found.add(process.pid)
+                found |= {p.pid for p in process.parents() if "slurmstepd" in " ".join(p.cmdline())}
+            except (psutil.Error, OSError):
+                continue
+        return found
+
+    @staticmethod
+    def _wait(condition, seconds: float) -> bool:  # type: ignore[no-untyped-def]
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if condition():
+                return True
+            time.sleep(0.1)
+        return False
+
+
+def _ended(process: psutil.Process) -> bool:
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+def _free_ports(count: int) -> int:
+    """The first of `count` neighbouring free ports."""
+    for first in range(21000 + os.getpid() % 500 * 10, 32000, count):
+        sockets = []
+        try:
+            for port in range(first, first + count):
+                sockets.append(socket.create_server(("127.0.0.1", port)))
+            return first
+        except OSError:
+            continue
+        finally:
+            for s in sockets:
+                s.close()
+    raise RuntimeError("no free ports")
+
+
+def main() -> int:
+    """The command line."""
+    if problem := missing():
+        print(problem, file=sys.stderr)
+        return 1
+    command = sys.argv[1]
+    if command == "check":
+        return 0
+    cluster = Cluster(Path(sys.argv[2]).resolve())
+    if command == "up":
+        cluster.up()
+        print(f"export PATH={cluster.root}/bin:$PATH")
+    elif command == "down":
+        cluster.down()
+        shutil.rmtree(cluster.root, ignore_errors=True)
+    elif command == "kill":
+        cluster.kill_node(sys.argv[3])
+    elif command == "start":
+        cluster.start_node(sys.argv[3])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

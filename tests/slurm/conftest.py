@@ -1,0 +1,186 @@
+"""A cluster of two virtual nodes and one project on it, for all tests of this folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import psutil
+import pytest
+from dayzero.attempts import read_lines
+
+from tests.exported import tiny_export
+from tests.slurm.cluster import NODES, Cluster, missing
+from tests.workflow.project import ROOT, make_project
+
+FAULT = "parallelism: {dp_shard: 2}, resources.train: {nodes: 2, gpu: auto}"
+EXPERIMENT = f"""
+description: a tiny model on two virtual nodes
+defaults:
+  model.source: local/llama
+  data: {{source: local/rows.jsonl, format: text, validation_size: 8, test_size: 8}}
+  tokenize: {{seq_len: 64}}
+  method.lora.rank: 4
+  train:
+    max_steps: 24
+    global_batch_size: 8
+    local_batch_size: 2
+    precision: fp32
+    optimizer.lr: 1.0e-2
+    validate_every: 0
+    checkpoint.every: 5
+  evaluate: {{tasks: [text_perplexity], batch_size: 8}}
+  serving: {{num_prompts: 2, max_new_tokens: 4}}
+  resources:
+    check_data: {{mem_mb: 1500}}
+    tokenize: {{threads: 1, mem_mb: 1500}}
+    train: {{threads: 2, mem_mb: 3000, runtime: 30, stop_before: 45}}
+    export: {{threads: 1, mem_mb: 1500}}
+    evaluate: {{threads: 1, mem_mb: 2500}}
+    verify_serving: {{threads: 1}}
+runs:
+  wide: {{train.max_steps: 4, parallelism: {{dp_shard: 2, tp: 2}}, resources.train: {{nodes: 2, gpu: auto}}}}
+  reference: {{{FAULT}}}
+  limited: {{{FAULT}}}
+  lost: {{{FAULT}}}
+  cancelled: {{{FAULT}}}
+  orphaned: {{{FAULT}}}
+"""
+
+
+@dataclass
+class Site:
+    """A project and the cluster that its Snakemake submits to."""
+
+    path: Path
+    cluster: Cluster
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {**self.cluster.environment, "PYTHONPATH": str(ROOT / "workflow"), "OMP_NUM_THREADS": "1"}
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """Snakemake with the SLURM profile, in the background; what it prints is in printed.txt."""
+        command = [sys.executable, str(Path(__file__).with_name("polling.py")), "--profile", "slurm"]
+        command += ["--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "1"]
+        command += ["--latency-wait", "10", *arguments]
+        with open(self.path / "printed.txt", "w") as output:
+            return subprocess.Popen(
+                command, cwd=self.path, env=self.environment, text=True, stdout=output, stderr=subprocess.STDOUT
+            )
+
+    def finish(self, process: subprocess.Popen[str], seconds: float = 240) -> tuple[int, str]:
+        """Exit code and what was printed; too long is a failure."""
+        try:
+            code = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise AssertionError(f"not done in {seconds} s\n{self.printed()}\n{self.cluster.jobs()}") from None
+        return code, self.printed()
+
+    def run(self, *arguments: str, seconds: float = 240) -> str:
+        """Snakemake to its end, which must be a good one."""
+        code, printed = self.finish(self.start(*arguments), seconds)
+        assert code == 0, printed + self.job_logs()
+        return printed
+
+    def printed(self) -> str:
+        return (self.path / "printed.txt").read_text()
+
+    def job_logs(self) -> str:
+        logs = sorted(self.path.glob(".snakemake/slurm_logs/**/*.log"), key=lambda p: p.stat().st_mtime)
+        return "\n".join(f"--- {path}\n{path.read_text()[-3000:]}" for path in logs[-3:])
+
+    def folder(self, run: str) -> Path:
+        return self.path / "results/tiny" / run / "train"
+
+    def summary_file(self, run: str) -> str:
+        return str((self.folder(run) / "summary.json").relative_to(self.path))
+
+    def steps(self, run: str) -> list[dict[str, Any]]:
+        """The live metrics."""
+        return read_lines(self.folder(run) / "checkpoints/metrics.jsonl")
+
+    def curve(self, run: str) -> list[tuple[float, float]]:
+        """Loss and gradient norm of every step of a finished run."""
+        return [(r["loss"], r["grad_norm"]) for r in read_lines(self.folder(run) / "metrics.jsonl")]
+
+    def wait(self, condition: Callable[[], Any], what: str, seconds: float = 120) -> Any:
+        """Until `condition` holds; its value."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if value := condition():
+                return value
+            time.sleep(0.02)
+        raise AssertionError(f"{what}: not in {seconds} s\n{self.printed()}{self.job_logs()}\n{self.cluster.jobs()}")
+
+    def hold(self, run: str, step: int) -> list[psutil.Process]:
+        """Stop every rank of a run (SIGSTOP) as soon as it has done `step` steps, so that what comes meets it there."""
+        self.wait(lambda: len(self.steps(run)) >= step, f"{run} at step {step}")
+        ranks = self.ranks(run)
+        assert ranks, f"{run} ended too early"
+        for rank in ranks:
+            rank.send_signal(signal.SIGSTOP)
+        return ranks
+
+    def ranks(self, run: str) -> list[psutil.Process]:
+        """The training processes of a run."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                command = process.cmdline()
+                if f"results/tiny/{run}/train" in command and "TORCHELASTIC_RUN_ID" in process.environ():
+                    found.append(process)
+            except (psutil.Error, OSError):
+                continue
+        return found
+
+    def job_of(self, run: str) -> str:
+        """The job that trains a run now."""
+        return str(json.loads((self.folder(run) / "lock.json").read_text())["job_id"])
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    if problem := missing():
+        pytest.exit(problem, returncode=1)
+    cluster = Cluster(Path(mkdtemp(prefix="dz-slurm-", dir="/tmp")))  # short: sockets lie in it
+
+    def leave(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, leave)  # ended from outside, the cluster is taken down too
+    try:
+        yield cluster.up()
+    finally:
+        cluster.down()
+        subprocess.run(["rm", "-rf", str(cluster.root)], check=False)
+
+
+@pytest.fixture(scope="session")
+def site(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Site:
+    """One project for all tests: they share its data, tokens and model, each has a run of its own."""
+    project = make_project(tmp_path_factory.mktemp("site"), EXPERIMENT)
+    tiny_export(project.path / "local/llama", num_key_value_heads=2, tie_word_embeddings=True)
+    rows = [{"text": f"Row {i}: {i} + {i + 1} is {2 * i + 1}, and the fox jumps {i} times."} for i in range(80)]
+    (project.path / "local/rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Site(project.path, cluster)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(site: Site) -> Iterator[None]:
+    """After each test no job is in the queue and both nodes are up."""
+    yield
+    site.cluster.call("scancel", "--user=" + str(os.getuid()), check=False)
+    site.wait(lambda: not site.cluster.call("squeue", "-h").strip(), "an empty queue", 30)
+    site.cluster.up()
+    assert len(NODES) == 2

@@ -1,0 +1,143 @@
+"""Training on a real SLURM cluster of two virtual nodes: as typed from the project's root, and through every fault.
+
+The runs that meet a fault are equal but for their names, so each must end with the very curve of `reference`, which
+nothing disturbed and which ran without SLURM, on the local profile.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from dayzero.files import read_json
+
+from tests.slurm.conftest import Site
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(420)]
+
+
+def status(site: Site, run: str) -> dict[str, object]:
+    """The run's row of `make status`."""
+    command = [sys.executable, "-m", "dayzero.status", "--experiment", "tiny", "--once", "--json"]
+    done = subprocess.run(command, cwd=site.path, env=site.environment, text=True, capture_output=True, check=True)
+    return next(row for row in map(json.loads, done.stdout.splitlines()) if row["run"] == run)
+
+
+def outcomes(site: Site, run: str) -> list[str]:
+    return [a.get("outcome", "training") for a in read_json(site.folder(run) / "summary.json")["attempts"]]
+
+
+def go_on(ranks: list) -> None:  # type: ignore[type-arg]
+    for rank in ranks:
+        rank.send_signal(signal.SIGCONT)
+
+
+@pytest.fixture(scope="module")
+def curve(site: Site) -> list[tuple[float, float]]:
+    """Loss and gradient norm of every step of the undisturbed run on this machine, without SLURM."""
+    command = [sys.executable, "-m", "snakemake", "--cores", "2"]
+    done = subprocess.run(
+        [*command, site.summary_file("reference")], cwd=site.path, env=site.environment, text=True, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    return site.curve("reference")
+
+
+def test_end_to_end_over_two_nodes(site: Site) -> None:
+    """Every stage up to the scores; training on 2 nodes x 2 processes with their GPUs."""
+    site.run("results/tiny/wide/eval/results.json", seconds=400)
+    summary = read_json(site.folder("wide") / "summary.json")
+    (attempt,) = summary["attempts"]
+    assert (summary["world_size"], attempt["num_nodes"], attempt["gpus"], attempt["requeues"]) == (4, 2, 4, 0)
+    job = summary["provenance"]["slurm"]
+    assert (job["job_id"], job["nodes"], job["gpus"]) == (attempt["job_id"], "node[1-2]", 4)
+    assert job["gpu_hours"] > 0
+    logs = site.folder("wide").parent / "logs/ranks"
+    assert {p.name for p in logs.iterdir()} == {f"rank_{i}.log" for i in range(4)}
+    assert not list(site.folder("wide").glob(".launch-*"))
+    assert not (site.folder("wide") / "lock.json").exists()
+    scores = read_json(site.folder("wide").parent / "eval/results.json")
+    assert scores["provenance"]["slurm"]["job_id"] != attempt["job_id"]
+
+
+def test_the_time_limit_stops_with_a_checkpoint_and_the_job_goes_on(site: Site, curve: list) -> None:  # type: ignore[type-arg]
+    process = site.start(site.summary_file("limited"))
+    ranks = site.hold("limited", 7)
+    job = site.job_of("limited")
+    row = status(site, "limited")
+    assert (row["stage"], row["job_id"], row["node"], row["state"]) == ("train", job, "node[1-2]", "running")
+    assert row["step"] >= 7
+    assert row["total"] == 24
+    # at most a minute is left, so the signal (45 s before the end, as of SLURM's next look) comes while the ranks hold
+    site.cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=1")
+    pending = 1 << (signal.SIGUSR1 - 1)
+
+    def signalled() -> bool:
+        text = Path(f"/proc/{ranks[0].pid}/status").read_text()
+        return any(int(line.split()[1], 16) & pending for line in text.splitlines() if line.startswith("ShdPnd"))
+
+    site.wait(signalled, "SLURM's signal before the end", 80)
+    go_on(ranks)
+    site.wait(lambda: "PENDING" in site.cluster.jobs()[job], "the job back in the queue", 40)
+    site.cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=20")
+    code, printed = site.finish(process)
+    assert code == 0, printed + site.job_logs()
+    assert outcomes(site, "limited") == ["stopped", "training"]
+    assert site.curve("limited") == curve
+
+
+def test_a_lost_node(site: Site, curve: list) -> None:  # type: ignore[type-arg]
+    """Its job goes back into the queue by itself and continues when the node is there again."""
+    process = site.start(site.summary_file("lost"))
+    site.hold("lost", 12)
+    job = site.job_of("lost")
+    site.cluster.kill_node("node2")
+    site.wait(lambda: "down" in site.cluster.call("sinfo", "-h", "-N", "-n", "node2", "-o", "%T"), "node2 down", 60)
+    site.cluster.start_node("node2")
+    code, printed = site.finish(process)
+    assert code == 0, printed + site.job_logs()
+    first, second = read_json(site.folder("lost") / "summary.json")["attempts"]
+    assert first["job_id"] == second["job_id"] == job
+    assert second["requeues"] == 1
+    assert second["from_step"] in (5, 10)  # the newest that was complete
+    assert site.curve("lost") == curve
+
+
+def test_a_cancelled_job_and_a_rerun(site: Site, curve: list) -> None:  # type: ignore[type-arg]
+    process = site.start("--retries", "0", site.summary_file("cancelled"))
+    ranks = site.hold("cancelled", 8)
+    site.cluster.call("scancel", site.job_of("cancelled"))
+    go_on(ranks)
+    code, printed = site.finish(process)
+    assert code != 0, printed
+    site.wait(lambda: not site.ranks("cancelled"), "no rank left", 20)
+    site.run(site.summary_file("cancelled"))
+    assert outcomes(site, "cancelled")[-1] == "training"
+    assert len(outcomes(site, "cancelled")) == 2
+    assert site.curve("cancelled") == curve
+
+
+def test_a_dead_snakemake_and_a_second_one_beside_its_job(site: Site, curve: list) -> None:  # type: ignore[type-arg]
+    """The job lives on; a second training of the run is refused, naming the first; the first ends well."""
+    process = site.start(site.summary_file("orphaned"))
+    ranks = site.hold("orphaned", 6)
+    job = site.job_of("orphaned")
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    command = [sys.executable, "-m", "snakemake", "--unlock"]
+    subprocess.run(command, cwd=site.path, env=site.environment, check=True, capture_output=True)
+    code, printed = site.finish(site.start("--retries", "0", site.summary_file("orphaned")))
+    assert code != 0, printed
+    log = (site.folder("orphaned").parent / "logs/train.log").read_text()
+    assert f"is being trained by SLURM job {job} on node[1-2], process " in log
+    assert all(rank.is_running() for rank in ranks)
+    go_on(ranks)
+    site.wait(lambda: site.cluster.jobs()[job] == "COMPLETED", "the first job's end", 120)
+    assert site.curve("orphaned") == curve
+    os.sync()
+    assert "Nothing to be done" in site.run(site.summary_file("orphaned"))

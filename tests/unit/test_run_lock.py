@@ -1,0 +1,154 @@
+"""The lock of a run: held, released, refused with its holder's name, and taken over when the holder is gone."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from dayzero import slurm
+from dayzero.attempts import Attempts, recorded
+from dayzero.interruption import EXIT_INTERRUPTED, MAX_WITHOUT_A_STEP, stop_or_go_on
+from dayzero.run_lock import LOCK, RunHeld, RunLock, read_lock
+from dayzero.slurm import Job
+
+FAST = {"beat": 0.05, "stale_after": 0.5}
+
+
+def foreign(folder: Path, **values: object) -> Path:
+    """A lock of a process on another host."""
+    holder = {"token": "theirs", "host": "elsewhere", "pid": 7, "process_started": 0.0, "job_id": None, "restarts": 0}
+    path = folder / LOCK
+    path.write_text(json.dumps({**holder, "nodes": None, "since": "2026-01-01T00:00:00+00:00", **values}))
+    return path
+
+
+def test_it_is_there_inside_the_block_only(tmp_path: Path) -> None:
+    with RunLock(tmp_path / "train", job=None):
+        holder = read_lock(tmp_path / "train")
+        assert holder
+        assert holder["pid"] == os.getpid()
+    assert list((tmp_path / "train").iterdir()) == []
+
+
+def test_a_living_process_of_this_host_is_named(tmp_path: Path) -> None:
+    with RunLock(tmp_path, job=None, **FAST), pytest.raises(RunHeld, match=rf"process {os.getpid()} of .*\(kill"):
+        RunLock(tmp_path, job=None, **FAST).__enter__()
+
+
+def test_a_living_job_elsewhere_is_named(tmp_path: Path) -> None:
+    path = foreign(tmp_path, job_id="12", nodes="node[3-4]")
+    stop = threading.Event()
+
+    def live() -> None:
+        while not stop.wait(0.05):
+            os.utime(path)
+
+    thread = threading.Thread(target=live)
+    thread.start()
+    try:
+        with pytest.raises(RunHeld, match=r"SLURM job 12 on node\[3-4\], process 7 of elsewhere.*scancel 12"):
+            RunLock(tmp_path, job=None, **FAST).__enter__()
+    finally:
+        stop.set()
+        thread.join()
+    assert read_lock(tmp_path)["token"] == "theirs"  # type: ignore[index]
+
+
+def test_silence_is_waited_for_and_then_taken_over(tmp_path: Path) -> None:
+    foreign(tmp_path)
+    began = time.time()
+    with RunLock(tmp_path, job=None, **FAST) as lock:
+        assert lock.last_sign is not None
+        assert lock.last_sign < began + 0.1
+        assert read_lock(tmp_path)["pid"] == os.getpid()  # type: ignore[index]
+
+
+def test_a_dead_process_of_this_host_does_not_hold_it(tmp_path: Path) -> None:
+    code = f"from pathlib import Path; from dayzero.run_lock import RunLock; import os\n\
+RunLock(Path({str(tmp_path)!r}), job=None).__enter__(); os._exit(9)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 9
+    assert read_lock(tmp_path)
+    with RunLock(tmp_path, job=None, beat=15, stale_after=1e9):
+        pass
+
+
+def test_a_job_that_was_put_back_is_not_its_own_rival(tmp_path: Path) -> None:
+    foreign(tmp_path, job_id="12", restarts=0)
+    with RunLock(tmp_path, job=Job(job_id="12", restarts=1), beat=15, stale_after=1e9):
+        pass
+
+
+@pytest.mark.parametrize("states", [{"12": "NODE_FAIL"}, {}])
+def test_a_job_that_left_the_queue_does_not_hold_it(
+    tmp_path: Path, states: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    foreign(tmp_path, job_id="12")
+    monkeypatch.setattr(slurm, "job_states", lambda _: states)
+    with RunLock(tmp_path, job=None, beat=15, stale_after=1e9):
+        pass
+
+
+def test_of_two_that_find_a_dead_one_one_wins(tmp_path: Path) -> None:
+    foreign(tmp_path, job_id=None, host="elsewhere")
+    os.utime(tmp_path / LOCK, (0, 0))
+    held, refused = [], []
+
+    def take() -> None:
+        try:
+            with RunLock(tmp_path, job=None, **FAST):
+                held.append(1)
+                time.sleep(1)
+        except RunHeld:
+            refused.append(1)
+
+    threads = [threading.Thread(target=take) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(held), len(refused)) == (1, 3)
+
+
+def test_attempts_tell_how_each_start_ended(tmp_path: Path) -> None:
+    job = Job(job_id="5", nodes="n1", num_nodes=1, gpus=4, restarts=0)
+    checkpoint = tmp_path / "checkpoints/step_3"
+
+    def fail() -> None:
+        with recorded(tmp_path, job, 0):
+            checkpoint.mkdir(parents=True)
+            (checkpoint / "trainer.json").write_text("{}")
+            raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        fail()
+    Attempts(tmp_path).begin(job, 3, "n1")  # killed: never says how it ended
+    with recorded(tmp_path, Job(job_id="5", gpus=4, restarts=1), 0, last_sign=time.time() + 3600):
+        (tmp_path / "summary.json").write_text("{}")
+    first, second, third = Attempts(tmp_path).all()
+    assert (first["outcome"], first["from_step"], first["to_step"]) == ("failed", 0, 3)
+    assert (second["outcome"], third["outcome"], third["requeues"]) == ("lost", "finished", 1)
+    assert second["gpu_hours"] == pytest.approx(4, abs=0.01)  # alive for an hour, as its lock told
+
+
+def test_a_job_that_gets_nowhere_is_not_put_back_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(slurm, "put_back", lambda job_id: asked.append(job_id))
+    monkeypatch.setattr("dayzero.interruption.SECONDS_TO_END", 0)
+    job = Job(job_id="5", restarts=2)
+    for start in range(MAX_WITHOUT_A_STEP):
+        with recorded(tmp_path, job, 0):
+            pass
+        with pytest.raises(SystemExit) as stop:
+            stop_or_go_on(tmp_path, job, max_requeues=100)
+        assert stop.value.code == EXIT_INTERRUPTED
+        assert len(asked) == min(start + 1, MAX_WITHOUT_A_STEP - 1)
+    asked.clear()
+    with pytest.raises(SystemExit):
+        stop_or_go_on(tmp_path / "new", job, max_requeues=2)
+    assert not asked

@@ -1,0 +1,285 @@
+"""What is read from SLURM's commands, what is asked of it, and what is refused before any rank starts."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+from dayzero import slurm
+from dayzero.config import RunConfig
+from dayzero.config_checks import impossible
+from dayzero.engine.launch_nodes import check_world, rendezvous_port
+from dayzero.engine.node import check_shared, clock_warning, use_interface
+from dayzero.errors import ConfigError
+from dayzero.experiment import Experiment
+from dayzero.slurm import Job, parse_job, parse_time
+from dayzero.slurm_site import check_site, partitions
+from dayzero.snakemake_resources import Site, backoff, job_resources
+from dayzero.wiring import Wiring
+from snakemake_executor_plugin_slurm.validation import get_forbidden_slurm_options
+
+SHOWN = (
+    "JobId=7 JobName=x UserId=me(1) Account=(null) QOS=(null) JobState=RUNNING Reason=None Requeue=1 Restarts=2 "
+    "TimeLimit=1-02:03:04 StartTime=2026-11-22T21:54:53 Partition=gpu NodeList=node[1-2] BatchHost=node1 NumNodes=2 "
+    "NumCPUs=8 NumTasks=4 "
+)
+
+
+def test_a_job_as_slurm_shows_it() -> None:
+    job = parse_job(SHOWN + "TRES=cpu=8,mem=20000M,node=2,billing=8 TresPerNode=gres:gpu:a100:4")
+    assert (job.job_id, job.state, job.nodes, job.num_nodes, job.cpus) == ("7", "RUNNING", "node[1-2]", 2, 8)
+    assert (job.account, job.partition, job.restarts, job.gpus) == ("", "gpu", 2, 8)
+    assert job.time_limit == 93784
+
+
+@pytest.mark.parametrize(
+    ("tres", "gpus"),
+    [
+        ("TRES=cpu=8 TresPerNode=gres:gpu:2", 4),
+        ("TRES=cpu=8 TresPerNode=gres/gpu:2", 4),
+        ("TRES=cpu=8,gres/gpu=6 TresPerNode=gres:gpu:2", 6),
+        ("TRES=cpu=8 TresPerJob=gres:gpu:3", 3),
+        ("TRES=cpu=8", 0),
+    ],
+)
+def test_gpus_however_they_were_asked_for(tres: str, gpus: int) -> None:
+    assert parse_job(SHOWN + tres).gpus == gpus
+
+
+def test_times() -> None:
+    assert [parse_time(t) for t in ("00:01:00", "2-00:00:00", "UNLIMITED", "")] == [60, 172800, None, None]
+
+
+def test_outside_slurm_there_is_no_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert slurm.current_job() is None
+
+
+def test_without_its_commands_a_job_has_an_id_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "9")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert slurm.current_job() == Job(job_id="9")
+    assert slurm.job_states(["9"]) is None
+    assert "scontrol does not answer" in str(slurm.put_back("9"))
+
+
+JOB = Job(job_id="7", nodes="node[1-2]", num_nodes=2, gpus=4)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "world_size", "says"),
+    [
+        (2, 3, "parallelism makes 3 processes, and 3 % nodes 2 = 1, must be 0"),
+        (1, 4, r"4 processes on 1 nodes.*, but SLURM gave job 7 2 nodes \(node\[1-2\]\)"),
+        (2, 8, "8 processes, but SLURM gave job 7 4 GPUs on 2 nodes.*resources.train.gpu to 4"),
+    ],
+)
+def test_a_world_that_slurm_did_not_give(nodes: int, world_size: int, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        check_world(JOB, nodes, world_size)
+
+
+def test_a_world_that_fits() -> None:
+    assert check_world(JOB, 2, 4) == 2
+    assert check_world(JOB, 2, 2) == 1
+
+
+def test_two_jobs_have_two_ports() -> None:
+    assert len({rendezvous_port(str(job)) for job in range(100, 140)}) == 40
+
+
+def test_results_that_a_node_does_not_see(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"results_dir: node2 does not see .* as the first node does"):
+        check_shared(tmp_path / ".launch-7", "node2", seconds=0.05)
+
+
+@pytest.mark.parametrize(("offset", "says"), [(0.0, None), (-90.0, r"clock of node2 differs by \+90 s from .* first")])
+def test_clocks_that_differ(tmp_path: Path, offset: float, says: str | None) -> None:
+    (tmp_path / "probe.json").write_text(json.dumps({"clock_offset": offset, "host": "first"}))
+    warning = clock_warning(tmp_path, "1", "node2")
+    assert warning is None if says is None else re.search(says, warning or "")
+
+
+def test_network_interfaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "")
+    with pytest.raises(ConfigError, match=r"resources.train.network_interface ib7: node2 has .*"):
+        use_interface("ib7", "node2")
+    use_interface(sorted(psutil.net_if_addrs())[0], "node2")
+
+
+def wiring(**values: object) -> Wiring:
+    base = {"experiment": "exp", "train": {"max_steps": 1}, "data": {"source": "rows.jsonl"}}
+    run = RunConfig.model_validate({**base, "model": {"source": "hf:org/m"}, "run": "a", **values})
+    return Wiring(Experiment("exp", "", {"a": run}), "results")
+
+
+def asked(stage: str, site: Site, attempt: int = 1, threads: int = 4, **values: object) -> dict[str, object]:
+    """The resources of a job, without those that are empty."""
+    it = SimpleNamespace(run="a")
+    found: dict[str, object] = {}
+    for name, value in job_resources(wiring(**values), site, stage).items():
+        if not callable(value):
+            found[name] = value
+            continue
+        more = {"attempt": attempt, "threads": threads}
+        names = value.__code__.co_varnames[: value.__code__.co_argcount]
+        found[name] = value(it, **{k: v for k, v in more.items() if k in names})
+    return {k: v for k, v in found.items() if v}
+
+
+NODES = {"parallelism": {"dp_shard": 8}, "resources": {"train": {"nodes": 2, "gpu": "auto"}}}
+
+
+@pytest.mark.parametrize(
+    ("site", "gpus"),
+    [
+        ({"gpu_request": "gres"}, {"gres": "gpu:4"}),
+        ({"gpu_request": "gres", "gpu_type": "a100"}, {"gres": "gpu:a100:4"}),
+        ({"gpu_request": "gpus-per-node", "gpu_type": "h100"}, {"slurm_extra": "--gpus-per-node=h100:4"}),
+        ({"gpu_request": "gpus", "gpu_type": "h100"}, {"gpu": 8, "gpu_model": "h100"}),
+    ],
+)
+def test_gpus_are_asked_for_as_the_site_wants_it(site: dict[str, str], gpus: dict[str, object]) -> None:
+    found = asked("train", Site(gpu_partition="g", cpu_partition="c", **site), **NODES)
+    assert found["slurm_partition"] == "g"
+    assert found["slurm_extra"] == " ".join(filter(None, [str(gpus.pop("slurm_extra", "")), "--signal=USR1@120"]))
+    assert {k: found[k] for k in found if k in ("gpu", "gres", "gpu_model")} == gpus
+    assert (found["nodes"], found["tasks_per_node"], found["cpus_per_task"], found["mpi"]) == (2, 4, 1, "srun")
+
+
+def test_cpu_stages_go_to_the_cpu_partition() -> None:
+    site = Site(gpu_partition="g", cpu_partition="c", gpu_request="gres")
+    assert asked("export", site, **NODES) == {"mem_mb": 6000, "runtime": 60, "slurm_partition": "c"}
+    assert asked("train", site)["slurm_partition"] == "c"
+    assert (asked("train", site)["tasks_per_node"], asked("train", site)["cpus_per_task"]) == (2, 2)
+
+
+def test_without_a_slurm_profile_nothing_of_slurm_is_asked_for() -> None:
+    assert asked("train", Site(), **NODES) == {"mem_mb": 6000, "runtime": 240, "gpu": 8}
+
+
+def test_the_plugin_takes_every_extra_option() -> None:
+    site = Site(gpu_request="gpus-per-node", gpu_type="a100")
+    extra = str(asked("train", site, attempt=3, **NODES)["slurm_extra"])
+    assert extra == "--gpus-per-node=a100:4 --signal=USR1@120 --begin=now+120"
+    assert not [name for pattern, name in get_forbidden_slurm_options().items() if re.search(pattern, extra)]
+
+
+def test_each_attempt_waits_longer_but_not_for_ever() -> None:
+    assert [backoff(attempt) for attempt in (2, 3, 4, 40)] == [60, 120, 240, 3600]
+
+
+def test_a_wrong_way_to_ask_for_gpus() -> None:
+    with pytest.raises(ConfigError, match=r"gpu_request = 'gpu' .*: use gres, gpus-per-node, gpus"):
+        Site(gpu_request="gpu")
+
+
+@pytest.mark.parametrize(
+    ("train", "key", "says"),
+    [
+        ({"nodes": 3}, "nodes", "4 processes, and 4 % nodes 3 = 1"),
+        ({"gpu": 2}, "gpu", "4 processes / nodes 1 = 4 on each node, but gpu is 2"),
+        ({"runtime": 2, "stop_before": 120}, "stop_before", "120 s before the end of a job of 2 minutes"),
+    ],
+)
+def test_impossible_machine_settings(train: dict[str, int], key: str, says: str) -> None:
+    values = {"parallelism": {"dp_shard": 4}, "train": {"max_steps": 1}, "resources": {"train": train}}
+    run = RunConfig.model_validate(
+        {"experiment": "e", "run": "a", "model": {"source": "m"}, "data": {"source": "d"}, **values}
+    )
+    (found,) = [finding for finding in impossible(run) if finding.key.startswith("resources")]
+    assert found.key == f"resources.train.{key}"
+    assert says in found.message
+
+
+def test_a_limit_below_a_checkpoint_interval(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    import logging
+
+    from dayzero import attempts
+    from dayzero.console import log
+
+    metrics = tmp_path / "checkpoints/metrics.jsonl"
+    metrics.parent.mkdir()
+    log.propagate = True
+    try:
+        job = Job(job_id="1", time_limit=60)
+        with caplog.at_level(logging.WARNING, logger="dayzero"), attempts.recorded(tmp_path, job, 100):
+            time.sleep(0.1)
+            line = json.dumps({"step": 1, "step_seconds": 2.0, "data_seconds": 0.0, "time": time.time() + 1})
+            metrics.write_text(f"{line}\n" * 3)
+            time.sleep(1.3)
+    finally:
+        log.propagate = False
+    assert "time limit of 60 s is shorter than the 200 s between two checkpoints" in caplog.text
+
+
+SINFO = (
+    "cpu|(null)|2-00:00:00|4\ngpu|gpu:a100:2(S:0-1)|1:00:00|1\ngpu|gpu:a100:4|1:00:00|2\nany|gpu:2,mps:8|infinite|9\n"
+)
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A PATH with commands that say what is in files: no cluster can be without accounts and with them."""
+    says = {"sinfo": SINFO, "sbatch": "", "sacctmgr": "mine\nours\n", "sacct": ""}
+    for name, text in says.items():
+        (tmp_path / f"{name}.txt").write_text(text)
+        (tmp_path / name).write_text(f'#!/bin/sh\nwhile read -r l; do echo "$l"; done < {tmp_path}/{name}.txt\n')
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    return tmp_path
+
+
+def checked(site: Site, account: str = "", **values: object) -> SimpleNamespace:
+    settings = SimpleNamespace(status_command="sacct")
+    check_site(wiring(**values), site, account, settings)
+    return settings
+
+
+SITE = Site(cpu_partition="cpu", gpu_partition="gpu", gpu_request="gres")
+
+
+def test_a_site_that_has_all_that_is_asked(cluster: Path) -> None:
+    values = {"parallelism": {"dp_shard": 8}, "resources": {"train": {"nodes": 2, "gpu": 4, "runtime": 60}}}
+    assert checked(SITE, "ours", **values).status_command == "sacct"
+    assert partitions()["any"].limit is None
+
+
+@pytest.mark.parametrize(
+    ("site", "account", "train", "says"),
+    [
+        ({"gpu_partition": "gpuu"}, "", {}, "gpu_partition = 'gpuu' .*: no such partition; did you mean gpu?"),
+        ({"cpu_partition": "xyzzy"}, "", {}, "cpu_partition = 'xyzzy' .*: no such partition; there are cpu, gpu, any"),
+        ({}, "theirs", {}, "slurm_account = 'theirs' .*: not one of yours, which are mine, ours"),
+        ({}, "", {"gpu": 8, "runtime": 60}, "train asks for 8 GPUs of a node, but the nodes of partition gpu have 4"),
+        ({}, "", {"gpu": 2, "nodes": 4, "runtime": 60}, "nodes is 4, but partition gpu has 3"),
+        ({}, "", {"gpu": 4, "nodes": 2}, "runtime is 240 minutes, but partition gpu ends jobs after 60"),
+    ],
+)
+def test_what_a_site_has_not(
+    cluster: Path, site: dict[str, str], account: str, train: dict[str, int], says: str
+) -> None:
+    with pytest.raises(ConfigError, match=says.replace("?", r"\?")) as refused:
+        checked(replace(SITE, **site), account, parallelism={"dp_shard": 8}, resources={"train": train})
+    assert "\n" not in str(refused.value)
+
+
+def test_a_cluster_without_accounts(cluster: Path) -> None:
+    for name in ("sacct", "sacctmgr"):
+        (cluster / name).write_text("#!/bin/sh\nexit 1\n")
+    assert checked(SITE).status_command == "squeue"
+    with pytest.raises(ConfigError, match=r"slurm_account = 'mine' .*: this cluster keeps no accounts"):
+        checked(SITE, "mine")
+
+
+def test_no_slurm_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match="sbatch is not on PATH: start on a login node"):
+        checked(SITE)

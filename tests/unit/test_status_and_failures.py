@@ -1,0 +1,173 @@
+"""`make status` from files and the queue's text alone, and the table of failures from Snakemake's log alone."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from dayzero.config import RunConfig
+from dayzero.failures import failures, print_failures
+from dayzero.reporting.collect import read_run
+from dayzero.reporting.jobs import jobs_table
+from dayzero.reporting.scores import DASH
+from dayzero.run_lock import RunLock
+from dayzero.status import Queued, duration, main, parse_queue, run_status
+
+from tests.unit.report_files import run_config, write_run
+
+
+def run_of(**values: object) -> RunConfig:
+    base = {"experiment": "e", "run": "a", "model": {"source": "m"}, "data": {"source": "d"}}
+    return RunConfig.model_validate({**base, "train": {"max_steps": 40}, "evaluate": {"tasks": ["x"]}, **values})
+
+
+def step(n: int, **more: float) -> dict[str, float]:
+    return {"step": n, "epoch": n / 10, "loss": 1 / n, "step_seconds": 1.5, "data_seconds": 0.5,
+            "tokens_per_second": 100.0, "time": time.time(), **more}  # fmt: skip
+
+
+def live(folder: Path, *records: dict[str, float], name: str = "checkpoints/metrics.jsonl") -> None:
+    file = folder / "train" / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(r) + "\n" for r in records) + '{"step": half a li')
+
+
+QUEUE = """\
+12|RUNNING|node[1-2]|{here}|rule_train_wildcards_a|None
+13|PENDING||{here}|rule_verify_serving_wildcards_b|Priority
+14|RUNNING|node7|/elsewhere|rule_train_wildcards_b|None
+15|RUNNING|node7|{here}|(null)|None
+"""
+
+
+def test_the_queue_s_jobs_of_this_folder(tmp_path: Path) -> None:
+    assert parse_queue(QUEUE.format(here=tmp_path), tmp_path) == {
+        ("train", "a"): Queued("12", "RUNNING", "node[1-2]", "None"),
+        ("verify_serving", "b"): Queued("13", "PENDING", "", "Priority"),
+    }
+
+
+def test_a_run_in_training(tmp_path: Path) -> None:
+    live(tmp_path, *(step(n) for n in range(1, 31)))
+    row = run_status(run_of(), tmp_path, {("train", "a"): Queued("12", "RUNNING", "node[1-2]", "None")})
+    assert (row.stage, row.step, row.total, row.job_id, row.node) == ("train", 30, 40, "12", "node[1-2]")
+    assert (row.seconds_left, row.tokens_per_second, row.state) == (20.0, 100.0, "running")
+    assert row.loss == pytest.approx(1 / 30)
+
+
+def test_epochs_give_the_number_of_steps(tmp_path: Path) -> None:
+    live(tmp_path, step(5))
+    assert run_status(run_of(train={"num_epochs": 4.0}), tmp_path, {}).total == 40
+
+
+def test_training_without_slurm_is_seen_by_its_lock(tmp_path: Path) -> None:
+    with RunLock(tmp_path / "train", job=None):
+        row = run_status(run_of(), tmp_path, {})
+        assert (row.stage, row.state, row.step, row.total) == ("train", "training", None, 40)
+        assert row.node
+
+
+def test_the_stages_one_after_the_other(tmp_path: Path) -> None:
+    waiting = {("evaluate", "a"): Queued("9", "PENDING", "", "Resources")}
+    assert run_status(run_of(), tmp_path, {}).stage == "train"
+    assert run_status(run_of(method={"name": "none"}), tmp_path, {}).stage == "export"
+    for stage, file in (("export", "train/summary.json"), ("evaluate", "model/manifest.json")):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("{}")
+        assert run_status(run_of(), tmp_path, {}).stage == stage
+    row = run_status(run_of(), tmp_path, waiting)
+    assert (row.stage, row.state, row.job_id) == ("evaluate", "pending (Resources)", "9")
+    for file in ("eval/results.json", "serve/parity.json"):
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).write_text("{}")
+    live(tmp_path, step(40), name="metrics.jsonl")
+    done = run_status(run_of(), tmp_path, {})
+    assert (done.stage, done.step, done.loss, done.seconds_left) == ("done", 40, 0.025, None)
+
+
+def test_the_command_for_scripts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = "defaults: {model.source: m, data.source: d, train.max_steps: 3}\nruns: {first: {}, second: {}}\n"
+    (tmp_path / "e.yaml").write_text(text)
+    assert main(["--experiment", "e.yaml", "--once"]) == 0
+    assert "first" in (printed := capsys.readouterr().out)
+    assert "second" in printed
+    assert main(["--experiment", "e.yaml", "--once", "--json"]) == 0
+    assert [json.loads(line)["run"] for line in capsys.readouterr().out.splitlines()] == ["first", "second"]
+    assert main(["--experiment", "none.yaml", "--once"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_durations() -> None:
+    assert [duration(s) for s in (5, 3725, 90000)] == ["0:00:05", "1:02:05", "1d 1:00:00"]
+
+
+LOG = """\
+Select jobs to execute...
+Error in rule train:
+    message: None
+    jobid: 8
+    output: results/e/low/train/metrics.jsonl
+    log: {logs}/low/logs/train.log (check log file(s) for error details)
+    external_jobid: 31
+[Sun]
+Error in rule train:
+    message: None
+    jobid: 9
+    log: {logs}/high/logs/train.log (check log file(s) for error details)
+    external_jobid: 32
+Error in rule tokenize:
+    jobid: 4
+    log: {logs}/store/logs/tokenize-rows-85.log (check log file(s) for error details)
+[Sun]
+Finished jobid: 9 (Rule: train)
+SLURM-job '31' failed, SLURM status is: 'OUT_OF_MEMORY'. Detailed failure reason unavailable.
+"""
+
+
+def test_failures_that_stayed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, text in {
+        "low/logs/train.log": "2026-11-22 10:00:00,123 INFO a\n2026-11-22 10:00:01,000 ERROR error: rank 1: no\nTr\n",
+        "store/logs/tokenize-rows-85.log": "Traceback\nKilled\n",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(text)
+    log = tmp_path / "snakemake.log"
+    log.write_text(LOG.format(logs=tmp_path))
+    train, tokenize = failures(log)
+    assert (train.run, train.stage, train.job_id, train.reason) == ("low", "train", "31", "out_of_memory")
+    assert train.last_line == "rank 1: no"
+    assert (tokenize.run, tokenize.stage, tokenize.job_id, tokenize.last_line) == ("rows-85", "tokenize", "-", "Killed")
+    print_failures(str(log))
+    printed = capsys.readouterr().err
+    assert "2 failed" in printed
+    assert "rank 1: no" in printed
+    print_failures(str(tmp_path / "none.log"))
+    assert capsys.readouterr().err.startswith("no table of failures")
+
+
+def test_the_report_shows_every_start_of_a_training(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, run_config("e", "a", "lora"), None)
+    assert jobs_table([read_run(folder)]) is None
+    file = folder / "train/summary.json"
+    summary = json.loads(file.read_text())
+    job = {"job_id": "5", "nodes": "node[1-2]", "gpus": 8, "requeues": 1, "gpu_hours": 0.5, "energy_joules": 7200000}
+    first = {**job, "started": 1.7e9, "seconds": 225.0, "outcome": "stopped", "requeues": 0}
+    summary["attempts"] = [first, {**job, "started": 1.7e9 + 900, "seconds": 60.0}]
+    summary["provenance"]["slurm"] = job
+    file.write_text(json.dumps(summary))
+    export = folder / "model/manifest.json"
+    manifest = json.loads(export.read_text())
+    manifest["provenance"]["slurm"] = {"job_id": "6", "nodes": "node1", "gpus": 0, "requeues": 0, "gpu_hours": 0.0}
+    export.write_text(json.dumps(manifest))
+    table = jobs_table([read_run(folder)])
+    assert table
+    assert [row[:5] + row[7:] for row in table.rows] == [
+        ["a", "train", "5", "node[1-2]", "8", "0.50", "0", "2.00 kWh", "stopped"],
+        ["a", "train", "5", "node[1-2]", "8", "0.50", "1", "2.00 kWh", "finished"],
+        ["a", "export", "6", "node1", "0", "0.00", "0", DASH, "finished"],
+    ]

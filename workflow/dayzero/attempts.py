@@ -1,0 +1,128 @@
+"""The record of every start of a training: which job, which nodes, how long, how it ended; one JSON line each way."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from dayzero import slurm
+from dayzero.console import log
+
+FILE = "attempts.jsonl"
+
+
+class Attempts:
+    """Appends to `attempts.jsonl` of a run's train folder; a start that never ended is closed by the next one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / FILE
+
+    def begin(self, job: slurm.Job | None, step: int, host: str, last_sign: float | None = None) -> None:
+        """Note that training starts from `step`; `last_sign` is when a start that never ended was last alive."""
+        record: dict[str, Any] = {"started": round(time.time(), 1), "from_step": step, "host": host}
+        if last_sign:
+            record["previous_until"] = round(last_sign, 1)
+        if job:
+            record |= {
+                "job_id": job.job_id,
+                "nodes": job.nodes,
+                "num_nodes": job.num_nodes,
+                "gpus": job.gpus,
+                "requeues": job.restarts,
+            }
+        self._append({"begin": record})
+
+    def end(self, outcome: str, step: int, energy: int | None = None) -> None:
+        """Note how it ended (finished, stopped, failed) and the step whose checkpoint is the newest."""
+        record = {"ended": round(time.time(), 1), "to_step": step, "outcome": outcome}
+        self._append({"end": record | ({"energy_joules": energy} if energy else {})})
+
+    def all(self) -> list[dict[str, Any]]:
+        """Every attempt; one that never said how it ended was `lost`, at the latest when the next one began.
+
+        The newest without an end is counted until now.
+        """
+        attempts: list[dict[str, Any]] = []
+        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []:
+            try:
+                event = json.loads(line)
+            except json.JSONDecodeError:  # half a line of a killed process
+                continue
+            if begun := event.get("begin"):
+                until = begun.pop("previous_until", begun["started"])
+                if attempts and "ended" not in attempts[-1]:
+                    attempts[-1] |= {"ended": until, "outcome": "lost"}
+                attempts.append(dict(begun))
+            elif attempts and "end" in event:
+                attempts[-1] |= event["end"]
+        for attempt in attempts:
+            attempt["seconds"] = round(max(0.0, attempt.get("ended", time.time()) - attempt["started"]), 1)
+            attempt["gpu_hours"] = round(attempt.get("gpus", 0) * attempt["seconds"] / 3600, 4)
+        return attempts
+
+    def _append(self, event: dict[str, Any]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a", encoding="utf-8") as f:
+            f.write(json.dumps(event) + "\n")
+
+
+@contextmanager
+def recorded(
+    folder: Path, job: slurm.Job | None, checkpoint_every: int, last_sign: float | None = None
+) -> Iterator[None]:
+    """Record the training inside the block as one attempt, and warn of a time limit below a checkpoint interval.
+
+    The block may leave early by `return`: whether it finished is seen from summary.json, which is written last.
+    """
+    attempts = Attempts(folder)
+    attempts.begin(job, newest_step(folder), socket.gethostname(), last_sign)
+    watch = threading.Event()
+    if job and job.time_limit and checkpoint_every:
+        arguments = (folder / "checkpoints/metrics.jsonl", job.time_limit, checkpoint_every, watch)
+        threading.Thread(target=_warn_of_a_short_limit, args=arguments, daemon=True).start()
+    outcome = "failed"
+    try:
+        yield
+        outcome = "finished" if (folder / "summary.json").exists() else "stopped"
+    finally:
+        watch.set()
+        attempts.end(outcome, newest_step(folder), slurm.energy_joules(job.job_id) if job else None)
+
+
+def newest_step(folder: Path) -> int:
+    """The step of the newest complete checkpoint; 0 without one."""
+    found = [path.parent.name for path in (folder / "checkpoints").glob("step_*/trainer.json")]
+    return max((int(name.removeprefix("step_")) for name in found if name[5:].isdigit()), default=0)
+
+
+def _warn_of_a_short_limit(metrics: Path, limit: float, every: int, done: threading.Event) -> None:
+    """As soon as three steps tell how long one takes."""
+    began = time.time()
+    while not done.wait(1):
+        seconds = [r["step_seconds"] + r["data_seconds"] for r in read_lines(metrics) if r.get("time", 0) > began]
+        if len(seconds) < 3:
+            continue
+        if (interval := median(seconds) * every) > limit:
+            log.warning(
+                "the job's time limit of %.0f s is shorter than the %.0f s between two checkpoints "
+                "(train.checkpoint.every %d x %.2f s a step): a lost node loses the whole job's work; lower "
+                "train.checkpoint.every, or raise resources.train.runtime",
+                limit, interval, every, median(seconds),
+            )  # fmt: skip
+        return
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a JSON-lines file that may be growing; nothing where there is none."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in lines if line.endswith("\n")]

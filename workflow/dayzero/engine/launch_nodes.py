@@ -1,0 +1,154 @@
+"""Training over the nodes of a SLURM job: one `engine.node` on each of them, started by one srun.
+
+This side runs on the job's first node, where the batch script runs. SLURM sends its signals (before the time limit, at
+preemption) to the processes that srun started, which pass them on to their ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+from dayzero.console import log
+from dayzero.engine.launch import RankFailed, first_report, signals_passed_on
+from dayzero.engine.parallel_dims import SizeError
+from dayzero.slurm import Job
+
+FIRST_PORT, NUM_PORTS = 29600, 3000
+"""Rendezvous ports: below the ports that Linux hands out by itself (32768 and up)."""
+
+NODE_ERROR = "dayzero node error: "
+"""Begins the line with which a node says why it cannot take part, where it cannot say so in a file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeSettings:
+    """What a person may set about a world over several nodes."""
+
+    nodes: int = 1
+    network_interface: str | None = None
+    """Name of the network interface for NCCL and gloo. None: they choose."""
+
+
+def check_world(job: Job, nodes: int, world_size: int) -> int:
+    """Processes on each node. Raises `SizeError`, with both sides' numbers, when the job does not fit the config."""
+    if world_size % nodes:
+        raise SizeError(
+            "resources.train.nodes",
+            f"parallelism makes {world_size} processes, and {world_size} % nodes {nodes} = {world_size % nodes}, must "
+            "be 0: every node has the same number of processes",
+        )
+    processes = world_size // nodes
+    if job.num_nodes != nodes:
+        raise SizeError(
+            "parallelism",
+            f"the sizes make {world_size} processes on {nodes} nodes (resources.train.nodes), but SLURM gave job "
+            f"{job.job_id} {job.num_nodes} nodes ({job.nodes}): set resources.train.nodes to {job.num_nodes}, or ask "
+            f"SLURM for {nodes}",
+        )
+    if job.gpus and job.gpus < world_size:
+        raise SizeError(
+            "parallelism",
+            f"the sizes make {world_size} processes, but SLURM gave job {job.job_id} {job.gpus} GPUs on "
+            f"{job.num_nodes} nodes ({job.nodes}): set resources.train.gpu to {processes} (or auto), or make the sizes "
+            "smaller",
+        )
+    if job.gpus > world_size:
+        log.warning("SLURM gave %d GPUs for %d processes: the others idle", job.gpus, world_size)
+    return processes
+
+
+def rendezvous_port(job_id: str) -> int:
+    """A free port of this host, looked for from one that other jobs do not start with: their ids differ."""
+    number = int("".join(c for c in job_id if c.isdigit()) or 0)
+    for i in range(NUM_PORTS):
+        port = FIRST_PORT + (number * 7 + i) % NUM_PORTS
+        try:
+            socket.create_server(("", port)).close()
+            return port
+        except OSError:
+            continue
+    raise RankFailed(f"no free port of {socket.gethostname()} from {FIRST_PORT} to {FIRST_PORT + NUM_PORTS - 1}")
+
+
+def run_on_nodes(
+    module: str, arguments: list[str], world_size: int, job: Job, settings: NodeSettings, *, folder: Path, logs: Path
+) -> bool:
+    """Run `python -m module arguments` in all ranks of the job; False when they stopped as asked.
+
+    `folder` must be seen by all nodes: errors travel through it, and each node says no before it starts a rank when it
+    cannot see it. Each rank's output is in `logs`. Raises `RankFailed` with the first failing rank's error, whose
+    traceback is logged last; `SizeError` when world and job differ.
+    """
+    processes = check_world(job, settings.nodes, world_size)
+    # the same job may start again after a requeue: never find the files of an earlier start
+    meeting = folder / f".launch-{job.job_id}-{job.restarts}-{os.getpid()}"
+    shutil.rmtree(meeting, ignore_errors=True)
+    meeting.mkdir(parents=True)
+    logs.mkdir(parents=True, exist_ok=True)
+    probe = meeting / "probe.json"
+    probe.write_text("{}")
+    written = time.time()
+    probe.write_text(json.dumps({"clock_offset": written - probe.stat().st_mtime, "host": socket.gethostname()}))
+    command = ["srun", f"--nodes={settings.nodes}", f"--ntasks={settings.nodes}", "--ntasks-per-node=1"]
+    command += ["--kill-on-bad-exit=1", "--export=ALL", "--unbuffered"]
+    if job.cpus:
+        command += [f"--cpus-per-task={max(1, job.cpus // job.num_nodes)}"]
+    command += [sys.executable, "-m", "dayzero.engine.node", "--nodes", str(settings.nodes)]
+    command += ["--processes", str(processes), "--endpoint", f"{socket.gethostname()}:{rendezvous_port(job.job_id)}"]
+    command += ["--id", f"{job.job_id}-{job.restarts}", "--meeting", str(meeting), "--logs", str(logs)]
+    command += ["--network-interface", settings.network_interface] if settings.network_interface else []
+    command += ["--", module, *arguments]
+    log.info("%d processes on each of %d nodes (%s), job %s", processes, settings.nodes, job.nodes, job.job_id)
+    try:
+        code, printed = _run(command)
+        stopped = list(meeting.glob("stopped-*"))
+        if code == 0:
+            return not stopped
+        if found := first_report(meeting):
+            rank, report = found
+            who = f"rank {rank}" if rank.isdigit() else "a node"
+            log.error("%s failed first; the ranks' output is in %s\n%s", who, logs, report["traceback"].rstrip())
+            raise RankFailed(f"{who}: {report['line']}")
+        if stopped:
+            return False  # the other nodes were ended while they stopped too
+        said = next((line.partition(NODE_ERROR)[2] for line in printed if NODE_ERROR in line), None)
+        raise RankFailed(said or f"srun ended with code {code}: {printed[-1] if printed else 'it said nothing'}")
+    finally:
+        shutil.rmtree(meeting, ignore_errors=True)
+
+
+def _run(command: list[str]) -> tuple[int, list[str]]:
+    """Run srun, show what it prints as it comes, and pass requests to stop on to it, and so to every node."""
+    last: deque[str] = deque(maxlen=200)
+    try:
+        with signals_passed_on():
+            # its own session: what a terminal or a batch system sends to our group must not end srun before the ranks
+            process = subprocess.Popen(
+                command, text=True, errors="replace", stderr=subprocess.PIPE, start_new_session=True
+            )
+
+            def show() -> None:
+                assert process.stderr
+                for line in process.stderr:
+                    sys.stderr.write(line)
+                    sys.stderr.flush()
+                    if line.strip():
+                        last.append(line.rstrip())
+
+            reader = threading.Thread(target=show, daemon=True)
+            reader.start()
+            code = process.wait()
+            reader.join(5)
+    except FileNotFoundError as error:
+        raise RankFailed("srun is not on PATH in this job: load the site's SLURM module in the job too") from error
+    return code, list(last)

@@ -1,0 +1,116 @@
+"""One node's part of a world over several nodes: started once on each node by srun, it starts that node's ranks.
+
+Before any rank it makes sure that the results are on a file system that all nodes share, that the clocks agree and that
+the named network interface exists; what is wrong it says in one line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import psutil
+
+from dayzero.console import log, setup_logging
+from dayzero.engine.launch import RANK_LOGS, RankFailed, first_report, run_torchrun
+from dayzero.engine.launch_nodes import NODE_ERROR
+from dayzero.errors import ConfigError, one_line
+
+SHARED_WITHIN = 45.0
+"""Seconds a shared file system may take to show another node's new file."""
+CLOCKS_WITHIN = 5.0
+"""Seconds by which clocks may differ without a word."""
+JOIN_SECONDS = 600
+"""How long the first node waits for the last one."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="dayzero.engine.node", description=__doc__)
+    parser.add_argument("--nodes", type=int, required=True)
+    parser.add_argument("--processes", type=int, required=True, help="on each node")
+    parser.add_argument("--endpoint", required=True, help="host:port of the first node")
+    parser.add_argument("--id", required=True)
+    parser.add_argument("--meeting", type=Path, required=True, help="a folder that all nodes share")
+    parser.add_argument("--logs", type=Path, required=True)
+    parser.add_argument("--network-interface")
+    parser.add_argument("command", nargs="+", metavar="MODULE [ARGUMENT...]")
+    args = parser.parse_args(argv)
+    setup_logging("train")
+    number = os.environ.get("SLURM_NODEID", "0")
+    name = os.environ.get("SLURMD_NODENAME", socket.gethostname())
+    try:
+        check_shared(args.meeting, name)
+        if warning := clock_warning(args.meeting, number, name):
+            log.warning("%s", warning)
+        if args.network_interface:
+            use_interface(args.network_interface, name)
+        os.environ[RANK_LOGS] = str(args.logs)
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # pages of C++ frames when the other side has ended
+        rendezvous = [f"--nnodes={args.nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={args.endpoint}"]
+        is_host = int(number == "0")
+        rendezvous += [f"--rdzv-id={args.id}", f"--rdzv-conf=is_host={is_host},join_timeout={JOIN_SECONDS}"]
+        module, *arguments = args.command
+        if not run_torchrun(module, arguments, args.processes, rendezvous=rendezvous, errors=args.meeting):
+            (args.meeting / f"stopped-{number}").touch()
+    except RankFailed as error:
+        if first_report(args.meeting) is None:  # killed, so the rank itself could not say it
+            _leave_report(args.meeting, number, f"{name}: {error}", "")
+        return 1
+    except Exception as error:
+        if args.meeting.is_dir():
+            _leave_report(args.meeting, number, f"{name}: {one_line(error)}", traceback.format_exc())
+        print(f"{NODE_ERROR}{one_line(error)}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def check_shared(meeting: Path, name: str, seconds: float = SHARED_WITHIN) -> None:
+    """Raise ConfigError where this node does not see what the first node has just written."""
+    end = time.monotonic() + seconds
+    while not (meeting / "probe.json").is_file():
+        if time.monotonic() > end:
+            raise ConfigError(
+                f"results_dir: {name} does not see {meeting.parent.resolve()} as the first node does: put results_dir "
+                "on a file system that all nodes share"
+            )
+        time.sleep(min(0.5, seconds / 5))
+
+
+def clock_warning(meeting: Path, number: str, name: str) -> str | None:
+    """A line where this node's clock differs from the first node's, both held against the file server's."""
+    first = json.loads((meeting / "probe.json").read_text())
+    file = meeting / f"clock-{number}"
+    file.write_text("")
+    difference = time.time() - file.stat().st_mtime - first["clock_offset"]
+    if abs(difference) <= CLOCKS_WITHIN:
+        return None
+    return (
+        f"the clock of {name} differs by {difference:+.0f} s from that of {first['host']}: times in logs and metrics "
+        "are off by that much; ask for the nodes' clocks to be synchronised (NTP)"
+    )
+
+
+def use_interface(interface: str, name: str) -> None:
+    """Tell NCCL and gloo to use this network interface. Raises ConfigError where the node has none of that name."""
+    there = sorted(psutil.net_if_addrs())
+    if interface not in there:
+        raise ConfigError(
+            f"resources.train.network_interface {interface}: {name} has {', '.join(there)}: name one that every node "
+            "has, or leave it null"
+        )
+    os.environ["NCCL_SOCKET_IFNAME"] = os.environ["GLOO_SOCKET_IFNAME"] = interface
+
+
+def _leave_report(meeting: Path, number: str, line: str, text: str) -> None:
+    rank = f"{int(number)}-node"
+    (meeting / f"{rank}.json").write_text(json.dumps({"time": time.time(), "line": line, "traceback": text or line}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""What happens after training stopped as asked, with a checkpoint: the SLURM job goes back into the queue, or ends."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from dayzero import slurm
+from dayzero.attempts import Attempts
+from dayzero.console import log
+
+EXIT_INTERRUPTED = 75
+"""Exit code of training that was asked to stop and can be continued (EX_TEMPFAIL of sysexits.h)."""
+
+MAX_WITHOUT_A_STEP = 3
+"""Starts in a row that may stop before a step is done; more would repeat themselves for ever."""
+
+SECONDS_TO_END = 60
+"""How long SLURM may take to end a job that it puts back."""
+
+
+def stop_or_go_on(folder: Path, job: slurm.Job | None, max_requeues: int) -> None:
+    """Put a SLURM job back into the queue, which ends this process; without one, or where that is refused or repeated
+    in vain, exit with `EXIT_INTERRUPTED`. SLURM lets a job that was put back wait (two minutes by default)."""
+    checkpoint = f"stopped as asked with a checkpoint in {folder / 'checkpoints'}"
+    if job and (reason := _why_not(folder, job, max_requeues)):
+        log.warning("%s: start again to continue (job %s is not put back: %s)", checkpoint, job.job_id, reason)
+    elif job:
+        log.warning("%s: job %s is back in the queue and will go on from there", checkpoint, job.job_id)
+        time.sleep(SECONDS_TO_END)  # SLURM ends the job; an exit code now would be a failure to Snakemake
+    else:
+        log.warning("%s: start the stage again to continue", checkpoint)
+    raise SystemExit(EXIT_INTERRUPTED)
+
+
+def _why_not(folder: Path, job: slurm.Job, max_requeues: int) -> str | None:
+    if job.restarts >= max_requeues:
+        return f"it was put back {job.restarts} times, resources.train.max_requeues is {max_requeues}"
+    last = Attempts(folder).all()[-MAX_WITHOUT_A_STEP:]
+    if len(last) == MAX_WITHOUT_A_STEP and all(a.get("to_step", a["from_step"]) <= a["from_step"] for a in last):
+        return f"its last {MAX_WITHOUT_A_STEP} starts did no step: raise resources.train.runtime"
+    return slurm.put_back(job.job_id)

@@ -1,0 +1,149 @@
+"""What SLURM says about jobs, asked through its own commands; without SLURM there is nothing to say."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+SECONDS = 20
+"""How long a command of SLURM may take before it counts as not answering."""
+
+ALIVE = {"PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "STOPPED", "COMPLETING", "REQUEUED", "RESIZING", "SIGNALING"}
+"""States of a job that runs or may yet run."""
+
+
+class SlurmError(ValueError):
+    """SLURM did not answer as needed; the message is its own last line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One job as `scontrol show job` tells it."""
+
+    job_id: str
+    state: str = ""
+    nodes: str = ""
+    """SLURM's short list of them, e.g. node[1-4]."""
+    num_nodes: int = 1
+    cpus: int = 0
+    """CPUs of the whole job. 0: not told."""
+    gpus: int = 0
+    """GPUs of the whole job."""
+    partition: str = ""
+    account: str = ""
+    restarts: int = 0
+    """How often it was put back into the queue."""
+    started: str = ""
+    time_limit: float | None = None
+    """Seconds. None: no limit."""
+
+
+def current_job() -> Job | None:
+    """The job this process runs in; None outside SLURM. A job of which SLURM tells nothing has an id alone."""
+    job_id = os.environ.get("SLURM_JOB_ID")
+    if not job_id:
+        return None
+    try:
+        return parse_job(_call("scontrol", "show", "job", "-o", job_id))
+    except SlurmError:
+        return Job(job_id=job_id, nodes=os.environ.get("SLURM_JOB_NODELIST", ""))
+
+
+def in_job_step() -> bool:
+    """Whether srun started this process, so that it may not start steps over all of the job's nodes."""
+    return "SLURM_JOB_ID" in os.environ and "SLURM_STEP_ID" in os.environ
+
+
+def parse_job(text: str) -> Job:
+    """A line of `scontrol show job -o`. Raises SlurmError where it is none."""
+    fields = dict(part.partition("=")[::2] for part in text.split() if "=" in part)
+    if "JobId" not in fields:
+        raise SlurmError(f"no job in {text.strip()[:200]!r}")
+
+    def known(name: str) -> str:
+        value = fields.get(name, "")
+        return "" if value in ("(null)", "N/A", "None", "Unknown") else value
+
+    nodes = int(known("NumNodes").partition("-")[0] or 1)
+    return Job(
+        job_id=fields["JobId"],
+        state=known("JobState"),
+        nodes=known("NodeList"),
+        num_nodes=nodes,
+        cpus=int(known("NumCPUs").partition("-")[0] or 0),
+        gpus=_gpus(fields, nodes),
+        partition=known("Partition"),
+        account=known("Account"),
+        restarts=int(known("Restarts") or 0),
+        started=known("StartTime"),
+        time_limit=parse_time(known("TimeLimit")),
+    )
+
+
+def parse_time(text: str) -> float | None:
+    """[days-]hours:minutes:seconds in seconds; None where there is no limit."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+)(?::(\d+))?", text)
+    if not found:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+
+
+def _gpus(fields: dict[str, str], nodes: int) -> int:
+    """GPUs of the job: of what was allocated, or where that is not tracked, of what was asked for."""
+    for name in ("AllocTRES", "TRES"):
+        if found := re.search(r"gres/gpu=(\d+)", fields.get(name, "")):
+            return int(found[1])
+    for name, times in (("TresPerJob", 1), ("TresPerNode", nodes)):
+        if found := re.search(r"gpu(?:[:=][^:=,]+)?[:=](\d+)", fields.get(name, "")):
+            return int(found[1]) * times
+    return 0
+
+
+def job_states(job_ids: Iterable[str]) -> dict[str, str] | None:
+    """State of each of the jobs that the queue still knows; None where the queue cannot be asked."""
+    wanted = sorted(set(job_ids))
+    if not wanted:
+        return {}
+    try:
+        lines = _call("squeue", "--noheader", "--states=all", "--format=%i|%T").splitlines()
+    except SlurmError:
+        return None
+    found = dict(line.strip().partition("|")[::2] for line in lines)
+    return {job_id: found[job_id] for job_id in wanted if job_id in found}
+
+
+def put_back(job_id: str) -> str | None:
+    """Put a running job back into the queue under the same id, which ends its processes; else the reason why not."""
+    try:
+        state = parse_job(_call("scontrol", "show", "job", "-o", job_id)).state
+        if state != "RUNNING":  # cancelled or preempted: what becomes of it is settled already
+            return f"it is {state}"
+        _call("scontrol", "requeue", job_id)
+    except SlurmError as error:
+        return str(error)
+    return None
+
+
+def energy_joules(job_id: str) -> int | None:
+    """Energy used by the job's running steps; None where the site does not measure it."""
+    try:
+        lines = _call("sstat", "--allsteps", "--noheader", "--parsable2", "-o", "ConsumedEnergyRaw", "-j", job_id)
+    except SlurmError:
+        return None
+    values = [int(float(line)) for line in lines.split() if re.fullmatch(r"\d+(\.\d+)?", line)]
+    return sum(values) or None
+
+
+def _call(*command: str) -> str:
+    try:
+        done = subprocess.run(command, text=True, capture_output=True, timeout=SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise SlurmError(f"{command[0]} does not answer ({type(error).__name__})") from error
+    if done.returncode:
+        lines = done.stderr.strip().splitlines()
+        raise SlurmError(f"{command[0]}: {lines[-1] if lines else f'exit code {done.returncode}'}")
+    return done.stdout

@@ -1,0 +1,141 @@
+"""What each rule's job asks of SLURM, from the run's config and the profile's site keys; elsewhere, of this machine.
+
+The keys that a site sets in its profile's `default-resources` and that are read here:
+cpu_partition, gpu_partition, gpu_request (gres, gpus-per-node or gpus), gpu_type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dayzero.config import TrainResources
+from dayzero.errors import ConfigError
+from dayzero.wiring import Wiring
+
+GPU_REQUESTS = ("gres", "gpus-per-node", "gpus")
+SIGNAL = "USR1"
+BACKOFF_SECONDS = 60
+"""Delay before a job's second attempt; it doubles with each further one."""
+MAX_BACKOFF_SECONDS = 3600
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """What a profile says of its site; without a SLURM profile, nothing. Raises ConfigError."""
+
+    cpu_partition: str = ""
+    gpu_partition: str = ""
+    gpu_request: str = ""
+    gpu_type: str = ""
+
+    def __post_init__(self) -> None:
+        if self.gpu_request and self.gpu_request not in GPU_REQUESTS:
+            raise ConfigError(
+                f"gpu_request = {self.gpu_request!r} (default-resources of the profile): use {', '.join(GPU_REQUESTS)}"
+            )
+
+    @classmethod
+    def of(cls, default_resources: Mapping[str, Any]) -> Site:
+        """The site's keys among a profile's default resources."""
+        return cls(**{name: named(default_resources, name) for name in cls.__annotations__})
+
+    @property
+    def is_slurm(self) -> bool:
+        return bool(self.gpu_request)
+
+
+def named(default_resources: Mapping[str, Any], name: str) -> str:
+    """The text of one default resource of a profile; nothing where it is not set.
+
+    It is not yet evaluated there: a word in quotes is that word.
+    """
+    value = default_resources.get(name)
+    return str(getattr(value, "raw", value) or "").strip("'\"")
+
+
+def job_threads(wiring: Wiring, stage: str) -> Callable[..., int] | int:
+    """The `threads:` of a rule."""
+    return _settled(wiring, lambda wildcards: wiring.resources(stage, wildcards).threads)
+
+
+def job_resources(wiring: Wiring, site: Site, stage: str) -> dict[str, Any]:
+    """The `resources:` of a rule: functions of its wildcards, or plain values where all runs ask for the same."""
+    functions = _functions(wiring, site, stage)
+    return {name: _settled(wiring, function) for name, function in functions.items()}
+
+
+def launch_arguments(wiring: Wiring) -> Any:
+    """The machine settings of training as arguments."""
+    return _settled(wiring, lambda wildcards: wiring.launch_arguments(wildcards))
+
+
+@dataclass(frozen=True)
+class _Run:
+    run: str
+
+
+def _settled(wiring: Wiring, function: Callable[..., Any]) -> Any:
+    """The one value of a function of the run alone, where all runs have the same: planning thousands of jobs spends most
+    of its time on calling functions."""
+    if function.__code__.co_argcount > 1:
+        return function
+    values = {function(_Run(name)) for name in wiring.runs}
+    return values.pop() if len(values) == 1 else function
+
+
+def _functions(wiring: Wiring, site: Site, stage: str) -> dict[str, Callable[..., Any]]:
+    resources: dict[str, Callable[..., Any]] = {
+        "mem_mb": lambda wildcards: wiring.resources(stage, wildcards).mem_mb,
+        "runtime": lambda wildcards: wiring.resources(stage, wildcards).runtime,
+        "gpu": lambda wildcards: wiring.gpus(stage, wildcards) * wiring.nodes(stage, wildcards),
+    }
+    if not site.is_slurm:
+        return resources
+    train = stage == "train"
+    resources["slurm_partition"] = lambda wildcards: (
+        site.gpu_partition if wiring.gpus(stage, wildcards) else site.cpu_partition
+    )
+    resources["slurm_extra"] = lambda wildcards, attempt: _extra(wiring, site, stage, wildcards, attempt)
+    if site.gpu_request == "gres":
+        resources["gpu"] = lambda wildcards: 0
+        resources["gres"] = lambda wildcards: _named(site, "gpu:", wiring.gpus(stage, wildcards))
+    elif site.gpu_request == "gpus-per-node":
+        resources["gpu"] = lambda wildcards: 0
+    elif site.gpu_type:
+        resources["gpu_model"] = lambda wildcards: site.gpu_type if wiring.gpus(stage, wildcards) else ""
+    if train:
+        # with `mpi` the rule's shell runs once, in the batch script, and starts the nodes itself; two tasks or more on
+        # each node, which the plugin wants, share the node's CPUs
+        resources["mpi"] = lambda wildcards: "srun"
+        resources["nodes"] = lambda wildcards: wiring.nodes(stage, wildcards)
+        resources["tasks_per_node"] = lambda wildcards: max(2, wiring.processes(wildcards))
+        resources["cpus_per_task"] = lambda wildcards, threads: max(
+            1, -(-threads // max(2, wiring.processes(wildcards)))
+        )
+    return resources
+
+
+def _extra(wiring: Wiring, site: Site, stage: str, wildcards: Any, attempt: int) -> str:
+    options = []
+    gpus = wiring.gpus(stage, wildcards)
+    if gpus and site.gpu_request == "gpus-per-node":
+        options.append(_named(site, "--gpus-per-node=", gpus))
+    asked = wiring.resources(stage, wildcards)
+    if isinstance(asked, TrainResources) and asked.stop_before:
+        options.append(f"--signal={SIGNAL}@{asked.stop_before}")
+    if attempt > 1:
+        options.append(f"--begin=now+{backoff(attempt)}")
+    return " ".join(options)
+
+
+def backoff(attempt: int) -> int:
+    """Seconds that SLURM holds back a job's n-th attempt."""
+    return min(BACKOFF_SECONDS * 2 ** (attempt - 2), MAX_BACKOFF_SECONDS)
+
+
+def _named(site: Site, prefix: str, gpus: int) -> str:
+    if not gpus:
+        return ""
+    return f"{prefix}{site.gpu_type}:{gpus}" if site.gpu_type else f"{prefix}{gpus}"
