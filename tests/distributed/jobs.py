@@ -97,6 +97,12 @@ def source_of(job: dict[str, Any]) -> ModelSource:
     return ModelSource(directory=None, architecture=fields, random_weights=True)
 
 
+def teacher_of(job: dict[str, Any]) -> ModelSource | None:
+    if "teacher" not in job:
+        return None
+    return ModelSource(directory=None, architecture=ARCHITECTURES[job["teacher"]], random_weights=True)
+
+
 def reference(job: dict[str, Any]) -> dict[str, Any]:
     """The same training by a plain loop: one process, all logits, one mean over the whole batch, no engine code but
     the model's construction and the loader."""
@@ -111,7 +117,11 @@ def reference(job: dict[str, Any]) -> dict[str, Any]:
     ]
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), eps=EPS, foreach=False)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    losses, norms, router_losses = [], [], []
+    averages = {name: tensor.clone() for name, tensor in model.named_parameters() if tensor.requires_grad}
+    teacher = teacher_of(job)
+    if teacher is not None:
+        teacher = build_model(teacher, teacher.config(), Method(name="none"), seed=0, meta=False).eval()
+    losses, norms, router_losses, kls = [], [], [], []
     coefficient = train.router_aux_loss_coef
     whole = Train(**{**train.model_dump(), "local_batch_size": train.global_batch_size})
     batches = batches_of(job, whole, 0, 0, 1)
@@ -125,6 +135,16 @@ def reference(job: dict[str, Any]) -> dict[str, Any]:
         (micro,) = batch.micro_batches
         logits = model(input_ids=micro["input_ids"], position_ids=micro["position_ids"], use_cache=False).logits
         loss = F.cross_entropy(logits.flatten(0, 1), micro["labels"].flatten(), ignore_index=-100)
+        if train.z_loss:
+            supervised = logits[micro["labels"] != -100]
+            loss = loss + train.z_loss * supervised.exp().sum(-1).log().square().mean()
+        if teacher is not None:
+            kd, supervised = method.kd, micro["labels"] != -100
+            with torch.no_grad():
+                taught = teacher(input_ids=micro["input_ids"], position_ids=micro["position_ids"], use_cache=False)
+            p, q = ((x[supervised] / kd.temperature).softmax(-1) for x in (taught.logits, logits))
+            kls.append((kd.temperature**2 * (p * (p / q).log()).sum(-1).mean()).item())
+            loss = loss + kd.weight * kd.temperature**2 * (p * (p / q).log()).sum(-1).mean()
         if coefficient:
             router_loss = plain_router_loss(model, micro)
             router_losses.append(router_loss.item())
@@ -134,7 +154,13 @@ def reference(job: dict[str, Any]) -> dict[str, Any]:
         losses.append(loss.item())
         optimizer.step()
         optimizer.zero_grad()
+        if train.ema:
+            for name, parameter in model.named_parameters():
+                if name in averages:
+                    averages[name] = train.ema.decay * averages[name] + (1 - train.ema.decay) * parameter.detach()
     return {
+        "kls": kls,
+        "averages": {k: t.detach() for k, t in averages.items()} if train.ema else {},
         "losses": losses,
         "grad_norms": norms,
         "router_losses": router_losses,
@@ -163,6 +189,7 @@ def make_trainer(job: dict[str, Any], directory: Path) -> Trainer:
     sizes["dp_shard"] = rows // sizes["dp_replicate"]
     trainer = Trainer(
         source=source_of(job),
+        teacher=teacher_of(job),
         tokenizer_directory=None,
         method=method,
         train=train,
@@ -183,6 +210,14 @@ def share_of(trainer: Trainer) -> tuple[int, int]:
 
 def all_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in trainer.all_weights().items()}
+
+
+def averages(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """The trained weights' averages, whole; nothing without them."""
+    if trainer.ema is None:
+        return {}
+    with trainer.ema.in_place():
+        return {name: tensor.clone() for name, tensor in trainer.trained_weights().items()}
 
 
 def replica_spread(trainer: Trainer) -> float:
@@ -215,6 +250,8 @@ def train(job: dict[str, Any], trainer: Trainer | None = None) -> dict[str, Any]
         "checkpoint_seconds": [r["checkpoint_seconds"] for r in trainer.metrics.records],
         "router_losses": [r["router_aux_loss"] for r in trainer.metrics.records if "router_aux_loss" in r],
         "validation_losses": list(trainer.validation_losses.values()),
+        "kls": [r["kl"] for r in trainer.metrics.records if "kl" in r],
+        "averages": averages(trainer),
         "before": before,
         "weights": all_weights(trainer),
         "spread": replica_spread(trainer),
@@ -256,6 +293,7 @@ def resume(job: dict[str, Any]) -> dict[str, Any]:
         "started_at": started_at,
         "losses": [r["loss"] for r in trainer.metrics.records],
         "steps": [r["step"] for r in trainer.metrics.records],
+        "averages": averages(trainer),
         "weights": all_weights(trainer),
         "spread": replica_spread(trainer),
         "drawn": job["drawn"],

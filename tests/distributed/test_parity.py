@@ -36,6 +36,19 @@ WITHOUT_PLAN = [("stablelm", "full", "padded"), ("opt", "lora", "padded")]
 adapters, since the plain loop would decay its table of positions."""
 
 
+VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "dora": ("qwen3", "padded", {"lora": {"dora": True, "rank": 4}}),
+    "rslora": ("llama", "packed", {"lora": {"rslora": True, "rank": 4}}),
+    "whole": ("qwen3", "padded", {"lora": {"modules_to_save": ["embed_tokens", "lm_head"], "rank": 4}}),
+    "whole_tied": ("llama", "padded", {"lora": {"modules_to_save": ["embed_tokens"], "rank": 4}}),
+    "z_loss": ("qwen3", "packed", {"train": {"z_loss": 0.01}}),
+    "ema": ("llama", "packed", {"train": {"ema": {"decay": 0.8}}}),
+    "kd": ("qwen3", "padded", {"kd": {"teacher": "llama", "temperature": 2.0, "weight": 0.5}}),
+    "frozen": ("qwen3", "packed", {"freeze": ["model.embed_tokens.*", "*.layers.[01].*"]}),
+}
+"""Other ways to train: model, rows, options of the method and of training."""
+
+
 def job(run: str, model: str, method: str, rows: str, folder: Path, **more: Any) -> dict[str, Any]:
     name = "-".join(str(v) for v in (run, model, method, rows, *(v for v in more.values() if not isinstance(v, dict))))
     name += "".join(f"-{k}={v}" for d in more.values() if isinstance(d, dict) for k, v in d.items())
@@ -67,6 +80,17 @@ def moe(run: str, model: str, method: str, rows: str, folder: Path, **more: Any)
     return {**made, "folder": str(folder / made["name"])}
 
 
+def variant(run: str, label: str, folder: Path, **more: Any) -> dict[str, Any]:
+    model, rows, options = VARIANTS[label]
+    options = dict(options)
+    train = options.pop("train", {}) | more.pop("train", {})
+    made = job(run, model, label, rows, folder, **more)
+    if "kd" in options:
+        made["teacher"] = options["kd"]["teacher"]
+    method = next((name for name in ("lora", "kd") if name in options), "full")
+    return {**made, "method": method, "method_options": options, "train": train}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("parity")
@@ -77,6 +101,8 @@ def one(folder: Path) -> Results:
     """World size 1: the references, and the engine's own single process in several settings."""
     jobs = [job("reference", *case, folder) for case in CASES + WITHOUT_PLAN]
     jobs += [job("train", *case, folder, strategy="fsdp2", local_batch_size=8) for case in CASES + WITHOUT_PLAN]
+    jobs += [variant("reference", label, folder) for label in VARIANTS]
+    jobs += [variant("train", label, folder, strategy="fsdp2", local_batch_size=8) for label in VARIANTS]
     jobs.append(uneven("reference", folder))
     jobs += [moe("reference", *case, folder) for case in MOE]
     for size in (2, 1):
@@ -145,6 +171,19 @@ def two(folder: Path) -> Results:
         job("frozen", "mixtral", "lora", "packed", folder, strategy="fsdp2", dp_replicate=2),
     ]
     jobs += [job("train", *case, folder, strategy="fsdp2", tp=2) for case in WITHOUT_PLAN]
+    jobs += [variant("train", label, folder, strategy="fsdp2", local_batch_size=2) for label in VARIANTS]
+    jobs += [
+        variant("train", label, folder, strategy="fsdp2", local_batch_size=4, tp=2)
+        for label in ("rslora", "whole", "whole_tied", "z_loss", "frozen", "kd")
+    ]
+    jobs.append(variant("train", "kd", folder, strategy="ddp", local_batch_size=2, dp_replicate=2))
+    jobs.append(
+        variant("train", "z_loss", folder, strategy="fsdp2", local_batch_size=8, cp=2, train={"loss_chunk_size": 5})
+    )
+    jobs.append(variant("train", "kd", folder, strategy="fsdp2", local_batch_size=8, cp=2))
+    jobs += [
+        variant("train", label, folder, **PP, pp_schedule="1f1b") for label in ("dora", "whole_tied", "z_loss", "ema")
+    ]
     return run_ranks(2, jobs + loading_jobs(folder, 2), folder / "two")
 
 
@@ -189,17 +228,20 @@ def check(results: Results, one: Results, expected: int) -> None:
         assert got["weights"].keys() == want["weights"].keys()
         for key, tensor in want["weights"].items():
             torch.testing.assert_close(got["weights"][key], tensor, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(got["kls"], want["kls"], rtol=1e-4, atol=0)
+        for key, tensor in want["averages"].items():
+            torch.testing.assert_close(got["averages"][key], tensor, rtol=1e-4, atol=1e-5)
         assert got["spread"] == 0.0, name
         checked += 1
     assert checked == expected
 
 
 def test_one_process_equals_the_plain_loop(one: Results) -> None:
-    check(one, one, len(CASES) + len(WITHOUT_PLAN) + 8)
+    check(one, one, len(CASES) + len(WITHOUT_PLAN) + len(VARIANTS) + 8)
 
 
 def test_two_ranks_equal_the_plain_loop(two: Results, one: Results) -> None:
-    check(two, one, len(CASES) + len(WITHOUT_PLAN) + 18)
+    check(two, one, len(CASES) + len(WITHOUT_PLAN) + len(VARIANTS) + 31)
 
 
 def test_four_ranks_equal_the_plain_loop(four: Results, one: Results) -> None:
@@ -287,6 +329,26 @@ def test_frozen_weights_are_bit_identical(two: Results) -> None:
 def test_frozen_bf16_weights_train_like_float32_masters_to_the_bit(one: Results, two: Results) -> None:
     check_frozen(one, {"llama": 0.0})
     check_frozen(two, {"qwen3": 1.0, "llama": 1.0, "mixtral": 0.0})
+
+
+@pytest.mark.parametrize("mesh", ["fsdp2-2", "fsdp2-4-2"])
+def test_what_freeze_names_is_bit_identical_and_the_rest_moves(two: Results, mesh: str) -> None:
+    got = two[f"train-qwen3-frozen-packed-{mesh}"]
+    frozen = {key for key in got["before"] if "embed_tokens" in key or ".layers.0." in key or ".layers.1." in key}
+    same = {key for key in got["before"] if torch.equal(got["before"][key], got["weights"][key])}
+    assert same == frozen
+    assert len(frozen) == 1 + 2 * 11
+
+
+def test_modules_to_save_are_trained(two: Results) -> None:
+    for name, ends in {
+        "qwen3-whole-padded-fsdp2-2": ("embed_tokens", "lm_head"),
+        "llama-whole_tied-padded-fsdp2-2": ("embed_tokens",),
+    }.items():
+        got = two[f"train-{name}"]
+        moved = {k for k in got["before"] if "lora_" not in k and not torch.equal(got["before"][k], got["weights"][k])}
+        assert {key.split(".")[-2] for key in moved} >= set(ends)
+        assert all(key.split(".")[-2] in ("embed_tokens", "lm_head") for key in moved)
 
 
 @pytest.mark.parametrize(

@@ -48,9 +48,9 @@ def copy_of(run: dict[str, Any], folder: Path, name: str, keep_until: int, **mor
 
 @pytest.fixture(scope="module")
 def runs(folder: Path) -> dict[str, dict[str, Any]]:
-    every: dict[str, Any] = {"train": {"checkpoint": {"every": 1, "keep_last": 20}}}
-    slow = {"train": {"checkpoint": {"every": 3, "keep_last": 20}}}
-    waiting = {"train": {"checkpoint": {"every": 1, "keep_last": 20, "asynchronous": False}}}
+    every: dict[str, Any] = {"train": {"checkpoint": {"every": 1, "keep_last": 20}, "ema": {"decay": 0.8}}}
+    slow = {"train": {**every["train"], "checkpoint": {"every": 3, "keep_last": 20}}}
+    waiting = {"train": {**every["train"], "checkpoint": {"every": 1, "keep_last": 20, "asynchronous": False}}}
     plain = {**SETTINGS, "method_options": {"lora": {"rank": 3}}}  # on 4 ranks one has no row of some matrices
     full = job("train", *CASE, folder, **SETTINGS, **every)
     lora = job("train", "qwen3", "lora", "padded", folder, **LORA, **every)
@@ -129,6 +129,9 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
     assert runs[resumed]["losses"] == runs[whole]["losses"]
     for key, tensor in runs[whole]["weights"].items():
         assert torch.equal(runs[resumed]["weights"][key], tensor), key
+    assert runs[whole]["averages"]
+    for key, tensor in runs[whole]["averages"].items():
+        assert torch.equal(runs[resumed]["averages"][key], tensor), key
 
 
 @pytest.mark.parametrize(("whole", "resumed", "step"), [
@@ -144,6 +147,8 @@ def test_resumed_on_another_mesh(runs: dict[str, dict[str, Any]], whole: str, re
     torch.testing.assert_close(runs[resumed]["losses"], runs[whole]["losses"], rtol=1e-5, atol=0)
     for key, tensor in runs[whole]["weights"].items():
         torch.testing.assert_close(runs[resumed]["weights"][key], tensor, rtol=1e-4, atol=1e-5)
+    for key, tensor in runs[whole]["averages"].items():
+        torch.testing.assert_close(runs[resumed]["averages"][key], tensor, rtol=1e-4, atol=1e-5)
     assert runs[resumed]["spread"] == 0.0
 
 

@@ -8,10 +8,20 @@ import pytest
 import torch
 from dayzero.config import Lora, Method
 from dayzero.console import log
-from dayzero.engine.lora import inject_lora, save_adapter, warn_of_frozen_experts
+from dayzero.engine.export import streamed_logits
+from dayzero.engine.lora import (
+    ADAPTER,
+    MAGNITUDE,
+    inject_lora,
+    peft_config,
+    save_adapter,
+    warn_of_frozen_experts,
+)
 from dayzero.engine.model import ModelSource, build_model
+from dayzero.engine.trained_weights import TrainedWeights
 from dayzero.errors import ConfigError
-from peft import PeftModel
+from dayzero.files import write_json
+from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from tests.tiny import ARCHITECTURES, VOCAB_SIZE
@@ -71,6 +81,79 @@ def test_peft_reads_the_adapter_and_the_merge_agrees(base: Path, tmp_path: Path)
     torch.testing.assert_close(logits(loaded), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(logits(loaded.merge_and_unload()), expected, rtol=1e-5, atol=1e-5)
     assert (expected - logits(AutoModelForCausalLM.from_pretrained(base).eval())).abs().max() > 1e-2
+
+
+WAYS: dict[str, tuple[str, Lora]] = {
+    "rslora": ("qwen3", Lora(rank=4, rslora=True)),
+    "dora": ("qwen3", Lora(rank=4, dora=True, targets=["q_proj", "down_proj"])),
+    "dora on transposed weights": ("gpt2", Lora(rank=4, dora=True)),
+    "whole modules": ("qwen3", Lora(rank=4, modules_to_save=["embed_tokens", "lm_head"])),
+    "whole tied modules": ("llama", Lora(rank=4, dora=True, modules_to_save=["embed_tokens"])),
+}
+GPT2 = {"model_type": "gpt2", "vocab_size": VOCAB_SIZE, "n_embd": 32, "n_layer": 2, "n_head": 4}
+
+
+def source_tied(model: torch.nn.Module) -> dict[str, str]:
+    return {n: s for n, s in model.all_tied_weights_keys.items() if model.get_parameter(n) is model.get_parameter(s)}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_agrees_with_peft(way: str, tmp_path: Path) -> None:
+    """The forward pass of PEFT's own model, what it reads back, its merge, and ours at export."""
+    name, lora = WAYS[way]
+    source = ModelSource(directory=None, architecture={**ARCHITECTURES, "gpt2": GPT2}[name])
+    build_model(source, source.config(), Method(name="full"), seed=0, meta=False).save_pretrained(tmp_path / "base")
+    source = ModelSource(directory=tmp_path / "base")
+    method = Method(name="lora", lora=lora)
+    model = build_model(source, source.config(), method, seed=3, meta=False).eval()
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
+    torch.testing.assert_close(logits(model), logits(plain), rtol=1e-5, atol=1e-6)  # the update starts at zero
+
+    own = peft_config(lora)
+    own.modules_to_save = lora.modules_to_save or None
+    own.ensure_weight_tying = name == "llama"
+    theirs = get_peft_model(plain, own).eval()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for n, p in trained.items():
+            if MAGNITUDE in n:  # lengths of rows, as PEFT finds them
+                torch.testing.assert_close(p, theirs.base_model.model.get_parameter(n), rtol=1e-6, atol=0)
+            p.add_(torch.randn_like(p), alpha=0.1)
+            inner = theirs.base_model.model.get_submodule(n.rpartition(".")[0])
+            inner = getattr(inner, "modules_to_save", {ADAPTER: inner})[ADAPTER]
+            inner.get_parameter(n.rpartition(".")[2]).copy_(p)
+    expected = logits(model)
+    torch.testing.assert_close(logits(theirs), expected, rtol=1e-5, atol=1e-5)
+    assert (expected - logits(AutoModelForCausalLM.from_pretrained(tmp_path / "base"))).abs().max() > 1e-2
+
+    train = tmp_path / "train"
+    save_adapter(train / "adapter", lora, {n: p.detach() for n, p in trained.items()}, "base", source_tied(model))
+    fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    loaded = PeftModel.from_pretrained(fresh, str(train / "adapter")).eval()
+    torch.testing.assert_close(logits(loaded), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(loaded.merge_and_unload()), expected, rtol=1e-5, atol=1e-5)
+    write_json(train / "summary.json", {})
+    weights = TrainedWeights(source, None, method, 3, train)
+    torch.testing.assert_close(streamed_logits(weights.model, weights.read, INPUT), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "lora", "said"),
+    [
+        ("llama", Lora(modules_to_save=["embed_token"]), r"'embed_token' matches no module.*are embed_tokens, lm_head; "
+         "the nearest names are embed_tokens"),
+        ("llama", Lora(modules_to_save=["lm_head"]), r"'lm_head': its weight is model.embed_tokens.weight.*name "
+         "embed_tokens instead"),
+        ("llama", Lora(modules_to_save=["mlp"]), "layers.0.mlp is trained whole, so method.lora.targets 'all-lin"),
+        ("mixtral", Lora(dora=True), "dora: PEFT adapts fused experts without DoRA only: turn it off"),
+    ],
+)  # fmt: skip
+def test_ways_that_cannot_be_are_said(name: str, lora: Lora, said: str) -> None:
+    source = ModelSource(directory=None, architecture=ARCHITECTURES[name])
+    with pytest.raises(ConfigError, match=said) as refused:
+        build_model(source, source.config(), Method(name="lora", lora=lora), seed=0, meta=True)
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])

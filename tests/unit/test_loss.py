@@ -1,12 +1,17 @@
-"""The chunked loss against F.cross_entropy, and packed documents against the same documents alone."""
+"""Each loss against F.cross_entropy, which one a run has, and packed documents against the same documents alone."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
-from dayzero.engine.loss import IGNORE, CausalLMWithLoss, decoder_returns
+from dayzero.config import Train
+from dayzero.engine.fused_losses import plain_head
+from dayzero.engine.loss import IGNORE, CausalLMWithLoss, LossOptions, decoder_returns
+from dayzero.engine.loss_choice import LOSSES, choose_loss
+from dayzero.engine.parallel_dims import ParallelDims
 from dayzero.engine.structure import find_decoder, find_layers
+from dayzero.errors import ConfigError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tests.tiny import ARCHITECTURES, VOCAB_SIZE
@@ -49,7 +54,7 @@ def test_chunked_loss_equals_cross_entropy_in_value_and_gradient(name: str, chun
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
 
-    loss = CausalLMWithLoss(model, loss="chunked", chunk_size=chunk_size)(input_ids, labels, position_ids)
+    loss = CausalLMWithLoss(model, options=LossOptions(chunk_size=chunk_size))(input_ids, labels, position_ids)
     loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     assert gradients
@@ -58,11 +63,89 @@ def test_chunked_loss_equals_cross_entropy_in_value_and_gradient(name: str, chun
             torch.testing.assert_close(p.grad, gradients[n], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("loss", ["chunked", "cross_entropy"])
+def test_z_loss_in_value_and_gradient(loss: str, name: str) -> None:
+    model = tiny(name)
+    input_ids, labels, position_ids = batch()
+    logits = model(input_ids=input_ids, position_ids=position_ids).logits
+    supervised = labels != IGNORE
+    plain = F.cross_entropy(logits[supervised], labels[supervised], reduction="sum")
+    expected = plain + 0.1 * (logits[supervised].exp().sum(-1).log() ** 2).sum()
+    expected.backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+
+    options = LossOptions(chunk_size=4, z_loss=0.1)
+    module = CausalLMWithLoss(model, loss=LOSSES[loss], options=options)
+    found = module.train()(input_ids, labels, position_ids)
+    found.backward()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    for n, p in model.named_parameters():
+        if n in gradients:
+            torch.testing.assert_close(p.grad, gradients[n], rtol=1e-5, atol=1e-5)
+    # a validation loss is that of the tokens alone
+    torch.testing.assert_close(module.eval()(input_ids, labels, position_ids), plain, rtol=1e-5, atol=0)
+
+
+def on_meta(name: str, **fields: object) -> PreTrainedModel:
+    fields = {**SHAPES[name], **fields}
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def test_heads_that_do_more_than_multiply_are_seen() -> None:
+    plain = {name for name in SHAPES if plain_head(on_meta(name)) is not None}
+    assert SHAPES.keys() - plain == {"cohere", "granite", "gemma2"}
+    assert plain_head(on_meta("gemma2", final_logit_softcapping=None)) is not None
+
+
+MESHES: dict[str, dict[str, object]] = {"one": {}, "tp": {"tp": 2}, "pp": {"pp": 2}}
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh", "cuda", "expected"),
+    [
+        ("llama", "one", False, "chunked"),
+        ("llama", "tp", False, "loss_parallel"),
+        ("gemma2", "tp", True, "chunked"),
+        ("llama", "pp", True, "chunked"),
+    ],
+)
+def test_auto_takes_what_can_be_had_and_says_why(name: str, mesh: str, cuda: bool, expected: str) -> None:
+    size = 1 if mesh == "one" else 2
+    dims = ParallelDims(strategy="fsdp2", world_size=size, **MESHES[mesh])
+    choice = choose_loss(on_meta(name), Train(), dims, cuda=cuda)
+    assert choice.name == expected
+    assert choice.function is LOSSES[expected]
+    assert choice.reason
+
+
+@pytest.mark.parametrize(
+    ("loss", "name", "mesh", "cuda", "said"),
+    [
+        ("liger_fused", "llama", "one", False, "needs a GPU, and none is here"),
+        ("loss_parallel", "llama", "one", False, "parallelism.tp is 1"),
+        ("loss_parallel", "granite", "tp", False, "takes logits to be head.hidden states., but GraniteForCausalLM"),
+        ("cut_cross_entropy", "llama", "pp", True, "with pp 2 only the last stage has"),
+    ],
+)
+def test_a_loss_that_cannot_be_had_is_refused_in_one_line(
+    loss: str, name: str, mesh: str, cuda: bool, said: str
+) -> None:
+    dims = ParallelDims(strategy="fsdp2", world_size=1 if mesh == "one" else 2, **MESHES[mesh])
+    train = Train.model_validate({"loss": loss})
+    with pytest.raises(ConfigError, match=f"^train.loss {loss}: .*{said}.*: use auto") as refused:
+        choose_loss(on_meta(name), train, dims, cuda=cuda)
+    assert "\n" not in str(refused.value)
+
+
 @pytest.mark.parametrize("loss", ["chunked", "cross_entropy"])
 def test_a_batch_without_labels_gives_a_finite_zero_with_gradients(loss: str) -> None:
     model = tiny("llama")
     input_ids, labels, position_ids = batch()
-    value = CausalLMWithLoss(model, loss=loss)(input_ids, torch.full_like(labels, IGNORE), position_ids)
+    value = CausalLMWithLoss(model, loss=LOSSES[loss])(input_ids, torch.full_like(labels, IGNORE), position_ids)
     value.backward()
     assert value.item() == 0.0
     for name, parameter in model.named_parameters():  # every rank must reduce every gradient
@@ -75,7 +158,7 @@ def test_only_label_positions_pass_the_head() -> None:
     input_ids, labels, position_ids = batch()
     widths: list[int] = []
     model.lm_head.register_forward_hook(lambda _, inputs, __: widths.append(inputs[0].shape[:-1].numel()))
-    CausalLMWithLoss(model, loss="chunked", chunk_size=4)(input_ids, labels, position_ids)
+    CausalLMWithLoss(model, options=LossOptions(chunk_size=4))(input_ids, labels, position_ids)
     assert sum(widths) == (labels != IGNORE).sum()
     assert max(widths) <= 4
 

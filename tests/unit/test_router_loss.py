@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 from dayzero.config import Method
-from dayzero.engine.loss import CausalLMWithLoss
+from dayzero.engine.loss import CausalLMWithLoss, LossOptions
+from dayzero.engine.loss_choice import LOSSES
 from dayzero.engine.model import ModelSource, build_model
 from dayzero.engine.parallel_dims import ParallelDims
 from dayzero.engine.router_loss import RouterLoss, load_balancing_loss, router_loss_coefficient
@@ -49,7 +50,9 @@ def test_a_row_of_padding_has_no_loss_and_no_nan() -> None:
 @pytest.mark.parametrize("loss", ["chunked", "cross_entropy"])
 def test_the_sum_of_the_rows_is_added_once(loss: str) -> None:
     model = model_of("mixtral")
-    module = CausalLMWithLoss(model, loss=loss, chunk_size=5, router_loss=RouterLoss(model, None))
+    module = CausalLMWithLoss(
+        model, loss=LOSSES[loss], options=LossOptions(chunk_size=5), router_loss=RouterLoss(model, None)
+    )
     torch.manual_seed(1)
     input_ids = torch.randint(0, 128, (2, 9))
     real = torch.arange(9) < torch.tensor([[9], [5]])

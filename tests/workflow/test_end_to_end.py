@@ -53,6 +53,43 @@ runs:
     parallelism.strategy: none
 """
 
+WAYS = (
+    EXPERIMENT.partition("runs:")[0]
+    + """
+runs:
+  dora: {method.lora: {rank: 4, dora: true, modules_to_save: [embed_tokens]}, parallelism.dp_shard: 2}
+  rslora:
+    method: {lora: {rank: 4, rslora: true}, freeze: ["*.layers.0.*"]}
+    train.ema.decay: 0.5
+    export.weights: ema
+    parallelism.strategy: none
+  kd:
+    method: {name: kd, kd: {teacher: dora, temperature: 2.0, weight: 0.5}, freeze: ["*embed_tokens*"]}
+    train: {ema.decay: 0.5, z_loss: 1.0e-3}
+    export.weights: ema
+    parallelism.dp_shard: 2
+"""
+)
+
+
+def snakemake(project: Project, experiment: str, *targets: str) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        "--cores",
+        "2",
+        "--config",
+        f"experiment={experiment}",
+        "--",
+        *targets,
+    ]
+    finished = subprocess.run(
+        command, cwd=project.path, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert finished.returncode == 0, finished.stdout[-8000:]
+
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Project:
@@ -64,13 +101,33 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Project:
         for i in range(80)
     ]
     (project.path / "local/rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--config", "experiment=tiny"]
-    finished = subprocess.run(
-        command, cwd=project.path, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    assert finished.returncode == 0, finished.stdout[-8000:]
+    snakemake(project, "tiny")
     return project
+
+
+def test_other_ways_to_train_are_exported_too(done: Project) -> None:
+    """A run that learns from another's export waits for it; averages and whole modules reach the exported model."""
+    from safetensors.torch import load_file
+
+    (done.path / "config/experiments/ways.yaml").write_text(WAYS)
+    runs = ("dora", "rslora", "kd")
+    snakemake(done, "ways", *(f"results/ways/{run}/model/manifest.json" for run in runs))
+    base = load_file(done.path / "local/llama/model.safetensors")
+    moved = {}
+    for run in runs:
+        folder = done.path / f"results/ways/{run}"
+        assert read_json(folder / "model/manifest.json")["reload"]["training"]["difference"] <= 1e-5
+        losses = [json.loads(line)["loss"] for line in (folder / "train/metrics.jsonl").read_text().splitlines()]
+        assert losses[-1] < losses[0], run
+        weights = load_file(folder / "model/model.safetensors")
+        moved[run] = {name for name, tensor in weights.items() if not tensor.equal(base[name])}
+    assert "model.embed_tokens.weight" in moved["dora"]
+    assert moved["rslora"]
+    assert not any("embed" in name or ".layers.0." in name for name in moved["rslora"])
+    assert "model.norm.weight" in moved["kd"]
+    assert "model.embed_tokens.weight" not in moved["kd"]
+    assert "kl" in json.loads((done.path / "results/ways/kd/train/metrics.jsonl").read_text().splitlines()[0])
+    assert "kd" in (done.path / "results/ways/kd/model/README.md").read_text()
 
 
 def test_every_run_has_its_row(done: Project) -> None:

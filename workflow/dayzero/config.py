@@ -144,17 +144,53 @@ class Lora(_Section):
     """The update is scaled by alpha / rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the adapter's input. 0: off."""
+    rslora: bool = False
+    """Scale the update by alpha / sqrt(rank) instead, so that higher ranks learn as fast (rsLoRA,
+    https://arxiv.org/abs/2312.03732)."""
+    dora: bool = False
+    """Train the length of each weight row apart from its direction (DoRA, https://arxiv.org/abs/2402.09353). Not with
+    tp > 1 nor on fused experts."""
+    modules_to_save: list[str] = []
+    """Modules trained whole beside the adapters, by the end of their names, e.g. [embed_tokens, lm_head]; they are
+    kept in the adapter's files, as PEFT's modules_to_save."""
     targets: str | list[str] = "all-linear"
     """Module name suffixes, one regular expression over full names, or `all-linear` (all but the LM head; fused experts
     where PEFT knows them, else the log says that they stay frozen)."""
 
 
+class Kd(_Section):
+    """Knowledge distillation (https://arxiv.org/abs/1503.02531): the loss is cross-entropy + `weight` * KL(teacher ||
+    model) over the label tokens."""
+
+    teacher: str | None = None
+    """A run of this experiment (its exported model), or a model as in `model.source`; with the same tokenizer."""
+    temperature: PositiveFloat = 1.0
+    """Divides both models' logits; the KL is multiplied by its square, so that gradients keep their size."""
+    weight: PositiveFloat = 1.0
+    """Weight of the KL."""
+
+
 class Method(_Section):
     """How the model is trained."""
 
-    name: Literal["none", "full", "lora", "pretrain"] = "lora"
-    """none: the untouched model; full: all weights; lora: adapters; pretrain: all weights from random ones."""
+    name: Literal["none", "full", "lora", "qlora", "kd", "pretrain"] = "lora"
+    """none: the untouched model; full: all weights; lora: adapters; qlora: adapters over a base in 4 bits (GPU); kd:
+    all weights, with a teacher beside the labels; pretrain: all weights from random ones."""
     lora: Lora = Lora()
+    kd: Kd = Kd()
+    freeze: list[str] = []
+    """Parameters that are not trained, by patterns (with * ? [ ]) of their whole names, e.g. "*.layers.0.*"."""
+
+    @property
+    def adapters(self) -> Lora | None:
+        """What adapters are trained; None where none are."""
+        return self.lora if self.name in ("lora", "qlora") else None
+
+    def used(self) -> dict[str, Any]:
+        """The keys that decide what this method does."""
+        kept = {"name"} | ({"lora"} if self.adapters else set()) | ({"freeze"} if self.freeze else set())
+        kept |= {"kd"} if self.name == "kd" else set()
+        return self.model_dump(mode="json", include=kept)
 
 
 class Optimizer(_Section):
@@ -198,6 +234,13 @@ class Checkpoint(_Section):
     which needs room for a second copy of this rank's share. Off: training waits for the disk."""
 
 
+class Ema(_Section):
+    """An exponential moving average of the weights, kept beside them at the same size in memory."""
+
+    decay: float = Field(gt=0, lt=1)
+    """Share of the average that stays in each step, e.g. 0.999."""
+
+
 class Train(_Section):
     """The training loop."""
 
@@ -211,13 +254,20 @@ class Train(_Section):
     """Rows in one forward pass of one rank; the rest is gradient accumulation."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16: compute in bfloat16, weights and optimizer in float32, gradients reduced in float32."""
-    loss: Literal["chunked", "cross_entropy"] = "chunked"
-    """chunked: only label positions pass the LM head, in chunks, so that full logits never exist."""
+    loss: Literal["auto", "cross_entropy", "chunked", "cut_cross_entropy", "liger_fused", "loss_parallel"] = "auto"
+    """chunked: only label positions pass the LM head, in chunks, so that full logits never exist. cut_cross_entropy,
+    liger_fused: kernels without logits (GPU). loss_parallel: each tp rank has its share of the vocabulary. auto: the
+    best that can be had; the log says which and why. See docs/methods.md."""
     loss_chunk_size: PositiveInt = 1024
-    """Label positions in a chunk."""
+    """Label positions in a chunk, for chunked and loss_parallel."""
+    z_loss: PositiveFloat | None = None
+    """Adds so many times the mean over label tokens of the squared log of the sum of exponentials, e.g. 1e-4 (PaLM,
+    https://arxiv.org/abs/2204.02311). null: off."""
     router_aux_loss_coef: float | None = Field(default=None, ge=0)
     """Weight of the load balancing loss of a mixture of experts (the mean over rows of each row's). null: the model's
     own where its config has output_router_logits, else off. 0: off."""
+    ema: Ema | None = None
+    """Keep an average of the weights, which `export.weights: ema` exports. null: off."""
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Clip the global gradient norm to this. 0: off."""
     activation_checkpointing: Literal["none", "full"] = "none"
@@ -274,6 +324,8 @@ class Export(_Section):
 
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """dtype of the exported weights. null: that of the stored base model (float32 for pretrain)."""
+    weights: Literal["last", "ema"] = "last"
+    """The trained weights as they were at the end, or their average (`train.ema`)."""
     max_shard_size: str = "5GB"
     """Largest size of one safetensors file."""
 

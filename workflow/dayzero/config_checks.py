@@ -39,7 +39,7 @@ class Finding(NamedTuple):
 
 def impossible(run: RunConfig) -> list[Finding]:
     """Every impossible combination of a run's values."""
-    checks = (_model, _sources, _data, _lora, _training, _parallelism, _other)
+    checks = (_model, _sources, _data, _lora, _kd, _ema, _training, _parallelism, _other)
     return [Finding(*found) for check in checks for found in check(run)]
 
 
@@ -50,9 +50,13 @@ def without_effect(run: RunConfig) -> list[Finding]:
     if method == "none":
         reason = "method.name none trains nothing, so this would be ignored"
         found += [Finding("train", reason), Finding("parallelism", reason)]
-    if method != "lora":
+    if not run.method.adapters:
         found.append(Finding("method.lora", f"only method.name lora uses it, this run's is {method}"))
-    if run.train.loss != "chunked":
+    if method != "kd":
+        found.append(Finding("method.kd", f"only method.name kd uses it, this run's is {method}"))
+    if method == "none":
+        found.append(Finding("method.freeze", "method.name none trains nothing, so this would be ignored"))
+    if run.train.loss not in ("auto", "chunked", "loss_parallel"):
         found.append(
             Finding("train.loss_chunk_size", f"only train.loss chunked uses it, this run's is {run.train.loss}")
         )
@@ -110,6 +114,8 @@ def _model(run: RunConfig) -> Iterator[tuple[str, str]]:
 
 def _sources(run: RunConfig) -> Iterator[tuple[str, str]]:
     named = {"model.source": _listed(run.model.source)}
+    if run.method.name == "kd":
+        named["method.kd.teacher"] = _listed(run.method.kd.teacher)
     for key in ("source", "validation_source", "test_source", "answers"):
         named[f"data.{key}"] = _listed(getattr(run.data, key))
     for key, sources in named.items():
@@ -183,9 +189,18 @@ def _data(run: RunConfig) -> Iterator[tuple[str, str]]:
 
 
 def _lora(run: RunConfig) -> Iterator[tuple[str, str]]:
-    targets = run.method.lora.targets
-    if run.method.name != "lora":
+    lora = run.method.adapters
+    if lora is None:
         return
+    targets = lora.targets
+    if run.method.name == "qlora":
+        yield from _qlora(run)
+    if lora.dora and run.parallelism.tp > 1:
+        yield (
+            "method.lora.dora",
+            f"needs the lengths of whole weight rows, which parallelism.tp {run.parallelism.tp} splits: use dp_shard, "
+            "or turn it off",
+        )
     if not targets:
         yield "method.lora.targets", "names no module: use all-linear, module names or a regular expression"
     elif isinstance(targets, str):
@@ -193,6 +208,43 @@ def _lora(run: RunConfig) -> Iterator[tuple[str, str]]:
             re.compile(targets)
         except re.error as error:
             yield "method.lora.targets", f"no regular expression: {error}"
+
+
+def _qlora(run: RunConfig) -> Iterator[tuple[str, str]]:
+    sizes = run.parallelism
+    for name in ("tp", "pp", "ep"):
+        if (size := getattr(sizes, name)) > 1:
+            yield "method.name", f"qlora does not go with parallelism.{name} {size}: use dp_shard, dp_replicate or cp"
+    if sizes.strategy == "ddp":
+        yield (
+            "method.name",
+            "qlora does not go with parallelism.strategy ddp, which copies buffers in each step: use fsdp2",
+        )
+    if run.method.lora.dora:
+        yield "method.lora.dora", "needs the lengths of weight rows, which method.name qlora has in 4 bits: use lora"
+
+
+def _kd(run: RunConfig) -> Iterator[tuple[str, str]]:
+    if run.method.name != "kd":
+        return
+    if not run.method.kd.teacher:
+        yield (
+            "method.kd.teacher",
+            "method.name kd needs it: name a run of this experiment, or a model as in model.source",
+        )
+    if run.train.loss not in ("auto", "chunked"):
+        yield "train.loss", "method.name kd has a chunked loss of its own: use auto or chunked"
+    if run.parallelism.pp > 1:
+        yield "method.name", f"kd does not go with parallelism.pp {run.parallelism.pp}: use dp_shard, tp or cp"
+    if run.parallelism.strategy == "megatron_fsdp":
+        yield "method.name", "kd does not go with parallelism.strategy megatron_fsdp: use fsdp2"
+
+
+def _ema(run: RunConfig) -> Iterator[tuple[str, str]]:
+    if run.export.weights == "ema" and (run.train.ema is None or run.method.name == "none"):
+        yield "export.weights", "there is no average without train.ema: set train.ema.decay, or use last"
+    if run.train.ema is not None and run.parallelism.strategy == "megatron_fsdp":
+        yield "train.ema", "does not go with parallelism.strategy megatron_fsdp: use fsdp2, or set it to null"
 
 
 def _training(run: RunConfig) -> Iterator[tuple[str, str]]:
@@ -241,15 +293,22 @@ def _parallelism(run: RunConfig) -> Iterator[tuple[str, str]]:
     except SizeError as error:
         yield error.key, error.reason
     yield from _nodes(run)
+    yield from _loss(run)
+    if run.method.freeze and run.parallelism.pp > 1:
+        yield (
+            "method.freeze",
+            f"parallelism.pp {run.parallelism.pp} may leave a stage with nothing to train: set pp 1, or empty it",
+        )
     if run.train.compile and run.parallelism.pp_schedule == "zero_bubble":
         yield "train.compile", "does not go with pp_schedule zero_bubble, which splits backward passes: turn one off"
     if run.parallelism.strategy == "megatron_fsdp":
         if run.train.compile:
             yield "train.compile", "is not tried with parallelism.strategy megatron_fsdp: turn it off, or use fsdp2"
-        if run.method.name == "lora":
+        if run.method.adapters or run.method.freeze:
+            what = f"method.name {run.method.name}" if run.method.adapters else "method.freeze"
             yield (
                 "parallelism.strategy",
-                "method.name lora freezes weights, which Megatron-FSDP frees while they are still needed: use fsdp2",
+                f"{what} freezes weights, which Megatron-FSDP frees while they are still needed: use fsdp2",
             )
 
 
@@ -275,6 +334,20 @@ def _nodes(run: RunConfig) -> Iterator[tuple[str, str]]:
             f"{asked.stop_before} s before the end of a job of {asked.runtime} minutes ({asked.runtime * 60} s) is "
             "before it begins: raise resources.train.runtime",
         )
+
+
+def _loss(run: RunConfig) -> Iterator[tuple[str, str]]:
+    """Losses that the parallelism cannot do; what the machine and the model cannot is said when they are known."""
+    loss, sizes = run.train.loss, run.parallelism
+    if loss == "loss_parallel" and sizes.tp == 1:
+        yield "train.loss", "splits the vocabulary over the ranks of parallelism.tp, which is 1: set tp, or use auto"
+    if loss in ("cut_cross_entropy", "liger_fused", "loss_parallel"):
+        if sizes.pp > 1:
+            yield "train.loss", f"does not go with parallelism.pp {sizes.pp}: use auto or chunked, or set pp 1"
+        if sizes.strategy == "megatron_fsdp":
+            yield "train.loss", "does not go with parallelism.strategy megatron_fsdp: use auto or chunked, or fsdp2"
+    if loss == "cut_cross_entropy" and run.train.z_loss:
+        yield "train.z_loss", "does not go with train.loss cut_cross_entropy: use auto, chunked or liger_fused"
 
 
 def _other(run: RunConfig) -> Iterator[tuple[str, str]]:

@@ -103,10 +103,18 @@ def stage_config(run: RunConfig, stage: str) -> dict[str, Any]:
     sections = STAGE_SECTIONS[stage]
     if run.method.name == "none" and stage == "export":  # the untouched model: nothing of data and training is in it
         sections = ["experiment", "run", "model", "method", "export"]
-    if run.method.name != "lora":
-        config["method"] = {"name": run.method.name}
+    config["method"] = run.method.used()
     config["data"].pop("streaming")
     return {section: config[section] for section in sections}
+
+
+def with_teacher(run: RunConfig) -> RunConfig | None:
+    """`run` with its teacher for a model, which is fetched like any other; None without one, or where it is a run's."""
+    if run.method.name != "kd":
+        return None
+    none = {"sha256": None, "dtype": None, "architecture": None, "tokenizer": None, "chat_template": None}
+    model = run.model.model_copy(update={"source": run.method.kd.teacher, **none})
+    return run.model_copy(update={"model": model})
 
 
 def _section(name: str, section: Data | Tokenize, without: set[str] | None = None) -> dict[str, Any]:

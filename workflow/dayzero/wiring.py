@@ -33,6 +33,9 @@ class Wiring:
             kinds += ["check"] if run.method.name != "none" else []
             for kind in kinds:
                 self._of_key.setdefault(self._key(kind, run), run)
+        for run in self.runs.values():
+            if (teacher := store.with_teacher(run)) and run.method.kd.teacher not in self.runs:
+                self._of_key.setdefault(store.model_key(teacher), teacher)
 
     def run(self, name: str) -> RunConfig:
         """The run of that name; ConfigError if the experiment has none."""
@@ -49,10 +52,12 @@ class Wiring:
         return self._of_key[key]
 
     def check_local_files(self) -> None:
-        """Raise ConfigError naming every local source and chat template that is not there."""
-        problems = []
+        """Raise ConfigError naming every local source, chat template and teacher that is not there."""
+        problems = [problem for run in self.runs.values() for problem in self._teacher_problems(run)]
         for run in self._of_key.values():
             for key, sources in _named_sources(run).items():
+                if any(problem.value == sources for problem in problems):
+                    continue  # a teacher that was said
                 missing = [source for source in _listed(sources) if _is_local(source) and not Path(source).exists()]
                 message = f"no such file or directory (looked from {Path.cwd()})"
                 problems += [Problem(self.name, key, message, source) for source in missing]
@@ -123,6 +128,39 @@ class Wiring:
         model, tokenizer = self.model(run), self.tokenizer(run)
         start = {"--model": model} if model else {}
         return start if tokenizer == model else {**start, "--tokenizer": tokenizer}
+
+    def teacher(self, name: str) -> list[str]:
+        """The manifest of a run's teacher: another run's export, or a model of the store; nothing without one."""
+        run = self.run(name)
+        teacher = store.with_teacher(run)
+        if teacher is None:
+            return []
+        if run.method.kd.teacher in self.runs:
+            return [f"{self.experiment}/{run.method.kd.teacher}/model/manifest.json"]
+        return [f"{self.store}/models/{store.model_key(teacher)}/manifest.json"]
+
+    def teacher_arguments(self, name: str) -> list[str]:
+        """The same as arguments."""
+        return [text for file in self.teacher(name) for text in ("--teacher", str(Path(file).parent))]
+
+    def _teacher_problems(self, run: RunConfig) -> list[Problem]:
+        teacher, seen = run.method.kd.teacher, [run.run]
+        if run.method.name != "kd" or teacher is None:
+            return []
+        while teacher in self.runs:
+            if teacher in seen:
+                message = f"learns from itself: {' <- '.join([*seen, teacher])}: name another run, or a model"
+                return [Problem(self.name, "method.kd.teacher", message, run.method.kd.teacher, run.run)]
+            seen.append(teacher)
+            method = self.runs[teacher].method
+            teacher = method.kd.teacher if method.name == "kd" else None
+        teacher = run.method.kd.teacher
+        if teacher in self.runs or not _is_local(str(teacher)) or Path(str(teacher)).exists():
+            return []
+        near = nearest(str(teacher), self.runs)
+        there = f"did you mean {near}?" if near else f"the runs are {', '.join(list(self.runs)[:20])}"
+        message = f"no run of this experiment and no such file or directory (looked from {Path.cwd()}); {there}"
+        return [Problem(self.name, "method.kd.teacher", message, teacher, run.run)]
 
     def trained(self, name: str) -> list[str]:
         """The summary of a run's training; nothing for an untouched model."""

@@ -2,6 +2,7 @@ rule train:
     input:
         tokens=lambda w: f"{WIRING.tokens(WIRING.run(w.run))}/manifest.json",
         start=lambda w: WIRING.start(w.run),
+        teacher=lambda w: WIRING.teacher(w.run),
     output:
         metrics=report(
             f"{RUN}/train/metrics.jsonl",
@@ -26,8 +27,9 @@ rule train:
     params:
         config=lambda w: WIRING.config(w.run, "train"),
         start=lambda w: WIRING.start_arguments(w.run),
+        teacher=lambda w: WIRING.teacher_arguments(w.run),
         tokens=subpath(input.tokens, parent=True),
         directory=subpath(output.summary, parent=True),
     shell:
         "python -m dayzero.stages.train --config {params.config:q} --tokens {params.tokens:q} {params.start:q}"
-        " --output {params.directory:q} --set-aside-other-checkpoints --log {log:q} {resources.launch}"
+        " {params.teacher:q} --output {params.directory:q} --set-aside-other-checkpoints --log {log:q} {resources.launch}"

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from dayzero.config_checks import CONTEXT_LENGTHS
 from dayzero.console import log
-from dayzero.errors import ConfigError
+from dayzero.errors import ConfigError, one_line
 
 
 @dataclass(frozen=True)
@@ -134,3 +134,20 @@ def _model_config(path: str | Path) -> dict[str, Any]:
         return {}
     config = json.loads(file.read_text(encoding="utf-8"))
     return {**config, **config.get("text_config", {})}  # models of several modalities keep the decoder's fields there
+
+
+def check_same_tokens(model: Path, teacher: Path, name: str) -> None:
+    """Raise `ConfigError` where the tokenizers of two model folders give a token other ids; `name`: the teacher's."""
+    try:
+        theirs = AutoTokenizer.from_pretrained(teacher).get_vocab()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"method.kd.teacher {name}: it has no tokenizer that loads: {one_line(error)}") from error
+    own = AutoTokenizer.from_pretrained(model).get_vocab()
+    if own != theirs:
+        other = sorted(
+            {token for token, number in [*own.items(), *theirs.items()] if own.get(token) != theirs.get(token)}
+        )
+        raise ConfigError(
+            f"method.kd.teacher {name}: its tokenizer is another one ({len(own)} tokens here, {len(theirs)} there, "
+            f"e.g. {other[0]!r} differs): use a teacher with the same tokenizer"
+        )

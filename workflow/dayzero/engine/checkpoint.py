@@ -36,14 +36,19 @@ NONE: Mapping[str, str] = MappingProxyType({})
 
 
 def state_of(
-    model: nn.Module, optimizer: torch.optim.Optimizer, copies: Mapping[str, str] = NONE, *, for_saving: bool = False
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    copies: Mapping[str, str] = NONE,
+    *,
+    more: Mapping[str, Tensor] = MappingProxyType({}),
+    for_saving: bool = False,
 ) -> dict[str, Tensor]:
     """Name -> tensor of everything a checkpoint holds, sharing the memory of model and optimizer.
 
     Weights are `model.NAME`, an optimizer's values `optimizer.NAME.KEY`: names are the model's own, so any mesh can
     read them. Learning rate and other settings are not in it; they come from the config. With `for_saving` a rank
     leaves out what rank 0 holds whole too (DDP). `copies`: names of parameters that are copies of others (tied ones in
-    a pipeline) -> those; an optimizer's values are there once, under the latter.
+    a pipeline) -> those; an optimizer's values are there once, under the latter. `more`: other tensors to keep.
     """
     if for_saving and isinstance(model, DistributedDataParallel) and rank() != 0:
         return {}
@@ -55,14 +60,18 @@ def state_of(
         name = names[id(parameter)]
         own = {f"optimizer.{copies.get(name, name)}.{key}": value for key, value in values.items()}
         moments = own | moments if name in copies else moments | own
-    everything = cast(dict[str, Tensor], state | moments)
+    everything = cast(dict[str, Tensor], state | moments | dict(more))
     return locate_shards(everything, for_saving=for_saving) if has_unequal_shards(model) else everything
 
 
 def load_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, copies: Mapping[str, str] = NONE
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    copies: Mapping[str, str] = NONE,
+    more: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:
-    """Load weights and optimizer state in place, resharding to the present ranks; `copies`: see `state_of`.
+    """Load weights and optimizer state in place, resharding to the present ranks; `copies`, `more`: see `state_of`.
 
     Raises `ConfigError` naming the weights in which the checkpoint differs from the model.
     """
@@ -73,7 +82,7 @@ def load_checkpoint(
         # a parameter without a gradient so far has no moments yet
         if not any(key.startswith(f"optimizer.{copies.get(name, name)}.") for key in saved):
             optimizer.state.pop(parameter, None)
-    state = state_of(model, optimizer, copies)
+    state = state_of(model, optimizer, copies, more=more)
     _check_fits(path, saved, state)
     dcp.load(state, checkpoint_id=path)
     parameters = dict(inner.named_parameters())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import save_file
@@ -19,14 +21,19 @@ from dayzero.errors import ConfigError, one_line
 
 ADAPTER = "default"
 
+MAGNITUDE = "lora_magnitude_vector"
+"""DoRA's part of an adapted module: the lengths of its weight's rows."""
+
 
 def peft_config(config: Lora) -> LoraConfig:
-    """PEFT's config with the same meaning."""
+    """PEFT's config of the adapters with the same meaning; modules trained whole are not in it."""
     targets = config.targets
     return LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT only divides by it
         lora_dropout=config.dropout,
+        use_rslora=config.rslora,
+        use_dora=config.dora,
         target_modules=list(targets) if isinstance(targets, list) else targets,
         task_type="CAUSAL_LM",
         bias="none",
@@ -34,11 +41,13 @@ def peft_config(config: Lora) -> LoraConfig:
 
 
 def inject_lora(model: PreTrainedModel, config: Lora) -> None:
-    """Put adapters into `model` in place and freeze all else. Before FSDP2: after it the ranks would diverge.
+    """Put adapters into `model` in place, freeze all else. Before FSDP2: after it the ranks would diverge.
 
+    `modules_to_save` are trained in place: PEFT's second copy of them is not needed where nothing unloads the adapter.
     Raises `ConfigError` when `targets`, or one name among them, match no module, naming those that would, and when
-    PEFT cannot adapt what they match.
+    PEFT cannot adapt what they match; also when `modules_to_save` cannot be trained.
     """
+    _check_modules_to_save(model, config)
     names = [name for name, _ in model.named_modules()]
     for target in config.targets if isinstance(config.targets, list) else ():
         if not any(name == target or name.endswith(f".{target}") for name in names):
@@ -48,6 +57,11 @@ def inject_lora(model: PreTrainedModel, config: Lora) -> None:
     except ValueError as error:
         if "arget modules" in str(error):
             raise _no_match(model, config.targets) from error
+        if config.dora and find_experts(model):
+            raise ConfigError(
+                "method.lora.dora: PEFT adapts fused experts without DoRA only: turn it off, or set "
+                "method.lora.targets that name no expert"
+            ) from error
         if config.dropout and find_experts(model):
             raise ConfigError(
                 f"method.lora.dropout {config.dropout:g}: PEFT adapts fused experts without dropout only: set 0, or "
@@ -58,6 +72,14 @@ def inject_lora(model: PreTrainedModel, config: Lora) -> None:
         raise ConfigError(f"method.lora.targets {config.targets!r} is no regular expression: {error}") from error
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
+    for name, module in model.named_modules():
+        if _is_named(name, config.modules_to_save):
+            if any("lora_" in inner for inner, _ in module.named_parameters()):
+                raise ConfigError(
+                    f"method.lora.modules_to_save: {name} is trained whole, so method.lora.targets "
+                    f"{config.targets!r} cannot adapt it too: leave it out of one of them"
+                )
+            module.requires_grad_(True)
 
 
 def warn_of_frozen_experts(model: nn.Module, config: Lora) -> None:
@@ -72,6 +94,45 @@ def warn_of_frozen_experts(model: nn.Module, config: Lora) -> None:
         log.warning("method.lora.targets %r reach no expert: their %d parameters stay frozen", config.targets, frozen)
 
 
+def trained_whole(names: Iterable[str], config: Lora) -> set[str]:
+    """Those of the parameters `names` that belong to `modules_to_save`."""
+    return {n for n in names if any(f".{m}." in f".{n}" for m in config.modules_to_save) and "lora_" not in n}
+
+
+def _is_named(name: str, ends: Iterable[str]) -> bool:
+    return any(name == end or name.endswith(f".{end}") for end in ends)
+
+
+def _check_modules_to_save(model: PreTrainedModel, config: Lora) -> None:
+    modules = {name: module for name, module in model.named_modules() if name}
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    for end in config.modules_to_save:
+        named = [name for name in modules if _is_named(name, [end])]
+        if not any(True for name in named for _ in modules[name].parameters()):
+            ends = {
+                name.rpartition(".")[2] for name, module in modules.items() if any(True for _ in module.parameters())
+            }
+            big = [n.rpartition(".")[2] for n, m in modules.items() if m in _ends_of(model)]
+            near = difflib.get_close_matches(end, sorted(ends), n=2)
+            raise ConfigError(
+                f"method.lora.modules_to_save {end!r} matches no module with weights: this model's embedding and head "
+                f"are {', '.join(big)}" + (f"; the nearest names are {', '.join(near)}" if near else "")
+            )
+        tied = model.all_tied_weights_keys
+        for name in named:
+            inside = [n for n in weights if n.startswith(f"{name}.")]
+            if other := next((tied[n] for n in inside if n in tied and weights[n] is weights[tied[n]]), None):
+                raise ConfigError(
+                    f"method.lora.modules_to_save {end!r}: its weight is {other}, to which the model ties it: name "
+                    f"{other.split('.')[-2]} instead, then both are trained"
+                )
+
+
+def _ends_of(model: PreTrainedModel) -> list[nn.Module]:
+    found = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return [module for module in found if module is not None]
+
+
 def _no_match(model: PreTrainedModel, targets: str | list[str]) -> ConfigError:
     names = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
     return ConfigError(
@@ -79,21 +140,37 @@ def _no_match(model: PreTrainedModel, targets: str | list[str]) -> ConfigError:
     )
 
 
-def save_adapter(directory: Path, config: Lora, state: Mapping[str, Tensor], base_model: str) -> None:
+def stored_name(name: str) -> str:
+    """The name of a trained parameter in PEFT's files: with a prefix, without the adapter's name."""
+    name = name.replace(f".{MAGNITUDE}.{ADAPTER}.weight", f".{MAGNITUDE}")
+    return "base_model.model." + name.replace(f".{ADAPTER}", "")
+
+
+def save_adapter(
+    directory: Path, config: Lora, state: Mapping[str, Tensor], base_model: str, tied: Mapping[str, str] | None = None
+) -> None:
     """Write `state` (names of the model's own parameters) as a PEFT adapter directory.
 
-    The format: `adapter_config.json` beside `adapter_model.safetensors`, whose names are the model's with the prefix
-    `base_model.model.` and without the adapter's name.
+    `tied`: name of a tied tensor -> the tensor that it is. PEFT wants both, and to be told to tie them again.
+
+    The format: `adapter_config.json` beside `adapter_model.safetensors`, whose names are those of `stored_name`.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    tied = tied or {}
+    state = {**state, **{name: state[of] for name, of in tied.items() if of in state}}
+    whole = trained_whole(state, config)
+    whole |= {name for name, of in tied.items() if of in whole}
     written = peft_config(config)
+    if config.modules_to_save:
+        written.modules_to_save = list(config.modules_to_save)
+        written.ensure_weight_tying = bool(tied)
     written.base_model_name_or_path = base_model
     written.inference_mode = True
     written.save_pretrained(str(directory))
     tensors = {
-        "base_model.model." + name.replace(f".{ADAPTER}", ""): tensor.contiguous().cpu()
+        stored_name(name): tensor.clone(memory_format=torch.contiguous_format).cpu()
         for name, tensor in state.items()
-        if "lora_" in name
+        if "lora_" in name or name in whole
     }
     assert tensors, "a LoRA model without adapter weights"
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -2,6 +2,10 @@
 
 Shapes: B rows, T tokens, D model width, V vocabulary, N label tokens.
 
+Every loss has one signature, (model, input_ids, labels, position_ids, options) -> scalar; `loss_choice.py` says which
+one a run has. Where logits are just head(hidden states), losses that do without logits can be had (`fused_losses.py`);
+the two here go through the model's own head, whatever it does.
+
 Labels are already shifted: `labels[b, t]` is the token that position t has to predict, or -100. A loss is a sum, never
 a mean: the trainer divides by the global number of label tokens.
 """
@@ -10,9 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -22,6 +28,22 @@ from dayzero.engine.router_loss import RouterLoss
 from dayzero.engine.structure import find_decoder
 
 IGNORE = -100
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOptions:
+    """What a loss may use."""
+
+    chunk_size: int = 1024
+    """Label positions whose logits exist at a time."""
+    z_loss: float = 0.0
+    """Weight of the squared logarithm of the sum of exponentials (PaLM, https://arxiv.org/abs/2204.02311, section 5),
+    which keeps logits from drifting; its mean is over label tokens. In training only."""
+    group: dist.ProcessGroup | None = None
+    """The tp ranks over which a loss splits the vocabulary."""
+
+
+Loss = Callable[[PreTrainedModel, Tensor, Tensor, Tensor, LossOptions], Tensor]
 
 
 class CausalLMWithLoss(nn.Module):
@@ -35,15 +57,15 @@ class CausalLMWithLoss(nn.Module):
         self,
         model: PreTrainedModel,
         *,
-        loss: str = "chunked",
-        chunk_size: int = 1024,
+        loss: Loss | None = None,
+        options: LossOptions | None = None,
         router_loss: RouterLoss | None = None,
     ) -> None:
         super().__init__()
         self.model: PreTrainedModel = model
         self.router_loss = router_loss
-        self._loss = LOSSES[loss]
-        self._chunk_size = chunk_size
+        self._loss = loss or chunked
+        self._options = options or LossOptions()
 
     def forward(
         self,
@@ -69,39 +91,82 @@ class CausalLMWithLoss(nn.Module):
         """What `forward` does on one rank; a pipeline puts itself in `forward`'s place and has its last stage do it."""
         if labels is None:
             return self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
-        return self._loss(self.model, input_ids, labels, position_ids, self._chunk_size)
+        options = self._options if self.training else replace(self._options, z_loss=0.0)
+        return self._loss(self.model, input_ids, labels, position_ids, options)
 
 
-def cross_entropy(model: nn.Module, input_ids: Tensor, labels: Tensor, position_ids: Tensor, _: int) -> Tensor:
+def loss_of_logits(logits: Tensor, labels: Tensor, z_loss: float = 0.0) -> Tensor:
+    """[N, V] and labels [N] -> summed loss, float32."""
+    logits = logits.float()
+    loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+    if z_loss:
+        loss = loss + z_loss * (logits.logsumexp(dim=-1).square() * (labels != IGNORE)).sum()
+    return loss
+
+
+def cross_entropy(
+    model: PreTrainedModel, input_ids: Tensor, labels: Tensor, position_ids: Tensor, options: LossOptions
+) -> Tensor:
     """The reference: all logits at once."""
     # no attention mask: with one, transformers no longer separates packed documents by their position ids
     logits = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
-    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+    return loss_of_logits(logits.flatten(0, 1), labels.flatten(), options.z_loss)
 
 
-def chunked(model: nn.Module, input_ids: Tensor, labels: Tensor, position_ids: Tensor, chunk_size: int) -> Tensor:
-    """Only label positions pass the head, `chunk_size` at a time; their logits are computed again in the backward pass.
-
-    The head is whatever the model itself does behind its decoder (projection, scale, cap), see `decoder_returns`.
-    """
-    decoder = find_decoder(model)
-    output = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False)
-    hidden = output.last_hidden_state  # [B, T, D]
+def label_positions(labels: Tensor) -> Tensor:
+    """labels [B, T] -> bool [B, T]: what has to pass the head. At least one position, a label or not: it keeps the head
+    in the graph, since every rank must take part in every gradient reduction."""
     supervised = labels != IGNORE
     if not supervised.any():
-        # one ignored position keeps the head in the graph: every rank must take part in every gradient reduction
         supervised = torch.zeros_like(supervised)
         supervised[0, 0] = True
+    return supervised
+
+
+class Head:
+    """Hidden states of `model`'s decoder, and whatever the model itself does behind it (projection, scale, cap)."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.decoder = model, find_decoder(model)
+        self._output: type | None = None
+
+    def hidden(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """[B, T] twice -> [B, T, D]."""
+        output = self.decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        self._output = type(output)
+        return output.last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[N, D] -> [N, V]."""
+        assert self._output is not None
+        tokens = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+        with decoder_returns(self.decoder, self._output(last_hidden_state=hidden.unsqueeze(0))):
+            return self.model(input_ids=tokens, use_cache=False).logits[0]
+
+
+def chunked(
+    model: PreTrainedModel, input_ids: Tensor, labels: Tensor, position_ids: Tensor, options: LossOptions
+) -> Tensor:
+    """Only label positions pass the head, `chunk_size` at a time; their logits are computed again in the backward pass.
+
+    The head is whatever the model itself does behind its decoder, see `Head`.
+    """
+    head = Head(model)
+    hidden = head.hidden(input_ids, position_ids)
+    supervised = label_positions(labels)
     hidden, labels = hidden[supervised], labels[supervised]  # [N, D], [N]
 
     def chunk_loss(hidden: Tensor, labels: Tensor) -> Tensor:
-        with decoder_returns(decoder, type(output)(last_hidden_state=hidden.unsqueeze(0))):
-            logits = model(input_ids=labels.clamp(min=0).unsqueeze(0), use_cache=False).logits[0]
-        return F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="sum")
+        return loss_of_logits(head.logits(hidden), labels, options.z_loss)
 
+    return sum_of_chunks(chunk_loss, hidden, labels, options.chunk_size)
+
+
+def sum_of_chunks(loss: Callable[..., Tensor], hidden: Tensor, labels: Tensor, size: int, *more: Tensor) -> Tensor:
+    """Sum of `loss(hidden, labels, *more)` over pieces of `size` positions, each run again in the backward pass."""
     total = hidden.new_zeros((), dtype=torch.float32)
-    for h, y in zip(hidden.split(chunk_size), labels.split(chunk_size), strict=True):
-        total = total + checkpoint(chunk_loss, h, y, use_reentrant=False)
+    for piece in zip(*(tensor.split(size) for tensor in (hidden, labels, *more)), strict=True):
+        total = total + checkpoint(loss, *piece, use_reentrant=False)
     return total
 
 
@@ -129,9 +194,3 @@ def decoder_returns(decoder: nn.Module, output: Any) -> Iterator[None]:
             del decoder.forward
         else:
             decoder.forward = own
-
-
-LOSSES: dict[str, Callable[[nn.Module, Tensor, Tensor, Tensor, int], Tensor]] = {
-    "chunked": chunked,
-    "cross_entropy": cross_entropy,
-}

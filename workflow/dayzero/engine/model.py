@@ -13,6 +13,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 
 from dayzero.config import Method
+from dayzero.engine.quantized import Nf4Linear
 from dayzero.engine.weights import Weights
 from dayzero.errors import ConfigError
 from dayzero.pretrained import require_causal_lm
@@ -71,7 +72,8 @@ def share_weights(module: nn.Module, owner: nn.Module) -> None:
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trainable, all) parameters, shared ones once, shards counted whole."""
-    trainable = total = 0
+    total = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, Nf4Linear))
+    trainable = 0
     for parameter in model.parameters():
         total += parameter.numel()
         trainable += parameter.numel() if parameter.requires_grad else 0

@@ -28,11 +28,14 @@ from dayzero.engine import checkpoint, distributed
 from dayzero.engine.checkpoint_writer import CheckpointWriter
 from dayzero.engine.context_parallel import ContextParallel, use_context_parallel
 from dayzero.engine.device_peaks import peak_flops
+from dayzero.engine.distillation import Distillation, build_teacher, check_vocabularies
+from dayzero.engine.ema import Ema
 from dayzero.engine.expert_parallel import average_expert_gradients
 from dayzero.engine.flops import StepFlops, count_flops
 from dayzero.engine.frozen import in_float32, keep_frozen_in_bf16
 from dayzero.engine.lora import warn_of_frozen_experts
-from dayzero.engine.loss import IGNORE, CausalLMWithLoss
+from dayzero.engine.loss import IGNORE, CausalLMWithLoss, LossOptions
+from dayzero.engine.loss_choice import LossChoice, choose_loss
 from dayzero.engine.lr_scheduler import lr_factor
 from dayzero.engine.megatron_fsdp import adapt_optimizer, has_unequal_shards, require_gradients, whole_parameters
 from dayzero.engine.metrics import MetricsLog, peak_memory_gib
@@ -94,6 +97,8 @@ class Trainer:
     device: torch.device
     directory: Path
     identity: dict[str, Any]
+    teacher: ModelSource | None = None
+    """Whom the model learns from; for method kd."""
     max_steps: int = 0
     """Optimizer steps in all; set before `fit`."""
     step: int = 0
@@ -110,17 +115,23 @@ class Trainer:
         if self.dims.cp > 1:
             self.context = ContextParallel(self.dims.build_cp_mesh(self.device.type).get_group(), self.dims.cp_method)
         self.anatomy: Anatomy | None = None
+        self.mesh = None if self.dims.strategy == "none" else self.dims.build_mesh(self.device.type)
+        self.loss_choice: LossChoice | None = None
+        self.distillation: Distillation | None = None
+        if self.teacher is not None:
+            teacher = build_teacher(self.teacher, self.train, self.dims, self.mesh, self.device)
+            check_vocabularies(self.weights.template, teacher.model, str(self.method.kd.teacher))
+            self.distillation = Distillation(teacher, self.method.kd)
         bare = self._empty_module()
         model = bare.model
         self.vocab_size: int = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
         self.trainable_parameters, self.total_parameters = count_parameters(model)
-        if self.method.name == "lora" and self.is_main:
-            warn_of_frozen_experts(model, self.method.lora)
+        if self.method.adapters and self.is_main:
+            warn_of_frozen_experts(model, self.method.adapters)
         self.peak_flops = peak_flops(self.device, self.train.precision)
         self.flops: StepFlops | None = count_flops(model) if self.peak_flops else None
         self.router_loss = bare.router_loss
         self.router_coefficient = router_loss_coefficient(model, self.train.router_aux_loss_coef, self.dims)
-        self.mesh = None if self.dims.strategy == "none" else self.dims.build_mesh(self.device.type)
         load = partial(self.weights.load, bare, model, self.device)
         self.module, self.partial, self.pipeline = parallelize(
             bare, self.dims, self.mesh, self.train, load, self.anatomy
@@ -129,6 +140,7 @@ class Trainer:
         self.optimizer = build_optimizer(self.module, self.train.optimizer, copies=self.copies)
         if has_unequal_shards(self.module):
             adapt_optimizer(self.optimizer)
+        self.ema = Ema(self.module, self.train.ema.decay) if self.train.ema else None
         self.metrics = MetricsLog(self.checkpoints / "metrics.jsonl", enabled=self.is_main)
         self.writer = CheckpointWriter(self.checkpoints, self.train.checkpoint)
 
@@ -144,9 +156,17 @@ class Trainer:
         router_loss = None
         if router_loss_coefficient(model, self.train.router_aux_loss_coef, self.dims):
             router_loss = RouterLoss(model, self.context.group if self.context else None)
-        return CausalLMWithLoss(
-            model, loss=self.train.loss, chunk_size=self.train.loss_chunk_size, router_loss=router_loss
+        if self.loss_choice is None:
+            self.loss_choice = choose_loss(model, self.train, self.dims, cuda=self.device.type == "cuda")
+            if self.is_main:
+                log.info("loss: %s (%s)", self.loss_choice.name, self.loss_choice.reason)
+        options = LossOptions(
+            chunk_size=self.train.loss_chunk_size,
+            z_loss=self.train.z_loss or 0.0,
+            group=self.mesh.get_group("tp") if self.mesh is not None and self.dims.tp > 1 else None,
         )
+        loss = self.distillation.loss if self.distillation else self.loss_choice.function
+        return CausalLMWithLoss(model, loss=loss, options=options, router_loss=router_loss)
 
     @property
     def is_main(self) -> bool:
@@ -160,6 +180,9 @@ class Trainer:
     def _names_of_copies(self) -> dict[str, str]:
         return {copy: name for name, copy in self.pipeline.copies} if self.pipeline else {}
 
+    def _averages(self) -> dict[str, Tensor]:
+        return self.ema.state(self._names_of_copies) if self.ema else {}
+
     def resume(self) -> None:
         """Continue from the newest complete checkpoint, if there is one."""
         if self.is_main:
@@ -168,7 +191,10 @@ class Trainer:
         found = checkpoint.checkpoints(self.checkpoints)
         if found:
             saved = checkpoint.check_identity(found[-1], self.identity)
-            checkpoint.load_checkpoint(found[-1], self.module, self.optimizer, self._names_of_copies)
+            copies = self._names_of_copies
+            checkpoint.load_checkpoint(found[-1], self.module, self.optimizer, copies, self._averages())
+            if self.ema:
+                self.ema.loaded(copies)
             self.step = saved["step"]
             self.validation_losses = {int(k): v for k, v in saved["validation_losses"].items()}
             if self.is_main:
@@ -244,9 +270,13 @@ class Trainer:
             )
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.ema:
+            self.ema.update()
         record = {"step": step, "epoch": batch.epoch, "loss": loss_value, "grad_norm": grad_norm, "lr": lr}
         if self.router_loss:
             record["router_aux_loss"] = self._sum_over_tokens(self.router_loss.take_sum()) / num_rows
+        if self.distillation:
+            record["kl"] = self._sum_over_tokens(self.distillation.take_sum()) / max(num_labels, 1)
         record |= {"num_label_tokens": int(num_labels), "num_tokens": int(num_tokens), "flops": flops}
         return record, stops > 0
 
@@ -260,6 +290,8 @@ class Trainer:
                 loss = self._loss_sum(micro_batch, router_weight)
                 (loss * scale).backward()
             loss_sum += loss.item()
+        if self.distillation:
+            self.distillation.teacher.reshard()
         return loss_sum
 
     @torch.no_grad()
@@ -277,7 +309,9 @@ class Trainer:
         """Checkpoint the present step; with `wait` it is complete on return. Returns the seconds that took here."""
         started = time.perf_counter()
         trainer = {"identity": self.identity, "validation_losses": dict(self.validation_losses)}
-        state = checkpoint.state_of(self.module, self.optimizer, self._names_of_copies, for_saving=True)
+        state = checkpoint.state_of(
+            self.module, self.optimizer, self._names_of_copies, more=self._averages(), for_saving=True
+        )
         self.writer.save(self.step, state, trainer)
         if wait:
             self.writer.wait()
@@ -395,7 +429,7 @@ class Trainer:
         """
         if self.dims.strategy == "ddp" and not last:
             return cast(DistributedDataParallel, self.module).no_sync()
-        if self.dims.strategy == "fsdp2" and self.method.name == "lora":
+        if self.dims.strategy == "fsdp2" and self.method.adapters:
             cast(FSDPModule, self.module).set_requires_gradient_sync(last)
         return nullcontext()
 

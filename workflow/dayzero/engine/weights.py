@@ -15,8 +15,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from dayzero.config import Method
+from dayzero.engine.freeze import freeze
 from dayzero.engine.initial_values import InitialValues, untie
-from dayzero.engine.lora import inject_lora
+from dayzero.engine.lora import MAGNITUDE, inject_lora
+from dayzero.engine.quantized import Nf4Linear, quantize_modules
+from dayzero.engine.share import Share
 from dayzero.engine.stored_weights import StoredWeights
 
 if TYPE_CHECKING:
@@ -39,27 +42,35 @@ class Weights:
             self.stored = StoredWeights(source.directory, type(template), config)
         self.tied: dict[str, str] = self.stored.tied if self.stored else dict(template.all_tied_weights_keys)
         """Name of a tied tensor -> the name of the tensor that it is."""
-        lora = method.lora if method.name == "lora" else None
-        self.initial = InitialValues(template, seed, lora, construct=lambda: self._from_config("cpu"))
+        self.initial = InitialValues(template, seed, method.adapters, construct=lambda: self._from_config("cpu"))
 
     def empty_model(self) -> PreTrainedModel:
         """The model with its adapters, parameters to train marked, on the meta device."""
         model = self._from_config("meta")
         untie(model, set(model.all_tied_weights_keys) - set(self.tied))
-        if self.method.name == "lora":
+        if self.method.adapters:
             with torch.device("meta"):
-                inject_lora(model, self.method.lora)
+                inject_lora(model, self.method.adapters)
+        if self.method.freeze:
+            freeze(model, self.method.freeze)
+        if self.method.name == "qlora":
+            quantize_modules(model)
         return model.train()
 
     def load(self, module: nn.Module, model: PreTrainedModel, device: torch.device) -> None:
         """Give memory and values to all that is left of `model` within the (sharded) meta-device `module`."""
         _allocate(module, device)
-        self.fill({**dict(model.named_parameters()), **dict(model.named_buffers())})
+        quantized = {name: m for name, m in model.named_modules() if isinstance(m, Nf4Linear)}
+        held = {f"{name}.{buffer}" for name, m in quantized.items() for buffer, _ in m.named_buffers()}
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        self.fill({name: tensor for name, tensor in tensors.items() if name not in held})
+        for name, linear in quantized.items():
+            linear.fill(self.read(_base_name(f"{name}.weight", self.initial.names)))
 
     @torch.no_grad()
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Give these tensors, plain or sharded ones, their values; names are those of the model with its adapters."""
-        done = self.initial.fill_adapters(tensors)
+        done = self.initial.fill_adapters(tensors) | self._fill_magnitudes(tensors)
         left = {_base_name(name, self.initial.names): t for name, t in tensors.items() if name not in done}
         if self.stored:
             filled: set[str] = set()
@@ -70,6 +81,19 @@ class Weights:
         for names in _one_name_each(left, lambda name: self.tied.get(name, name)):
             missing = set(names) - self.initial.fill({own: left[name] for own, name in names.items()})
             assert not missing, f"nothing gives values to {', '.join(sorted(missing)[:3])}"
+
+    def _fill_magnitudes(self, tensors: Mapping[str, Tensor]) -> set[str]:
+        """DoRA starts from the lengths of the base weight's rows: its update is zero, so the model is the base's."""
+        names = {name for name in tensors if f".{MAGNITUDE}." in name}
+        for name in names:
+            share = Share(tensors[name])
+            if not share.empty:
+                assert self.initial.adapted is not None
+                path = name.partition(f".{MAGNITUDE}.")[0]
+                transposed = getattr(self.initial.adapted.get_submodule(path), "fan_in_fan_out", False)
+                weight = self.read(f"{path}.weight".replace(".base_layer", ""))
+                share.fill(torch.linalg.norm(weight.T if transposed else weight, dim=1))
+        return names
 
     def read(self, name: str) -> Tensor:
         """One parameter or buffer of the model without adapters, whole, on the CPU."""

@@ -50,7 +50,8 @@ def export(args: argparse.Namespace) -> None:
         random_weights=run.method.name == "pretrain",
         trust_remote_code=trust,
     )
-    weights = TrainedWeights(source, args.tokenizer, run.method, run.seed, args.train)
+    ema = run.export.weights == "ema"
+    weights = TrainedWeights(source, args.tokenizer, run.method, run.seed, args.train, ema=ema)
     model, read = weights.model, weights.read
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model, trust_remote_code=trust)
     if run.model.chat_template:
@@ -59,7 +60,7 @@ def export(args: argparse.Namespace) -> None:
     checks: dict[str, Any] = {"tokens": probe["input_ids"].shape[1]}
     logits = streamed_logits(model, read, probe["input_ids"])
     if args.train:
-        difference = largest_difference(logits, probe["logits"])
+        difference = largest_difference(logits, probe["ema_logits" if ema else "logits"])
         _require("exported and in-training", difference, TOLERANCE)
         checks["training"] = {"difference": difference, "tolerance": TOLERANCE}
 
@@ -125,6 +126,8 @@ def model_card(run: RunConfig, args: argparse.Namespace, dtype: str, provenance:
         "base revision": base.get("revision"),
         "data": json.dumps(run.data.source) if args.train else None,
         "method": run.method.name,
+        "teacher": run.method.kd.teacher if run.method.name == "kd" else None,
+        "average": f"decay {run.train.ema.decay:g}" if run.export.weights == "ema" and run.train.ema else None,
         "seed": run.seed,
         "weights": dtype,
         "dayzero": f"{provenance['dayzero']} (commit {git['commit']}{modified})",

@@ -19,7 +19,7 @@ from dayzero import attempts, slurm
 from dayzero.config import RunConfig
 from dayzero.console import log
 from dayzero.errors import ConfigError
-from dayzero.files import atomic_directory, atomic_file, read_json, write_json
+from dayzero.files import atomic_directory, atomic_file, read_json, sha256_json, write_json
 from dayzero.interruption import stop_or_go_on
 from dayzero.provenance import Clock
 from dayzero.run_lock import RunLock
@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=Path, required=True, help="store/tokens/KEY")
     parser.add_argument("--model", type=Path, help="store/models/KEY; not for random weights from model.architecture")
     parser.add_argument("--tokenizer", type=Path, help="store/tokenizers/KEY, with model.architecture")
+    parser.add_argument("--teacher", type=Path, help="the teacher of method kd: store/models/KEY or {run}/model")
     parser.add_argument("--output", type=Path, required=True, help="{experiment}/{run}/train")
     parser.add_argument(
         "--set-aside-other-checkpoints",
@@ -69,12 +70,15 @@ def _launch(args: argparse.Namespace, arguments: list[str]) -> None:
     from dayzero.data.tokens import TokenRows
     from dayzero.engine.megatron_fsdp import require_megatron_fsdp
     from dayzero.engine.parallel_dims import ParallelDims
+    from dayzero.engine.quantized import require_qlora
 
     run = _read_run(args)
     sizes = run.parallelism.model_dump()
     dims = ParallelDims(world_size=run.parallelism.world_size, **sizes)
     if dims.strategy == "megatron_fsdp":
         require_megatron_fsdp()
+    if run.method.name == "qlora":
+        require_qlora()
     dims.grad_accum_steps(run.train.global_batch_size, run.train.local_batch_size)
     check_rows(TokenRows(args.tokens / "train", run.tokenize.seq_len), dims.dp)  # before any process is started
     if run.train.checkpoint.keep_best and not (args.tokens / "validation").is_dir():
@@ -126,6 +130,7 @@ def _check_fit(run: RunConfig, args: argparse.Namespace, dims: ParallelDims) -> 
     Raises `ConfigError`.
     """
     from dayzero.data.model_files import context_length
+    from dayzero.data.tokenizer import check_same_tokens
     from dayzero.data.tokens import TokenRows
 
     config = _source(run, args).config(args.tokenizer)
@@ -142,15 +147,24 @@ def _check_fit(run: RunConfig, args: argparse.Namespace, dims: ParallelDims) -> 
             f"{args.tokens} has the token id {largest}, but the model's vocab_size is {vocab_size}: use the model's "
             "own tokenizer, or a larger model.architecture.vocab_size"
         )
-    if dims.pp > 1 or dims.ep > 1 or dims.tp > 1 or run.train.router_aux_loss_coef or dims.strategy == "megatron_fsdp":
+    chosen = run.method.adapters or run.method.freeze or run.train.router_aux_loss_coef
+    chosen = chosen or run.train.loss not in ("auto", "chunked", "cross_entropy")
+    if args.teacher:
+        check_same_tokens(args.tokenizer or args.model, args.teacher, str(run.method.kd.teacher))
+    if chosen or args.teacher or dims.pp > 1 or dims.ep > 1 or dims.tp > 1 or dims.strategy == "megatron_fsdp":
         _check_model(run, args, dims)
 
 
 def _check_model(run: RunConfig, args: argparse.Namespace, dims: ParallelDims) -> None:
     """Hold what the config says of layers and experts against the model without weights. Raises `ConfigError`."""
+    import torch
+
+    from dayzero.config import Method
+    from dayzero.engine.distillation import check_vocabularies
     from dayzero.engine.expert_parallel import check_expert_parallel
+    from dayzero.engine.loss_choice import choose_loss
     from dayzero.engine.megatron_fsdp import check_megatron_fsdp
-    from dayzero.engine.model import build_model
+    from dayzero.engine.model import ModelSource, build_model
     from dayzero.engine.pipeline_cut import check_pipeline
     from dayzero.engine.router_loss import router_loss_coefficient
     from dayzero.engine.tensor_parallel import tensor_parallel_plan
@@ -158,6 +172,13 @@ def _check_model(run: RunConfig, args: argparse.Namespace, dims: ParallelDims) -
     source = _source(run, args)
     model = build_model(source, source.config(args.tokenizer), run.method, run.seed, meta=True)
     router_loss_coefficient(model, run.train.router_aux_loss_coef, dims)
+    choose_loss(model, run.train, dims, cuda=torch.cuda.is_available())
+    if args.teacher:
+        of_teacher = ModelSource(directory=args.teacher, trust_remote_code=run.model.trust_remote_code)
+        teacher = build_model(of_teacher, of_teacher.config(), Method(name="none"), 0, meta=True)
+        check_vocabularies(model, teacher, str(run.method.kd.teacher))
+        if dims.tp > 1:
+            tensor_parallel_plan(teacher, dims.tp, sequence_parallel=dims.sequence_parallel)
     if dims.strategy == "megatron_fsdp":
         check_megatron_fsdp(model)
     if dims.ep > 1:
@@ -179,6 +200,14 @@ def _source(run: RunConfig, args: argparse.Namespace) -> Any:
     )
 
 
+def _teacher(run: RunConfig, args: argparse.Namespace) -> Any:
+    from dayzero.engine.model import ModelSource
+
+    if args.teacher is None:
+        return None
+    return ModelSource(directory=args.teacher, trust_remote_code=run.model.trust_remote_code)
+
+
 def _rank(args: argparse.Namespace) -> None:
     from dayzero.engine.parallel_dims import ParallelDims
 
@@ -189,12 +218,15 @@ def _rank(args: argparse.Namespace) -> None:
     from dayzero.engine import distributed
     from dayzero.engine.launch import EXIT_INTERRUPTED, errors_reported, keep_output, reports_errors
     from dayzero.engine.megatron_fsdp import require_megatron_fsdp
+    from dayzero.engine.quantized import require_qlora
     from dayzero.engine.signals import note_early
     from dayzero.engine.trainer import Interrupted
 
     if reports_errors():
         note_early()
     keep_output()
+    if run.method.name == "qlora":
+        require_qlora()
     if run.parallelism.strategy == "megatron_fsdp":
         require_megatron_fsdp()
     handlers = log.handlers
@@ -244,6 +276,7 @@ def _train(args: argparse.Namespace, device: Any) -> None:
 
     trainer = Trainer(
         source=_source(run, args),
+        teacher=_teacher(run, args),
         tokenizer_directory=args.tokenizer,
         method=run.method,
         train=run.train,
@@ -306,15 +339,23 @@ def _write_results(
     row = rows.row(0)
     first_document = row.position_ids[1:].tolist().index(0) + 1 if 0 in row.position_ids[1:] else len(row.input_ids)
     probe = torch.from_numpy(row.input_ids[: min(first_document, PROBE_TOKENS)]).unsqueeze(0)
-    logits = trainer.float32_logits(probe, torch.arange(probe.shape[1]).unsqueeze(0))
-    weights = trainer.trained_weights() if run.method.name == "lora" else {}
+    positions = torch.arange(probe.shape[1]).unsqueeze(0)
+    logits = trainer.float32_logits(probe, positions)
+    tensors = {"input_ids": probe, "logits": logits.contiguous()}
+    adapters = {"adapter": trainer.trained_weights()} if run.method.adapters else {}
+    if trainer.ema:
+        with trainer.ema.in_place():
+            tensors["ema_logits"] = trainer.float32_logits(probe, positions).contiguous()
+            if run.method.adapters:
+                adapters["adapter_ema"] = trainer.trained_weights()
     if not trainer.is_main:
         return
-    if run.method.name == "lora":
-        with atomic_directory(args.output / "adapter") as adapter:
-            save_adapter(adapter, run.method.lora, weights, base_model=str(run.model.source))
+    for name, weights in adapters.items():
+        assert run.method.adapters
+        with atomic_directory(args.output / name) as adapter:
+            save_adapter(adapter, run.method.adapters, weights, str(run.model.source), trainer.weights.tied)
     with atomic_file(args.output / "probe.safetensors") as file:
-        save_file({"input_ids": probe, "logits": logits.contiguous()}, file)
+        save_file(tensors, file)
     best: dict[str, Any] | None = None
     if run.train.checkpoint.keep_best and (path := best_checkpoint(trainer.checkpoints, trainer.validation_losses)):
         loss = trainer.validation_losses[step_of(path)]
@@ -354,10 +395,10 @@ def identity(run: RunConfig, args: argparse.Namespace) -> dict[str, Any]:
     """What decides the weights: the keys on which a checkpoint must agree to be continued."""
     config = run.resolved()
     kept = {name: value for name, value in config["train"].items() if name not in FREE_TO_CHANGE["train"]}
-    method = config["method"] if run.method.name == "lora" else {"name": run.method.name}
     return {
         "seed": run.seed,
-        "method": method,
+        "method": run.method.used(),
+        **({"teacher": sha256_json(read_json(args.teacher / "manifest.json")["files"])} if args.teacher else {}),
         "train": kept,
         "model": {"store": args.model.name if args.model else None, "architecture": config["model"]["architecture"]},
         "tokens": {
@@ -375,6 +416,10 @@ def _read_run(args: argparse.Namespace) -> RunConfig:
     run = RunConfig.model_validate_json(json.dumps(read_config(args.config)))
     if run.method.name == "none":
         raise ConfigError("method.name is none: this run is not trained; choose full, lora or pretrain")
+    if (run.method.name == "kd") != (args.teacher is not None):
+        raise ConfigError(f"method.name is {run.method.name}: --teacher belongs to kd, and only to it")
+    if args.teacher is not None and not (args.teacher / "manifest.json").is_file():
+        raise ConfigError(f"--teacher {args.teacher} has no manifest.json: finish the stage that makes it first")
     if args.model is None and run.model.architecture is None:
         raise ConfigError("--model is missing: give store/models/KEY, or set model.architecture for random weights")
     return run
