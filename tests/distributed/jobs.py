@@ -142,7 +142,7 @@ def reference(job: dict[str, Any]) -> dict[str, Any]:
             kd, supervised = method.kd, micro["labels"] != -100
             with torch.no_grad():
                 taught = teacher(input_ids=micro["input_ids"], position_ids=micro["position_ids"], use_cache=False)
-            p, q = ((x[supervised] / kd.temperature).softmax(-1) for x in (taught.logits, logits))
+            p, q = ((x[supervised].double() / kd.temperature).softmax(-1) for x in (taught.logits, logits))
             kls.append((kd.temperature**2 * (p * (p / q).log()).sum(-1).mean()).item())
             loss = loss + kd.weight * kd.temperature**2 * (p * (p / q).log()).sum(-1).mean()
         if coefficient:

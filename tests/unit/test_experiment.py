@@ -137,7 +137,7 @@ runs:
         "exp.yaml:10: train.num_epochs = '2': expected a number above 0 or null; it is quoted, so it is text: leave the quotes out",
         "exp.yaml:6: train.compile = 'yes': expected true or false",
         "exp.yaml:7: train.optimizer.lr = '1e-4': expected a number above 0; YAML reads 1e-4 as text: write 1.0e-4",
-        "exp.yaml:13: method.name = 'lorra': expected one of none, full, lora, pretrain",
+        "exp.yaml:13: method.name = 'lorra': expected one of none, full, lora, qlora, kd, pretrain",
     ]
 
 
@@ -197,6 +197,30 @@ COMBINATIONS = {
     "method.lora.targets: '(('": "method.lora.targets = '((': no regular expression: missing ), unterminated subpattern at position 1",
     "method.lora.targets: []": "method.lora.targets = []: names no module: use all-linear, module names or a regular "
     "expression",
+    "{method.lora.dora: true, parallelism.tp: 2}": "method.lora.dora = True: needs the lengths of whole weight rows, which "
+    "parallelism.tp 2 splits: use dp_shard, or turn it off",
+    "{method: {name: full, freeze: ['*norm*']}, parallelism.pp: 2}": "method.freeze = ['*norm*']: parallelism.pp 2 may leave a "
+    "stage with nothing to train: set pp 1, or empty it",
+    "{method: {name: full, freeze: ['*norm*']}, parallelism.strategy: megatron_fsdp}": "parallelism.strategy = 'megatron_fsdp': "
+    "method.freeze freezes weights, which Megatron-FSDP frees while they are still needed: use fsdp2",
+    "method.name: kd": "method.kd.teacher: method.name kd needs it: name a run of this experiment, or a model as in model.source",
+    "{method: {name: kd, kd.teacher: a}, train.loss: cross_entropy}": "train.loss = 'cross_entropy': method.name kd has a chunked "
+    "loss of its own: use auto or chunked",
+    "{method: {name: kd, kd.teacher: a}, parallelism.pp: 2}": "method.name = 'kd': kd does not go with parallelism.pp 2: use "
+    "dp_shard, tp or cp",
+    "{method: {name: kd, kd.teacher: 's3://b'}}": "method.kd.teacher = 's3://b': s3://b: unknown kind of source s3:, use hf:, "
+    "package: or a local path",
+    "{method.name: qlora, parallelism.tp: 2}": "method.name = 'qlora': qlora does not go with parallelism.tp 2: use dp_shard, "
+    "dp_replicate or cp",
+    "{method: {name: qlora, lora.dora: true}}": "method.lora.dora = True: needs the lengths of weight rows, which method.name "
+    "qlora has in 4 bits: use lora",
+    "train.loss: loss_parallel": "train.loss = 'loss_parallel': splits the vocabulary over the ranks of parallelism.tp, which is "
+    "1: set tp, or use auto",
+    "{train.loss: liger_fused, parallelism.pp: 2}": "train.loss = 'liger_fused': does not go with parallelism.pp 2: use auto or "
+    "chunked, or set pp 1",
+    "train: {loss: cut_cross_entropy, z_loss: 1.0e-4}": "train.z_loss = 0.0001: does not go with train.loss cut_cross_entropy: use "
+    "auto, chunked or liger_fused",
+    "export.weights: ema": "export.weights = 'ema': there is no average without train.ema: set train.ema.decay, or use last",
     "train: {checkpoint: {keep_best: 1, every: 30}, validate_every: 20}": "train.checkpoint.keep_best = 1: needs a validation "
     "loss at each checkpoint, but train.checkpoint.every 30 % train.validate_every 20 = 10, must be 0: use a multiple of 20",
     "{train.checkpoint.keep_best: 1, data.validation_size: 0}": "train.checkpoint.keep_best = 1: needs a validation loss, but "
@@ -222,6 +246,7 @@ IGNORED = {
     "{method: {name: full, lora.rank: 4}}": "method.lora.rank = 4: only method.name lora uses it, this run's is full",
     "{method.name: none, train.compile: true}": "train.compile = True: method.name none trains nothing, so this would be "
     "ignored",
+    "{method.kd.temperature: 2.0}": "method.kd.temperature = 2.0: only method.name kd uses it, this run's is lora",
     "{method.name: none, parallelism.dp_shard: 2}": "parallelism.dp_shard = 2: method.name none trains nothing, so this would "
     "be ignored",
     "{train: {loss: cross_entropy, loss_chunk_size: 8}}": "train.loss_chunk_size = 8: only train.loss chunked uses it, this "

@@ -81,6 +81,36 @@ def test_results_of_runs_that_skip_stages() -> None:
     assert len(it.results("verify_serving")) == 2
 
 
+def test_a_teacher_is_a_run_s_export_or_a_model_of_the_store() -> None:
+    model = {"source": "hf:org/m"}
+    kd = {"name": "kd", "kd": {"teacher": "a"}}
+    of_model = {"name": "kd", "kd": {"teacher": "hf:org/big"}}
+    it = wiring(a={"model": model}, b={"model": model, "method": kd}, c={"model": model, "method": of_model})
+    assert it.teacher("a") == it.teacher_arguments("a") == []
+    assert it.teacher("b") == ["results/exp/a/model/manifest.json"]
+    assert it.teacher_arguments("b") == ["--teacher", "results/exp/a/model"]
+    (manifest,) = it.teacher("c")
+    key = manifest.split("/")[-2]
+    assert manifest == f"results/store/models/{key}/manifest.json"
+    assert json.loads(it.spec("models", key))["model"]["source"] == "hf:org/big"
+    assert it.model(it.run("c")) == it.model(it.run("a"))
+    it.check_local_files()
+
+
+def test_a_teacher_that_is_nowhere_or_the_run_itself() -> None:
+    model = {"source": "hf:org/m"}
+
+    def kd(teacher: str) -> dict[str, Any]:
+        return {"model": model, "method": {"name": "kd", "kd": {"teacher": teacher}}}
+
+    with pytest.raises(
+        ConfigError, match=r"teacher = 'lorra': no run of this experiment and no such file.*lora\? \(run b\)"
+    ):
+        wiring(lora={"model": model}, b=kd("lorra")).check_local_files()
+    with pytest.raises(ConfigError, match=r"learns from itself: a <- b <- a: name another run"):
+        wiring(a=kd("b"), b=kd("a")).check_local_files()
+
+
 def test_resources_come_from_the_run_or_the_first_that_uses_the_key() -> None:
     it = wiring(a={"resources": {"train": {"gpu": 4}, "fetch": {"mem_mb": 9}}}, b={})
     assert it.resources("train", SimpleNamespace(run="a")).gpu == 4
