@@ -203,6 +203,8 @@ COMBINATIONS = {
     "stage with nothing to train: set pp 1, or empty it",
     "{method: {name: full, freeze: ['*norm*']}, parallelism.strategy: megatron_fsdp}": "parallelism.strategy = 'megatron_fsdp': "
     "method.freeze freezes weights, which Megatron-FSDP frees while they are still needed: use fsdp2",
+    "method.freeze: ['*norm*']": "method.freeze = ['*norm*']: adapters leave all other weights frozen: choose what they adapt by "
+    "method.lora.targets",
     "method.name: kd": "method.kd.teacher: method.name kd needs it: name a run of this experiment, or a model as in model.source",
     "{method: {name: kd, kd.teacher: a}, train.loss: cross_entropy}": "train.loss = 'cross_entropy': method.name kd has a chunked "
     "loss of its own: use auto or chunked",

@@ -59,7 +59,7 @@ WAYS = (
 runs:
   dora: {method.lora: {rank: 4, dora: true, modules_to_save: [embed_tokens]}, parallelism.dp_shard: 2}
   rslora:
-    method: {lora: {rank: 4, rslora: true}, freeze: ["*.layers.0.*"]}
+    method.lora: {rank: 4, rslora: true, targets: '.*layers.1[.].*_proj'}
     train.ema.decay: 0.5
     export.weights: ema
     parallelism.strategy: none

@@ -179,7 +179,8 @@ class Method(_Section):
     lora: Lora = Lora()
     kd: Kd = Kd()
     freeze: list[str] = []
-    """Parameters that are not trained, by patterns (with * ? [ ]) of their whole names, e.g. "*.layers.0.*"."""
+    """Parameters that are not trained, by patterns (with * ? [ ]) of their whole names, e.g. "*.layers.0.*". Not with
+    adapters, which leave all else frozen."""
 
     @property
     def adapters(self) -> Lora | None:

@@ -294,6 +294,8 @@ def _parallelism(run: RunConfig) -> Iterator[tuple[str, str]]:
         yield error.key, error.reason
     yield from _nodes(run)
     yield from _loss(run)
+    if run.method.freeze and run.method.adapters:
+        yield "method.freeze", "adapters leave all other weights frozen: choose what they adapt by method.lora.targets"
     if run.method.freeze and run.parallelism.pp > 1:
         yield (
             "method.freeze",

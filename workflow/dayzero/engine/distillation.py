@@ -54,6 +54,11 @@ class Teacher(CausalLMWithLoss):
             return self.head.logits(first)
         return self.head.hidden(first, position_ids)
 
+    def all_logits(self, input_ids: Tensor, _: None, position_ids: Tensor) -> Tensor:
+        """[B, T] twice -> [B, T, V], called as a model with its loss is."""
+        hidden = self(input_ids, position_ids)
+        return self(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
+
     def reshard(self) -> None:
         """Free what FSDP2 keeps gathered from one chunk to the next."""
         for module in self.modules():

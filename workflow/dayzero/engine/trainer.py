@@ -129,7 +129,9 @@ class Trainer:
         if self.method.adapters and self.is_main:
             warn_of_frozen_experts(model, self.method.adapters)
         self.peak_flops = peak_flops(self.device, self.train.precision)
-        self.flops: StepFlops | None = count_flops(model) if self.peak_flops else None
+        self.flops: StepFlops | None = (
+            count_flops(self.weights.empty_model(quantized=False)) if self.peak_flops else None
+        )
         self.router_loss = bare.router_loss
         self.router_coefficient = router_loss_coefficient(model, self.train.router_aux_loss_coef, self.dims)
         load = partial(self.weights.load, bare, model, self.device)
@@ -354,8 +356,17 @@ class Trainer:
         return logits.float().cpu()
 
     def packing_leak(self) -> float | None:
-        """How far packed documents reach into one another in this model, see `packing.py`; None if they do not."""
-        return packing_leak(self.logits, self.vocab_size, self.train.precision)
+        """How far packed documents reach into one another in this model, or in its teacher, see `packing.py`; None if
+        they do not."""
+        leak = packing_leak(self.logits, self.vocab_size, self.train.precision)
+        if leak is None and self.distillation:
+            leak = packing_leak(self._teacher_logits, self.vocab_size, self.train.precision)
+        return leak
+
+    def _teacher_logits(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        assert self.distillation is not None
+        logits = self.distillation.teacher.all_logits
+        return self._forward(logits, self.train.precision, input_ids, None, position_ids).float().cpu()
 
     def trained_weights(self) -> dict[str, Tensor]:
         """Every trained parameter whole, by the model's own names, on rank 0's CPU; empty on other ranks."""
@@ -393,7 +404,7 @@ class Trainer:
 
     def _forward(
         self,
-        module: nn.Module,
+        module: Callable[..., Tensor],
         precision: str,
         input_ids: Tensor,
         labels: Tensor | None,

@@ -44,8 +44,11 @@ class Weights:
         """Name of a tied tensor -> the name of the tensor that it is."""
         self.initial = InitialValues(template, seed, method.adapters, construct=lambda: self._from_config("cpu"))
 
-    def empty_model(self) -> PreTrainedModel:
-        """The model with its adapters, parameters to train marked, on the meta device."""
+    def empty_model(self, *, quantized: bool = True) -> PreTrainedModel:
+        """The model with its adapters, parameters to train marked, on the meta device.
+
+        Not `quantized`: with plain linear modules also where they would be in 4 bits.
+        """
         model = self._from_config("meta")
         untie(model, set(model.all_tied_weights_keys) - set(self.tied))
         if self.method.adapters:
@@ -53,7 +56,7 @@ class Weights:
                 inject_lora(model, self.method.adapters)
         if self.method.freeze:
             freeze(model, self.method.freeze)
-        if self.method.name == "qlora":
+        if quantized and self.method.name == "qlora":
             quantize_modules(model)
         return model.train()
 
