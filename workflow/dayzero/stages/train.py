@@ -347,7 +347,8 @@ def _write_results(
         with trainer.ema.in_place():
             tensors["ema_logits"] = trainer.float32_logits(probe, positions).contiguous()
             if run.method.adapters:
-                adapters["adapter_ema"] = trainer.trained_weights()
+                # in one process they are the parameters themselves
+                adapters["adapter_ema"] = {n: tensor.clone() for n, tensor in trainer.trained_weights().items()}
     if not trainer.is_main:
         return
     for name, weights in adapters.items():
