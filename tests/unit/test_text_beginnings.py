@@ -15,12 +15,21 @@ from tests.tiny_tokenizer import TEXT as TRAINING_TEXT
 from tests.tiny_tokenizer import tiny_tokenizer
 
 CONTROLS = ["<|im_start|>", "<|im_end|>", "[/INST]"]
-WORDS = st.lists(
-    st.sampled_from(
-        [*CONTROLS, "<|im_", "assistant\n", "user", "The fox", " ", "  ", "\n", "\n\n", "42", "\U0001f469\u200d", "e\u0301", "\x00", "\ufeff"]
-    ),
-    max_size=12,
-).map("".join)  # fmt: skip
+PARTS = ["<|im_", "assistant\n", "user", "The fox", " ", "  ", "\n", "\n\n", "42", "👩\u200d", "e\u0301", "\x00"]
+    "<|im_",
+    "assistant\n",
+    "user",
+    "The fox",
+    " ",
+    "  ",
+    "\n",
+    "\n\n",
+    "42",
+    "\U0001f469\u200d",
+    "e\u0301",
+    "\x00",
+]
+WORDS = st.lists(st.sampled_from([*CONTROLS, *PARTS, "\ufeff"]), max_size=12).map("".join)
 
 
 def byte_level(folder: Path) -> PreTrainedTokenizerBase:

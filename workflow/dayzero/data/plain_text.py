@@ -7,9 +7,10 @@ those words with a character that no text holds; `ids` then reads whole control 
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from operator import itemgetter
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, processors
@@ -88,22 +89,23 @@ class TextEncoder:
         Control tokens cut a text apart before anything else is done to it, so up to the last of them the tokens are
         those of the whole, and only what follows it is read again.
         """
-        starts, places = self._controls(text, ids)
+        spans, places = self._controls(text, ids)
         found: list[int] = []
         for end in ends:
-            last = bisect_left(starts, end) - 1
-            start, place = (starts[last], places[last]) if last >= 0 else (0, 0)
+            last = bisect_right(spans, end, key=itemgetter(1)) - 1
+            start, place = (spans[last][0], places[last]) if last >= 0 else (0, 0)
             head = self._head(text[start:end])
             if ids[place : place + len(head)] != head:
                 break
             found.append(place + len(head))
         return found
 
-    def _controls(self, text: str, ids: list[int]) -> tuple[list[int], list[int]]:
+    def _controls(self, text: str, ids: list[int]) -> tuple[list[Range], list[int]]:
         """Where the control tokens stand in an unmarked text and in its ids; none where the two do not agree."""
         if self._pattern is None or not self._control_ids or BREAK in text:
             return [], []
-        starts, places, place = [], [], -1
+        spans: list[Range] = []
+        places, place = [], -1
         counts: Counter[int] = Counter()
         for match in self._pattern.finditer(text):
             control = self._control_ids[match[0]]
@@ -112,10 +114,10 @@ class TextEncoder:
             except ValueError:
                 return [], []
             counts[control] += 1
-            starts.append(match.start())
+            spans.append(match.span())
             places.append(place)
         agree = all(ids.count(control) == count for control, count in counts.items())
-        return (starts, places) if agree else ([], [])
+        return (spans, places) if agree else ([], [])
 
     def _head(self, text: str) -> list[int]:
         """The ids of what a control token is followed by up to an answer, which is mostly the same."""
