@@ -16,19 +16,6 @@ from tests.tiny_tokenizer import tiny_tokenizer
 
 CONTROLS = ["<|im_start|>", "<|im_end|>", "[/INST]"]
 PARTS = ["<|im_", "assistant\n", "user", "The fox", " ", "  ", "\n", "\n\n", "42", "👩\u200d", "e\u0301", "\x00"]
-    "<|im_",
-    "assistant\n",
-    "user",
-    "The fox",
-    " ",
-    "  ",
-    "\n",
-    "\n\n",
-    "42",
-    "\U0001f469\u200d",
-    "e\u0301",
-    "\x00",
-]
 WORDS = st.lists(st.sampled_from([*CONTROLS, *PARTS, "\ufeff"]), max_size=12).map("".join)
 
 
