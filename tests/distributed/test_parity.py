@@ -15,6 +15,7 @@ from dayzero.engine.parallel_dims import SCHEDULES
 from tests.distributed.frozen_weights import check_frozen
 from tests.distributed.launch import run_ranks
 from tests.distributed.loading import check_loading, loading_jobs
+from tests.distributed.optimizers import HAS_TORCHAO, OPTIMIZERS
 
 pytestmark = pytest.mark.distributed
 
@@ -30,6 +31,16 @@ MOE = [
     ("qwen3_moe", "full", "padded"),
     ("qwen3_moe", "lora", "packed"),
 ]
+
+FP8: list[tuple[tuple[str, str], dict[str, Any]]] = [
+    (("qwen3", "lora"), {"precision": "bf16", "fp8": {"emulate": True}}),
+    *(
+        [(("llama", "full"), {"precision": "bf16", "fp8": {"emulate": True, "all_gather": True}})]
+        if HAS_TORCHAO
+        else []
+    ),
+]
+"""Frozen weights quantised once, trained ones gathered in 8 bits."""
 
 WITHOUT_PLAN = [("stablelm", "full", "padded"), ("opt", "lora", "padded")]
 """Models that ship no tensor-parallel plan: grouped queries; biases and the MLP in the layer itself. The second trains
@@ -112,7 +123,12 @@ def one(folder: Path) -> Results:
         {"loss": "cross_entropy"},
         {"loss_chunk_size": 3},
         {"activation_checkpointing": "full"},
+        {"activation_checkpointing": "selective"},
+        {"activation_checkpointing": "every_3"},
+        {"attention": "sdpa"},
+        {"cpu_offload": True},
         {"compile": True},
+        {"compile": True, "activation_checkpointing": "selective"},
         {"num_data_workers": 2},
     ):
         jobs.append(job("train", "llama", "full", "packed", folder, strategy="fsdp2", local_batch_size=4, train=more))
@@ -162,6 +178,8 @@ def two(folder: Path) -> Results:
         job("bf16_logits", "qwen3", "lora", "padded", folder, **bf16, tp=2),
         job("bf16_logits", "llama", "full", "padded", folder, **bf16, cp=2, cp_method="ring"),
         job("bf16_logits", "llama", "full", "packed", folder, **bf16, pp=2, pp_schedule="zero_bubble"),
+        job("bf16_logits", "llama", "full", "packed", folder, strategy="fsdp2", train={"precision": "bf16_pure"}),
+        *(job("bf16_logits", *case, "packed", folder, strategy="fsdp2", train=t) for case, t in FP8),
         job("leak", "llama", "full", "packed", folder, **PP, pp_schedule="interleaved"),
         *(job("same_shape_again", "llama", "full", "packed", folder, **PP, pp_schedule=s) for s in SCHEDULES),
     ]
@@ -184,6 +202,9 @@ def two(folder: Path) -> Results:
     jobs += [
         variant("train", label, folder, **PP, pp_schedule="1f1b") for label in ("dora", "whole_tied", "z_loss", "ema")
     ]
+    jobs.append(job("optimizers", "llama", "full", "packed", folder, tp=1))
+    for more in ({"cpu_offload": True}, {"precision": "bf16_pure"}, {"activation_checkpointing": "selective"}):
+        jobs.append(job("train", "qwen3", "full", "packed", folder, strategy="fsdp2", local_batch_size=2, train=more))
     return run_ranks(2, jobs + loading_jobs(folder, 2), folder / "two")
 
 
@@ -212,6 +233,7 @@ def four(folder: Path) -> Results:
     jobs.append(moe("train", *MOE[0], folder, strategy="fsdp2", cp=2, ep=4))
     jobs.append(moe("train", *MOE[1], folder, strategy="fsdp2", dp_replicate=2, ep=2))
     jobs.append(moe("train", *MOE[2], folder, strategy="fsdp2", tp=2, sequence_parallel=True, ep=2))
+    jobs += [job("optimizers", "llama", "full", "packed", folder, tp=tp) for tp in (1, 2)]
     return run_ranks(4, jobs + loading_jobs(folder, 4), folder / "four")
 
 
@@ -219,7 +241,7 @@ def check(results: Results, one: Results, expected: int) -> None:
     checked = 0
     for name, got in results.items():
         run, model, method, rows, *_ = name.split("-")
-        if run != "train" or rows == "uneven" or (model, method, rows) in MOE:
+        if run != "train" or rows == "uneven" or (model, method, rows) in MOE or "bf16_pure" in name:
             continue
         want = one[f"reference-{model}-{method}-{rows}"]
         assert len(got["losses"]) == 10
@@ -237,11 +259,11 @@ def check(results: Results, one: Results, expected: int) -> None:
 
 
 def test_one_process_equals_the_plain_loop(one: Results) -> None:
-    check(one, one, len(CASES) + len(WITHOUT_PLAN) + len(VARIANTS) + 8)
+    check(one, one, len(CASES) + len(WITHOUT_PLAN) + len(VARIANTS) + 13)
 
 
 def test_two_ranks_equal_the_plain_loop(two: Results, one: Results) -> None:
-    check(two, one, len(CASES) + len(WITHOUT_PLAN) + len(VARIANTS) + 31)
+    check(two, one, len(CASES) + len(WITHOUT_PLAN) + len(VARIANTS) + 33)
 
 
 def test_four_ranks_equal_the_plain_loop(four: Results, one: Results) -> None:
@@ -303,7 +325,7 @@ def test_initial_weights_do_not_depend_on_the_ranks(one: Results, two: Results, 
     for results in (two, four):
         for name, got in results.items():
             _, model, method, rows, *_ = name.split("-")
-            if rows == "uneven" or "before" not in got or (model, method, rows) in MOE:
+            if rows == "uneven" or "before" not in got or (model, method, rows) in MOE or "bf16_pure" in name:
                 continue
             want = one[f"train-{model}-{method}-{rows}-fsdp2-8"]["before"]
             assert all(torch.equal(got["before"][key], want[key]) for key in want), name
@@ -357,7 +379,12 @@ def test_modules_to_save_are_trained(two: Results) -> None:
         ("loss=cross_entropy", 1e-6),
         ("loss_chunk_size=3", 1e-6),
         ("activation_checkpointing=full", 1e-6),
+        ("activation_checkpointing=selective", 1e-6),
+        ("activation_checkpointing=every_3", 1e-6),
+        ("attention=sdpa", 1e-5),
+        ("cpu_offload=True", 1e-6),
         ("compile=True", 1e-5),
+        ("compile=True-activation_checkpointing=selective", 1e-5),
         ("num_data_workers=2", 0.0),
     ],
 )
@@ -384,12 +411,22 @@ def test_the_last_checkpoints_are_kept(two: Results) -> None:
 
 def test_weights_trained_in_bf16_have_float32_logits(two: Results) -> None:
     found = {name: got for name, got in two.items() if name.startswith("bf16_logits")}
-    assert len(found) == 5
+    assert len(found) == 6 + len(FP8)
     for name, got in found.items():
         size = got["plain"].abs().max()
         assert (got["float32"] - got["plain"]).abs().max() <= 1e-5 * size, name
         assert (got["bf16"] - got["plain"]).abs().max() > 1e-4 * size, name
         assert (got["untrained"] - got["plain"]).abs().max() > 1e-2 * size, name
+
+
+def test_weights_kept_in_bf16_follow_the_float32_curve(two: Results, one: Results) -> None:
+    got = two["train-qwen3-full-packed-fsdp2-2-precision=bf16_pure"]
+    want = one["reference-qwen3-full-packed"]
+    torch.testing.assert_close(got["losses"], want["losses"], rtol=1e-2, atol=0)
+    assert got["losses"] != want["losses"]
+    assert {t.dtype for n, t in got["weights"].items()} == {torch.bfloat16}
+    assert got["moments"] == ["torch.float32"]
+    assert one["train-qwen3-full-packed-fsdp2-8"]["moments"] == ["torch.float32"]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -409,3 +446,13 @@ def test_a_step_of_a_pipeline_does_not_depend_on_the_steps_before(two: Results, 
 
 def test_a_pipeline_can_be_asked_whether_it_leaks(two: Results) -> None:
     assert two["leak-llama-full-packed-fsdp2-2-interleaved"]["leak"] is None
+
+
+@pytest.mark.parametrize(("ranks", "tp"), [(2, 1), (4, 1), (4, 2)])
+def test_optimizers_over_shards_equal_their_references(two: Results, four: Results, ranks: int, tp: int) -> None:
+    found = (two if ranks == 2 else four)[f"optimizers-llama-full-packed-{tp}"]
+    assert set(found) == set(OPTIMIZERS) - ({"adamw8bit"} if tp > 1 else set())
+    for name, got in found.items():
+        assert max(got["off"].values()) <= 1e-6, (name, got["off"])
+        assert got["dtypes"] == ["torch.float32"], name
+        assert got["eight_bits"] == (["large.weight"] if name == "adamw8bit" else [])

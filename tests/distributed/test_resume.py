@@ -18,6 +18,7 @@ import torch
 from dayzero.data.mixing import Mix
 
 from tests.distributed.launch import REPOSITORY, run_ranks
+from tests.distributed.optimizers import HAS_TORCHAO
 from tests.distributed.test_parity import job
 from tests.tiny import write_rows
 
@@ -28,6 +29,12 @@ CASE = ("llama", "full", "packed")
 SETTINGS: dict[str, Any] = {"strategy": "fsdp2", "local_batch_size": 2}
 V_PIPELINE: dict[str, Any] = {"pp": 2, "pp_schedule": "zero_bubble"}
 MIX: dict[str, Any] = {"rows": [14, 6], "weights": [0.7, 0.3]}  # the 20 rows as those of two sources
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "bfloat16-moments": {"state_dtype": "bfloat16"},
+    "muon": {"name": "muon"},  # its iteration in bfloat16 takes rounding for more: not compared across ranks
+    "adafactor": {"name": "adafactor", "lr": 1e-2},
+    **({"adamw8bit": {"name": "adamw8bit"}} if HAS_TORCHAO else {}),
+}
 LORA: dict[str, Any] = {**SETTINGS, "method_options": {"lora": {"rank": 4, "dropout": 0.2}}}
 
 
@@ -66,6 +73,9 @@ def runs(folder: Path) -> dict[str, dict[str, Any]]:
              "plain-lora": plain_lora, "tp-lora": tp_lora}  # fmt: skip
     named["moe"] = moe = job("train", "mixtral", "full", "packed", folder, **SETTINGS, ep=2, **every)
     named["mixed"] = mixed = job("train", *CASE, folder, **SETTINGS, mix=MIX, **every)
+    for name, options in OPTIMIZERS.items():
+        trained = {**every["train"], "optimizer": {"lr": 3e-3, "weight_decay": 0.1, "eps": 1e-6, **options}}
+        named[name] = job("train", "qwen3", "full", "packed", folder, **SETTINGS, train=trained, optimizer=name)
     named["bad"] = job("bad_step", *CASE, folder, **SETTINGS)
     named["pipeline"] = pipeline = job("train", *CASE, folder, **SETTINGS, **V_PIPELINE, **every)
     named["bad-pipeline"] = job("bad_step", *CASE, folder, **SETTINGS, pp=2)
@@ -102,6 +112,7 @@ def runs(folder: Path) -> dict[str, dict[str, Any]]:
         copy_of(plain_lora, folder, "plain-lora-5-on-ddp", 5, **replicas),
         copy_of(named["four"], folder, "four-3-on-2", 3),
         copy_of(named["four-lora"], folder, "four-lora-3-on-2", 3),
+        *(copy_of(named[name], folder, f"{name}-5", 5) for name in OPTIMIZERS),
     ]
     results |= run_ranks(2, on_2, folder / "again")
     then = {run["name"]: run for run in on_2}
@@ -109,6 +120,7 @@ def runs(folder: Path) -> dict[str, dict[str, Any]]:
         copy_of(full, folder, "full-5-on-1", 5),
         copy_of(mixed, folder, "mixed-5-on-1", 5),
         copy_of(moe, folder, "moe-5-on-1", 5, ep=1),
+        *(copy_of(named[name], folder, f"{name}-5-on-1", 5) for name in OPTIMIZERS if name != "muon"),
         copy_of(then["four-3-on-2"], folder, "four-6-on-2-on-1", 6),
         copy_of(then["four-lora-3-on-2"], folder, "four-lora-6-on-2-on-1", 6),
     ]
@@ -119,6 +131,7 @@ def runs(folder: Path) -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize(("whole", "resumed", "step"), [
     ("full", "full-5", 5), ("lora", "lora-3", 3), ("ddp", "ddp-7", 7), ("loader", "loader-5", 5), ("late", "late-6", 6),
     ("sync", "sync-5", 5), ("full", "late-6", 6), ("pipeline", "pipeline-5", 5), ("mixed", "mixed-5", 5),
+    *((name, f"{name}-5", 5) for name in OPTIMIZERS),
 ])  # fmt: skip
 def test_resumed_equals_uninterrupted_bit_for_bit(
     runs: dict[str, dict[str, Any]], whole: str, resumed: str, step: int
@@ -141,6 +154,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
     ("four", "four-6-on-2-on-1", 6), ("four-lora", "four-lora-6-on-2-on-1", 6), ("full", "full-5-on-pipeline", 5),
     ("pipeline", "pipeline-5-on-fsdp2", 5), ("pipeline", "pipeline-5-on-1f1b", 5),
     ("moe", "moe-5-on-1", 5), ("moe", "moe-5-on-4", 5), ("mixed", "mixed-5-on-1", 5),
+    *((name, f"{name}-5-on-1", 5) for name in OPTIMIZERS if name != "muon"),
 ])  # fmt: skip
 def test_resumed_on_another_mesh(runs: dict[str, dict[str, Any]], whole: str, resumed: str, step: int) -> None:
     assert runs[resumed]["started_at"] == step

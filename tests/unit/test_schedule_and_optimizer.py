@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dayzero.config import LrScheduler, Optimizer
+from dayzero.config import LrScheduler, Method, Muon, Optimizer
 from dayzero.engine.lr_scheduler import lr_factor
-from dayzero.engine.optimizer import build_optimizer, clip_grad_norm, decay_groups
+from dayzero.engine.model import ModelSource, build_model
+from dayzero.engine.optimizer import build_optimizer, clip_grad_norm, decay_groups, set_lr
 from dayzero.engine.parallel_dims import ParallelDims
 from dayzero.errors import ConfigError
 from torch import nn
+
+from tests.tiny import ARCHITECTURES
 
 
 @pytest.mark.parametrize(
@@ -46,6 +49,49 @@ def test_adamw_decays_apart_from_the_gradient() -> None:
     model.weight.grad = torch.zeros(3, 3)
     optimizer.step()
     torch.testing.assert_close(model.weight.detach(), before * (1 - 0.1 * 0.5))
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+def test_moments_have_the_dtype_asked_for_and_steps_are_in_float32(weights: torch.dtype, moments: str) -> None:
+    """Against AdamW written out in float32, weights and moments rounded when they are stored."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3, bias=False, dtype=weights)
+    config = Optimizer(lr=0.1, weight_decay=0.5, state_dtype=moments)
+    optimizer = build_optimizer(model, config)
+    dtype = getattr(torch, moments)
+    w, m, v = model.weight.detach().clone(), torch.zeros(3, 4, dtype=dtype), torch.zeros(3, 4, dtype=dtype)
+    for step in range(1, 21):
+        model.weight.grad = torch.randn(3, 4, dtype=weights)
+        g = model.weight.grad.float()
+        first, second = 0.9 * m.float() + 0.1 * g, 0.95 * v.float() + 0.05 * g * g
+        m, v = first.to(dtype), second.to(dtype)
+        update = first / (1 - 0.9**step) / ((second / (1 - 0.95**step)).sqrt() + 1e-8)
+        w = (w.float() * (1 - 0.1 * 0.5) - 0.1 * update).to(weights)
+        optimizer.step()
+    (state,) = optimizer.state.values()
+    assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == dtype
+    torch.testing.assert_close(model.weight.detach(), w, rtol=1e-5 if weights == torch.float32 else 1e-2, atol=1e-6)
+
+
+def test_muon_takes_the_matrices_of_the_layers_only() -> None:
+    fields = {**ARCHITECTURES["mixtral"], "tie_word_embeddings": False}
+    source = ModelSource(directory=None, architecture=fields, random_weights=True)
+    model = build_model(source, source.config(), Method(name="pretrain"), 0, meta=True)
+    optimizer = build_optimizer(model, Optimizer(name="muon", lr=1e-3, muon=Muon(lr=1e-2)))
+    names = {id(p): name for name, p in model.named_parameters()}
+    by_muon = {
+        names[id(p)].rpartition("layers.0.")[2] for p in optimizer.param_groups[0]["params"] if ".0." in names[id(p)]
+    }
+    linears = {f"self_attn.{n}_proj.weight" for n in "qkvo"}
+    assert by_muon == linears | {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
+    rest = {names[id(p)] for group in optimizer.param_groups[1:] for p in group["params"]}
+    assert {"model.embed_tokens.weight", "lm_head.weight", "model.layers.0.mlp.gate.weight"} <= rest
+    assert len(rest) + len(optimizer.param_groups[0]["params"]) == len(names)
+    set_lr(optimizer, 5e-4)  # half way up
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(
+        [5e-3] + [5e-4] * (len(optimizer.param_groups) - 1)
+    )
 
 
 def test_clipping_scales_all_gradients_by_one_factor() -> None:

@@ -194,17 +194,51 @@ class Method(_Section):
         return self.model_dump(mode="json", include=kept)
 
 
-class Optimizer(_Section):
-    """AdamW with decoupled weight decay (https://arxiv.org/abs/1711.05101); none on biases, norms and embeddings."""
+class Muon(_Section):
+    """What only train.optimizer.name muon uses (https://kellerjordan.github.io/posts/muon/)."""
 
-    name: Literal["adamw"] = "adamw"
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    """Decay of the momentum."""
+    nesterov: bool = True
+    """Look one step ahead of the momentum."""
+    num_iterations: PositiveInt = Field(default=5, lt=100)
+    """Newton-Schulz iterations, in bfloat16, that make a matrix orthogonal."""
+    adjust_lr: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
+    """How a matrix's shape scales its step. match_rms_adamw: as large as AdamW's, so that AdamW's learning rate and
+    weight decay fit (https://arxiv.org/abs/2502.16982); original: sqrt(max(1, outputs / inputs))."""
+    lr: PositiveFloat | None = None
+    """Peak learning rate of the matrices. null: train.optimizer.lr."""
+
+
+class Adafactor(_Section):
+    """What only train.optimizer.name adafactor uses (https://arxiv.org/abs/1804.04235)."""
+
+    beta2_decay: float = Field(default=-0.8, le=0)
+    """The second moment's new share at step t is t to the power of this."""
+    clip_threshold: float = Field(default=1.0, ge=1)
+    """Largest root mean square of an update, before the learning rate."""
+
+
+class Optimizer(_Section):
+    """The optimizer, with decoupled weight decay; none on biases, norms and embeddings (docs/methods.md)."""
+
+    name: Literal["adamw", "muon", "adafactor", "adamw8bit"] = "adamw"
+    """adamw: https://arxiv.org/abs/1711.05101; muon: Muon for the matrices of the layers, AdamW for the rest;
+    adafactor: second moments of rows and columns only; adamw8bit: AdamW with moments of 8 bits (torchao)."""
     lr: PositiveFloat = 2e-4
     """Peak learning rate."""
     betas: tuple[float, float] = Field(default=(0.9, 0.95), strict=False)
-    """Decay of the first and second moment."""
+    """AdamW's decay of the first and second moment."""
     eps: PositiveFloat = 1e-8
+    """Added to AdamW's denominator."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay on matrices. 0: off."""
+    implementation: Literal["auto", "fused", "foreach", "for-loop"] = "auto"
+    """Which of torch's AdamW. auto: fused, the fastest measured (docs/methods.md), where the device has it."""
+    state_dtype: Literal["float32", "bfloat16"] = "float32"
+    """dtype of the moments, whatever that of the weights. Steps are computed in float32."""
+    muon: Muon = Muon()
+    adafactor: Adafactor = Adafactor()
 
 
 class LrScheduler(_Section):
@@ -242,6 +276,22 @@ class Ema(_Section):
     """Share of the average that stays in each step, e.g. 0.999."""
 
 
+class Fp8(_Section):
+    """Matrix products of the layers' linears in 8-bit floats, over bf16 (docs/methods.md)."""
+
+    backend: Literal["torchao", "transformer_engine"] = "torchao"
+    """Whose products: torchao's (frozen weights: our own), or NVIDIA's transformer-engine, under its autocast."""
+    recipe: Literal["tensorwise", "rowwise", "delayed", "block", "mxfp8"] = "tensorwise"
+    """One scale for a whole tensor (fastest), or with torchao for each row (closer). transformer_engine has besides
+    tensorwise: delayed (scales of earlier steps), block, and on Blackwell mxfp8."""
+    all_gather: bool = False
+    """Gather weights in 8 bits too: half the traffic of FSDP2. Only tensorwise, and for weights that are trained."""
+    skip: list[str] = []
+    """Names of linears, whole or their last parts, that stay as they are."""
+    emulate: bool = False
+    """Round to 8 bits but multiply in float32: slow, to see the rounding's effect on any machine."""
+
+
 class Train(_Section):
     """The training loop."""
 
@@ -253,8 +303,11 @@ class Train(_Section):
     """Rows in an optimizer step, over all ranks and micro-batches."""
     local_batch_size: PositiveInt = 4
     """Rows in one forward pass of one rank; the rest is gradient accumulation."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """bf16: compute in bfloat16, weights and optimizer in float32, gradients reduced in float32."""
+    precision: Literal["fp32", "bf16", "bf16_pure"] = "bf16"
+    """bf16: compute in bfloat16, weights in float32, gradients reduced in float32. bf16_pure: weights in bfloat16 too,
+    which saves half their memory and loses small updates. Moments: optimizer.state_dtype. Rotary tables: float32."""
+    fp8: Fp8 | None = None
+    """Compute in 8-bit floats (NVIDIA GPUs from Ada on). null: off."""
     loss: Literal["auto", "cross_entropy", "chunked", "cut_cross_entropy", "liger_fused", "loss_parallel"] = "auto"
     """chunked: only label positions pass the LM head, in chunks, so that full logits never exist. cut_cross_entropy,
     liger_fused: kernels without logits (GPU). loss_parallel: each tp rank has its share of the vocabulary. auto: the
@@ -271,10 +324,22 @@ class Train(_Section):
     """Keep an average of the weights, which `export.weights: ema` exports. null: off."""
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Clip the global gradient norm to this. 0: off."""
-    activation_checkpointing: Literal["none", "full"] = "none"
-    """full: keep only each layer's input and compute the rest again in the backward pass."""
+    activation_checkpointing: str = Field(
+        default="none",
+        pattern=r"^(none|full|selective|every_[1-9][0-9]*)$",
+        examples=["none", "full", "selective", "every_2"],
+    )
+    """full: keep only each layer's input and compute the rest again in the backward pass; every_N: so for every N-th
+    layer; selective: keep the results of attention and of every second matrix product."""
+    cpu_offload: bool = False
+    """Keep weights, gradients and optimizer state in the CPU's memory, and step there (strategy fsdp2)."""
     compile: bool = False
-    """torch.compile each layer."""
+    """torch.compile each layer, into one graph where it can be one. What is compiled is kept in the user's cache."""
+    attention: Literal["auto", "documents", "sdpa", "eager", "flex", "varlen"] = "auto"
+    """documents: SDPA for one packed document after the other; flex (FlexAttention) and varlen (all documents in one
+    call): CUDA only. auto: documents on a CPU, else the model's own (docs/methods.md)."""
+    kernels: Literal["auto", "none", "liger"] = "auto"
+    """liger: Liger's norms, rotary embeddings and MLPs (NVIDIA GPUs, models it knows). auto: where they run."""
     optimizer: Optimizer = Optimizer()
     lr_scheduler: LrScheduler = LrScheduler()
     validate_every: NonNegativeInt = 50

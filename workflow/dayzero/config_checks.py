@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from dayzero.column_template import check_templates
-from dayzero.config import RunConfig
+from dayzero.config import Optimizer, RunConfig
 from dayzero.engine.parallel_dims import ParallelDims, SizeError
 from dayzero.errors import ConfigError
 
@@ -39,7 +39,7 @@ class Finding(NamedTuple):
 
 def impossible(run: RunConfig) -> list[Finding]:
     """Every impossible combination of a run's values."""
-    checks = (_model, _sources, _data, _lora, _kd, _ema, _training, _parallelism, _other)
+    checks = (_model, _sources, _data, _lora, _kd, _ema, _training, _parallelism, _fp8, _other)
     return [Finding(*found) for check in checks for found in check(run)]
 
 
@@ -65,6 +65,7 @@ def without_effect(run: RunConfig) -> list[Finding]:
         found.append(
             Finding("train.lr_scheduler.decay_steps", f"only train.lr_scheduler.name wsd uses it, this run's is {name}")
         )
+    found += _unused_by_optimizer(run.train.optimizer)
     for split in ("validation", "test"):
         if getattr(run.data, f"{split}_source"):
             found.append(Finding(f"data.{split}_size", f"data.{split}_source gives the rows: leave one of the two out"))
@@ -74,6 +75,21 @@ def without_effect(run: RunConfig) -> list[Finding]:
         reason = f"only conversations have turns, data.format {run.data.format} makes none"
         found += [Finding(f"tokenize.{key}", reason) for key in LOSS_KEYS]
     return found
+
+
+def _unused_by_optimizer(optimizer: Optimizer) -> Iterator[Finding]:
+    users = {
+        "muon": ("muon",),
+        "adafactor": ("adafactor",),
+        "betas": ("adamw", "muon", "adamw8bit"),
+        "eps": ("adamw", "muon", "adamw8bit"),
+        "implementation": ("adamw", "muon"),
+        "state_dtype": ("adamw", "muon", "adafactor"),
+    }
+    for key, names in users.items():
+        if optimizer.name not in names:
+            only = f"only train.optimizer.name {' or '.join(names)} uses it, this run's is {optimizer.name}"
+            yield Finding(f"train.optimizer.{key}", only)
 
 
 def _model(run: RunConfig) -> Iterator[tuple[str, str]]:
@@ -265,6 +281,13 @@ def _training(run: RunConfig) -> Iterator[tuple[str, str]]:
             yield "train.lr_scheduler.warmup_steps", f"{sum_text} is more than train.max_steps {train.max_steps}"
     if not all(0 <= beta < 1 for beta in train.optimizer.betas):
         yield "train.optimizer.betas", "both must be at least 0 and below 1"
+    weights = "bfloat16" if train.precision == "bf16_pure" else "float32"
+    if train.optimizer.implementation != "auto" and train.optimizer.state_dtype != weights:
+        yield (
+            "train.optimizer.implementation",
+            f"moments in {train.optimizer.state_dtype} (state_dtype) of weights in {weights} are not for torch's "
+            f"{train.optimizer.implementation} AdamW: use auto",
+        )
     if train.checkpoint.keep_best and (problem := _no_validation_at_checkpoints(run)):
         yield "train.checkpoint.keep_best", problem
 
@@ -303,7 +326,13 @@ def _parallelism(run: RunConfig) -> Iterator[tuple[str, str]]:
         )
     if run.train.compile and run.parallelism.pp_schedule == "zero_bubble":
         yield "train.compile", "does not go with pp_schedule zero_bubble, which splits backward passes: turn one off"
+    yield from _memory_and_kernels(run)
     if run.parallelism.strategy == "megatron_fsdp":
+        if run.train.optimizer.name != "adamw" or run.train.optimizer.state_dtype != "float32":
+            yield (
+                "train.optimizer.name",
+                "with parallelism.strategy megatron_fsdp only adamw with float32 moments is tried: use it, or fsdp2",
+            )
         if run.train.compile:
             yield "train.compile", "is not tried with parallelism.strategy megatron_fsdp: turn it off, or use fsdp2"
         if run.method.adapters or run.method.freeze:
@@ -350,6 +379,69 @@ def _loss(run: RunConfig) -> Iterator[tuple[str, str]]:
             yield "train.loss", "does not go with parallelism.strategy megatron_fsdp: use auto or chunked, or fsdp2"
     if loss == "cut_cross_entropy" and run.train.z_loss:
         yield "train.z_loss", "does not go with train.loss cut_cross_entropy: use auto, chunked or liger_fused"
+
+
+def _memory_and_kernels(run: RunConfig) -> Iterator[tuple[str, str]]:
+    train, sizes = run.train, run.parallelism
+    if sizes.strategy != "fsdp2":
+        for key, value in (("cpu_offload", train.cpu_offload), ("precision", train.precision == "bf16_pure")):
+            if value:
+                said = "bf16_pure" if key == "precision" else "true"
+                yield f"train.{key}", f"{said} is FSDP2's, but parallelism.strategy is {sizes.strategy}: use fsdp2"
+    if train.cpu_offload and run.method.name == "kd":
+        yield "train.cpu_offload", "is not tried with the teacher of method.name kd: turn it off"
+    if train.attention in ("documents", "varlen"):
+        if sizes.cp > 1:
+            yield "train.attention", f"parallelism.cp {sizes.cp} has its own attention: use auto"
+        if sizes.pp > 1:
+            yield "train.attention", f"{train.attention} is not tried with parallelism.pp {sizes.pp}: use auto or sdpa"
+        if train.compile:
+            yield (
+                "train.attention",
+                f"{train.attention} would be compiled anew for each batch: use sdpa or no compile",
+            )
+    elif train.attention != "auto" and sizes.cp > 1:
+        yield "train.attention", f"parallelism.cp {sizes.cp} has its own attention: use auto"
+    if train.kernels == "liger" and sizes.tp > 1:
+        yield "train.kernels", f"Liger's norms cannot be split by parallelism.tp {sizes.tp}: use auto"
+
+
+def _fp8(run: RunConfig) -> Iterator[tuple[str, str]]:
+    train, sizes, fp8 = run.train, run.parallelism, run.train.fp8
+    if fp8 is None or run.method.name == "none":
+        return
+    if sizes.strategy not in ("fsdp2", "none"):
+        yield "train.fp8", f"is not tried with parallelism.strategy {sizes.strategy}: use fsdp2"
+    for axis in ("tp", "pp", "ep"):
+        if (size := getattr(sizes, axis)) > 1:
+            yield "train.fp8", f"is not tried with parallelism.{axis} {size}: use dp_shard, or set it to null"
+    if run.method.name == "qlora":
+        yield "train.fp8", "the base weights of method.name qlora have 4 bits already: use lora, or set it to null"
+    if run.method.adapters and run.method.lora.dora:
+        yield "train.fp8", "method.lora.dora reads whole weights, of which 8 bits are left: turn one off"
+    torchao = fp8.backend == "torchao"
+    recipes = ("tensorwise", "rowwise") if torchao else ("tensorwise", "delayed", "block", "mxfp8")
+    if fp8.recipe not in recipes:
+        yield "train.fp8.recipe", f"backend {fp8.backend} has {', '.join(recipes)}: use one of them"
+    if not torchao:
+        for key in ("all_gather", "emulate"):
+            if getattr(fp8, key):
+                yield f"train.fp8.{key}", "is backend torchao's: turn it off"
+        if train.activation_checkpointing != "none":
+            yield (
+                "train.activation_checkpointing",
+                "computes again without transformer_engine's scales: use none, or train.fp8.backend torchao",
+            )
+        if train.compile:
+            yield "train.compile", "is not tried with train.fp8.backend transformer_engine: turn it off"
+    if train.precision == "fp32" and not fp8.emulate:
+        yield "train.fp8", "multiplies into bfloat16, but train.precision is fp32: use bf16"
+    if torchao and fp8.all_gather and (fp8.recipe != "tensorwise" or sizes.strategy != "fsdp2" or train.cpu_offload):
+        yield (
+            "train.fp8.all_gather",
+            f"needs recipe tensorwise, strategy fsdp2 and no cpu_offload, but they are {fp8.recipe}, {sizes.strategy} "
+            f"and {train.cpu_offload}: turn it off",
+        )
 
 
 def _other(run: RunConfig) -> Iterator[tuple[str, str]]:

@@ -144,6 +144,8 @@ def _words(schema: dict[str, Any]) -> str:
     match schema.get("type"):
         case "integer" | "number" as kind:
             return ("an integer" if kind == "integer" else "a number") + _range(schema)
+        case "string" if "examples" in schema:
+            return "text like " + ", ".join(schema["examples"])
         case "string":
             return "text"
         case "boolean":

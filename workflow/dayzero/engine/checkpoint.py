@@ -22,8 +22,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.nn.parallel import DistributedDataParallel
 
 from dayzero.console import log
+from dayzero.engine.adamw8bit import stored_parts
 from dayzero.engine.distributed import gather_objects, rank
+from dayzero.engine.float8 import plain_weight
 from dayzero.engine.megatron_fsdp import has_unequal_shards, locate_shards
+from dayzero.engine.optimizer import set_lr
 from dayzero.errors import ConfigError
 from dayzero.files import read_json
 
@@ -53,14 +56,20 @@ def state_of(
     if for_saving and isinstance(model, DistributedDataParallel) and rank() != 0:
         return {}
     inner = model.module if isinstance(model, DistributedDataParallel) else model
-    state = {f"model.{name}": tensor for name, tensor in get_model_state_dict(inner, options=OPTIONS).items()}
+    weights = cast(dict[str, Tensor], get_model_state_dict(inner, options=OPTIONS))
+    state = {f"model.{name}": plain_weight(tensor) for name, tensor in weights.items()}
     names = {id(parameter): name for name, parameter in inner.named_parameters()}
     moments: dict[str, Tensor] = {}
     for parameter, values in optimizer.state.items():
         name = names[id(parameter)]
-        own = {f"optimizer.{copies.get(name, name)}.{key}": value for key, value in values.items()}
+        prefix = f"optimizer.{copies.get(name, name)}"
+        own = {
+            f"{prefix}.{part}": tensor
+            for key, value in values.items()
+            for part, tensor in stored_parts(parameter, key, value)
+        }
         moments = own | moments if name in copies else moments | own
-    everything = cast(dict[str, Tensor], state | moments | dict(more))
+    everything = state | moments | dict(more)
     return locate_shards(everything, for_saving=for_saving) if has_unequal_shards(model) else everything
 
 
@@ -95,15 +104,11 @@ def load_checkpoint(
 def _make_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
     """Give a new optimizer its (empty) moments: a step with gradients of zero and a learning rate of zero."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    rates = [group["lr"] for group in optimizer.param_groups]
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
+    set_lr(optimizer, 0.0)  # every training step sets its own
     optimizer.step()
     optimizer.zero_grad()
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
 
 
 def _check_fits(path: Path, saved: dict[str, Any], state: dict[str, Tensor]) -> None:

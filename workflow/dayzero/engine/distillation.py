@@ -36,6 +36,7 @@ from dayzero.engine.loss import (
 from dayzero.engine.model import ModelSource
 from dayzero.engine.parallel_dims import ParallelDims
 from dayzero.engine.parallelize import parallelize
+from dayzero.engine.precision import computes_in_bf16
 from dayzero.engine.weights import Weights
 from dayzero.errors import ConfigError
 
@@ -80,7 +81,7 @@ def build_teacher(
     teacher = Teacher(model)
     load = partial(weights.load, teacher, model, device)
     if dims.strategy == "fsdp2":
-        if train.precision == "bf16":
+        if computes_in_bf16(train.precision):
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(torch.bfloat16)
         settings = train.model_copy(update={"activation_checkpointing": "none"})

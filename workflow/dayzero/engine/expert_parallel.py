@@ -75,12 +75,15 @@ def apply_expert_parallel(model: nn.Module, mesh: DeviceMesh) -> list[nn.Module]
     return found
 
 
-def shard_experts(experts: list[nn.Module], mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
-    """Shard what `apply_expert_parallel` left on each ep rank with FSDP2 over the data axes `mesh`."""
+def shard_experts(experts: list[nn.Module], mesh: DeviceMesh, policy: MixedPrecisionPolicy, **options: Any) -> None:
+    """Shard what `apply_expert_parallel` left on each ep rank with FSDP2 over the data axes `mesh`.
+
+    `options` are `fully_shard`'s.
+    """
     # hidden states are cast by the layer around; the router's weights stay in float32, as they do without ep
     policy = replace(policy, cast_forward_inputs=False)
     for module in experts:
-        fully_shard(module, mesh=mesh, mp_policy=policy, shard_placement_fn=expert_placement(mesh.shape[-1]))
+        fully_shard(module, mesh=mesh, mp_policy=policy, shard_placement_fn=expert_placement(mesh.shape[-1]), **options)
 
 
 def expert_placement(size: int) -> Callable[[nn.Parameter], Shard]:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from dayzero.engine.document_attention import forget_documents
 from dayzero.engine.router_loss import RouterLoss
 from dayzero.engine.structure import find_decoder
 
@@ -89,6 +90,7 @@ class CausalLMWithLoss(nn.Module):
 
     def run(self, input_ids: Tensor, labels: Tensor | None, position_ids: Tensor) -> Tensor:
         """What `forward` does on one rank; a pipeline puts itself in `forward`'s place and has its last stage do it."""
+        forget_documents()
         if labels is None:
             return self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
         options = self._options if self.training else replace(self._options, z_loss=0.0)

@@ -11,6 +11,7 @@ from dayzero.config import Train
 from dayzero.engine.fused_losses import cut_cross_entropy, liger_fused, loss_parallel, plain_head
 from dayzero.engine.loss import Loss, chunked, cross_entropy
 from dayzero.engine.parallel_dims import ParallelDims
+from dayzero.engine.precision import computes_in_bf16
 from dayzero.engine.structure import find_decoder
 from dayzero.errors import ConfigError
 
@@ -69,7 +70,7 @@ def obstacle(name: str, model: PreTrainedModel, train: Train, dims: ParallelDims
     if name == "cut_cross_entropy":
         if find_spec("cut_cross_entropy") is None or find_spec("triton") is None:
             return "needs the packages cut-cross-entropy and triton, which are not installed"
-        if cuda and train.precision != "bf16":
+        if cuda and not computes_in_bf16(train.precision):
             return f"computes in bfloat16 on a GPU, but train.precision is {train.precision}"
         if train.z_loss:
             return f"does not tell the sum of exponentials that train.z_loss {train.z_loss:g} needs"

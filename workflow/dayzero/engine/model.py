@@ -13,7 +13,9 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 
 from dayzero.config import Method
+from dayzero.engine.float8 import frozen_float8, plain_weight
 from dayzero.engine.quantized import Nf4Linear
+from dayzero.engine.sharded import local
 from dayzero.engine.weights import Weights
 from dayzero.errors import ConfigError
 from dayzero.pretrained import require_causal_lm
@@ -64,10 +66,19 @@ def build_model(
 
 def share_weights(module: nn.Module, owner: nn.Module) -> None:
     """Let the meta-device `module` use the parameters and buffers of the equally sharded `owner`; nothing is copied."""
-    module.load_state_dict(owner.state_dict(), assign=True)
+    weights = {name: plain_weight(tensor) for name, tensor in owner.state_dict().items()}
+    module.load_state_dict(weights, assign=True)
     for name, buffer in owner.named_buffers():  # also those that are not in a state dict
         parent, _, leaf = name.rpartition(".")
         module.get_submodule(parent)._buffers[leaf] = buffer
+
+
+def share_trained_weights(module: nn.Module, owner: nn.Module) -> None:
+    """Copy the trained parameters of the equally sharded `owner` into `module`, which has the frozen ones already."""
+    with torch.no_grad():
+        for name, parameter in owner.named_parameters():
+            if parameter.requires_grad:
+                local(module.get_parameter(name)).copy_(local(parameter))
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -77,6 +88,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     for parameter in model.parameters():
         total += parameter.numel()
         trainable += parameter.numel() if parameter.requires_grad else 0
+    total += sum(m.weight_float8.numel() for m in frozen_float8(model).values())
     return trainable, total
 
 

@@ -2,37 +2,143 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Set
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from dayzero.config import Optimizer as OptimizerConfig
+from dayzero.engine.adafactor import Adafactor
+from dayzero.engine.adamw import AdamWInFloat32
+from dayzero.engine.adamw8bit import build_adamw8bit, require_torchao
+from dayzero.engine.muon import Muon
 
 
 def build_optimizer(
     model: nn.Module, config: OptimizerConfig, *, copies: Set[int] = frozenset()
 ) -> torch.optim.Optimizer:
-    """AdamW over the trainable parameters, matrices decayed and the rest not.
+    """The optimizer that `config` names over the trainable parameters, matrices decayed and the rest not.
 
-    `copies`: ids of parameters that are copies of an embedding on another rank, and treated like it. The fused kernel
-    runs on CPU and CUDA, over DTensors too, and is deterministic.
+    `copies`: ids of parameters that are copies of an embedding on another rank, and treated like it. Raises
+    `ConfigError` where the machine lacks what the optimizer needs.
     """
     decay, no_decay = decay_groups(model, copies)
+    if config.name == "muon":
+        hidden = hidden_matrices(model)
+        matrices = [p for p in decay if id(p) in hidden]
+        rest = _groups([p for p in decay if id(p) not in hidden], no_decay, config)
+        parts = [_muon(matrices, config)] if matrices else []
+        return Together([*parts, *([_adamw(rest, config)] if rest else [])])
+    groups = _groups(decay, no_decay, config)
+    if config.name == "adafactor":
+        return Adafactor(
+            groups,
+            lr=config.lr,
+            beta2_decay=config.adafactor.beta2_decay,
+            clip_threshold=config.adafactor.clip_threshold,
+            state_dtype=getattr(torch, config.state_dtype),
+        )
+    if config.name == "adamw8bit":
+        return build_adamw8bit(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+    return _adamw(groups, config)
+
+
+def require_optimizer(config: OptimizerConfig) -> None:
+    """Raise `ConfigError` where the package that the optimizer needs is not installed; starts nothing."""
+    if config.name == "adamw8bit":
+        require_torchao("train.optimizer.name adamw8bit", "choose adamw")
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Take the next step with the learning rate `lr`, times a group's own `lr_factor`."""
+    for group in optimizer.param_groups:
+        rate = lr * group.get("lr_factor", 1.0)
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+class Together(torch.optim.Optimizer):
+    """Optimizers of different parameters as one: their groups and states are its own."""
+
+    def __init__(self, parts: list[torch.optim.Optimizer]) -> None:
+        self.parts = parts
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self.state = defaultdict(dict)
+        for part in parts:
+            part.state = self.state
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Every part's step."""
+        assert closure is None
+        for part in self.parts:
+            part.step()
+
+
+def hidden_matrices(model: nn.Module) -> set[int]:
+    """Ids of the weights of linear layers and of experts, without those of embeddings and the LM head."""
+    outer: set[int] = set()
+    found: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            outer |= {id(p) for p in module.parameters(recurse=False)}
+        elif isinstance(module, nn.Linear | Conv1D):
+            found.add(id(module.weight))
+        if isinstance(module, PreTrainedModel) and (head := module.get_output_embeddings()) is not None:
+            outer |= {id(p) for p in head.parameters()}
+        if isinstance(count := getattr(module, "num_experts", None), int):  # of this rank, with ep
+            stacks = (p for p in module.parameters(recurse=False) if p.ndim == 3)
+            found |= {id(p) for p in stacks if p.shape[0] % count == 0}
+    return found - outer
+
+
+def _groups(decay: list[nn.Parameter], no_decay: list[nn.Parameter], config: OptimizerConfig) -> list[dict[str, Any]]:
     groups = [
         {"params": decay, "weight_decay": config.weight_decay},
         {"params": no_decay, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        fused=True,
+    return [group for group in groups if group["params"]]
+
+
+def _muon(matrices: list[nn.Parameter], config: OptimizerConfig) -> Muon:
+    muon = config.muon
+    factor = 1.0 if muon.lr is None else muon.lr / config.lr
+    return Muon(
+        [{"params": matrices, "weight_decay": config.weight_decay, "lr_factor": factor}],
+        lr=config.lr * factor,
+        momentum=muon.momentum,
+        nesterov=muon.nesterov,
+        num_iterations=muon.num_iterations,
+        adjust_lr=muon.adjust_lr,
+        state_dtype=getattr(torch, config.state_dtype),
     )
+
+
+def _adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """torch's AdamW where moments have the weights' dtype, in the implementation asked for.
+
+    auto is the fused kernel, the fastest and leanest of the three over DTensors (docs/methods.md), and the plain loop
+    on a device that has none. All three are deterministic.
+    """
+    options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+    dtype = getattr(torch, config.state_dtype)
+    if any(p.dtype != dtype for group in groups for p in group["params"]):
+        return AdamWInFloat32(groups, **options, state_dtype=dtype)
+    choice: dict[str, Any] = {"fused": {"fused": True}, "foreach": {"foreach": True}, "for-loop": {"foreach": False}}
+    if config.implementation != "auto":
+        return torch.optim.AdamW(groups, **options, **choice[config.implementation])
+    try:
+        return torch.optim.AdamW(groups, **options, fused=True)
+    except RuntimeError:  # torch says so when the device has no fused kernel
+        return torch.optim.AdamW(groups, **options, foreach=False)
 
 
 def decay_groups(model: nn.Module, copies: Set[int] = frozenset()) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

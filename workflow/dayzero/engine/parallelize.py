@@ -17,16 +17,17 @@ pipeline -> tensor parallelism -> expert parallelism -> activation checkpointing
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 
 from dayzero.config import Train
+from dayzero.engine.activation_checkpointing import apply_activation_checkpointing
+from dayzero.engine.compiling import compile_layers
 from dayzero.engine.context_parallel import recalled
 from dayzero.engine.distributed import local_device
 from dayzero.engine.expert_parallel import apply_expert_parallel, layer_placement, shard_experts
@@ -75,14 +76,11 @@ def parallelize(
         experts = apply_expert_parallel(module.model, expert_mesh["ep"])
     if dims.tp == dims.pp == 1:
         fuse_lora(module)
-    if train.activation_checkpointing == "full":
-        again: dict[str, Any] = {"context_fn": recalled} if pipeline and dims.cp > 1 else {}
-        for layer in layers:
-            # on the instance's forward: no wrapper module, so no parameter is renamed, and FSDP2's hooks stay outside
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, **again)
+    apply_activation_checkpointing(
+        layers, train.activation_checkpointing, around=recalled if pipeline and dims.cp > 1 else None
+    )
     if train.compile:
-        for layer in layers:
-            layer.compile()
+        compile_layers(layers)
 
     if dims.strategy == "fsdp2":
         assert mesh is not None
@@ -91,11 +89,15 @@ def parallelize(
         placement = layer_placement(data_mesh.shape[-1])
         # in a pipeline the next micro-batch needs the weights again at once: gathered for each they would cost too much
         kept: dict[str, Any] = {"reshard_after_forward": False} if pipeline else {}
-        if data_mesh.shape[-1] == 1 and dims.tp == dims.pp == 1:
+        offload: dict[str, Any] = {}
+        if train.cpu_offload:
+            offload["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
+        elif data_mesh.shape[-1] == 1 and dims.tp == dims.pp == 1:
             # each rank holds all of them anyway, and FSDP2 would copy them in every forward and backward pass
             kept["ignored_params"] = frozen_in_bf16(module)
+        kept |= offload
         if experts:
-            shard_experts(experts, dims.data_mesh(expert_mesh), policy)
+            shard_experts(experts, dims.data_mesh(expert_mesh), policy, **offload)
         for layer in layers:
             if not _shares_parameters(layer, module):
                 fully_shard(layer, mesh=data_mesh, mp_policy=policy, shard_placement_fn=placement, **kept)

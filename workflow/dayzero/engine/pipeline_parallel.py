@@ -27,6 +27,7 @@ from dayzero.engine.loss import IGNORE, CausalLMWithLoss
 from dayzero.engine.parallel_dims import ParallelDims
 from dayzero.engine.pipeline_cut import Anatomy, cut_layers
 from dayzero.engine.pipeline_stage import Stage
+from dayzero.engine.precision import computes_in_bf16
 from dayzero.engine.tensor_parallel import pad_tokens
 
 Batch = dict[str, Tensor]
@@ -50,7 +51,7 @@ class Pipeline:
         self.dims, self.group, self.device = dims, group, device
         self.rank = dist.get_rank(group)
         self.hidden_size, self.vocab_size = found.hidden_size, found.vocab_size
-        self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.dtype = torch.bfloat16 if computes_in_bf16(precision) else torch.float32
         """What is sent between stages."""
         self.copies = _untie(whole.model, found)
         self.stages = [Stage(whole, found, s, dims.num_stages, cuts[s], self.dtype) for s in dims.stages_of(self.rank)]

@@ -31,25 +31,28 @@ from dayzero.engine.device_peaks import peak_flops
 from dayzero.engine.distillation import Distillation, build_teacher, check_vocabularies
 from dayzero.engine.ema import Ema
 from dayzero.engine.expert_parallel import average_expert_gradients
+from dayzero.engine.float8 import convert_to_float8, frozen_float8
 from dayzero.engine.flops import StepFlops, count_flops
 from dayzero.engine.frozen import in_float32, keep_frozen_in_bf16
+from dayzero.engine.kernels import use_attention, use_fused_kernels
 from dayzero.engine.lora import warn_of_frozen_experts
 from dayzero.engine.loss import IGNORE, CausalLMWithLoss, LossOptions
 from dayzero.engine.loss_choice import LossChoice, choose_loss
 from dayzero.engine.lr_scheduler import lr_factor
 from dayzero.engine.megatron_fsdp import adapt_optimizer, has_unequal_shards, require_gradients, whole_parameters
 from dayzero.engine.metrics import MetricsLog, peak_memory_gib
-from dayzero.engine.model import ModelSource, count_parameters, share_weights
-from dayzero.engine.optimizer import build_optimizer, clip_grad_norm
+from dayzero.engine.model import ModelSource, count_parameters, share_trained_weights, share_weights
+from dayzero.engine.optimizer import build_optimizer, clip_grad_norm, set_lr
 from dayzero.engine.packing import packing_leak
 from dayzero.engine.parallel_dims import ParallelDims
 from dayzero.engine.parallelize import parallelize
 from dayzero.engine.pipeline_cut import Anatomy, anatomy
-from dayzero.engine.precision import autocast
+from dayzero.engine.precision import autocast, computes_in_bf16, weights_dtype
 from dayzero.engine.router_loss import RouterLoss, router_loss_coefficient
 from dayzero.engine.signals import StopRequest
 from dayzero.engine.structure import find_layers
 from dayzero.engine.tensor_parallel import pad_tokens, sum_partial_gradients
+from dayzero.engine.transformer_engine import float8_autocast
 from dayzero.engine.weights import Weights
 
 
@@ -104,13 +107,17 @@ class Trainer:
     step: int = 0
     """Optimizer steps done."""
     validation_losses: dict[int, float] = field(default_factory=dict)
+    attention: str = "context parallel"
+    """Which attention train.attention came to."""
+    fused_kernels: bool = False
+    """Whether the model runs with Liger's kernels."""
     checkpoint_seconds: float = 0.0
     """How long this process's training has stood still for checkpoints."""
 
     def __post_init__(self) -> None:
         # from headers alone, on every rank alike: a model that cannot be loaded is said before any waits for another
         config = self.source.config(self.tokenizer_directory)
-        self.weights = Weights(self.source, config, self.method, self.seed)
+        self.weights = Weights(self.source, config, self.method, self.seed, dtype=weights_dtype(self.train.precision))
         self.context: ContextParallel | None = None
         if self.dims.cp > 1:
             self.context = ContextParallel(self.dims.build_cp_mesh(self.device.type).get_group(), self.dims.cp_method)
@@ -134,7 +141,7 @@ class Trainer:
         )
         self.router_loss = bare.router_loss
         self.router_coefficient = router_loss_coefficient(model, self.train.router_aux_loss_coef, self.dims)
-        load = partial(self.weights.load, bare, model, self.device)
+        load = partial(self.weights.load, bare, model, self.device, offload=self.train.cpu_offload)
         self.module, self.partial, self.pipeline = parallelize(
             bare, self.dims, self.mesh, self.train, load, self.anatomy
         )
@@ -146,8 +153,8 @@ class Trainer:
         self.metrics = MetricsLog(self.checkpoints / "metrics.jsonl", enabled=self.is_main)
         self.writer = CheckpointWriter(self.checkpoints, self.train.checkpoint)
 
-    def _empty_module(self) -> CausalLMWithLoss:
-        """The model with its loss, on the meta device."""
+    def _empty_module(self, *, plain: bool = False) -> CausalLMWithLoss:
+        """The model with its loss, on the meta device; a `plain` one without fused kernels and 8-bit products."""
         model = self.weights.empty_model()
         if self.train.precision == "bf16" and self.dims.strategy == "fsdp2":
             keep_frozen_in_bf16(model, self.weights.stored_dtype)
@@ -155,6 +162,12 @@ class Trainer:
             self.anatomy = anatomy(model, self.dims.pp)
         if self.dims.cp > 1:
             use_context_parallel(model, self.dims.cp, self.dims.cp_method)
+        else:
+            self.attention = use_attention(model, self.train, self.dims)
+        if not plain:
+            self.fused_kernels = use_fused_kernels(model, self.train, self.dims)
+            if self.train.fp8:
+                convert_to_float8(model, self.train.fp8)
         router_loss = None
         if router_loss_coefficient(model, self.train.router_aux_loss_coef, self.dims):
             router_loss = RouterLoss(model, self.context.group if self.context else None)
@@ -242,8 +255,7 @@ class Trainer:
         # every step has its own seed, so a resumed run needs no saved RNG state
         torch.manual_seed((self.seed * 1_000_003 + step) * 1_009 + self.dims.seed_rank(distributed.rank()))
         lr = self.train.optimizer.lr * lr_factor(step, self.max_steps, self.train.lr_scheduler)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_lr(self.optimizer, lr)
         rows = sum(int((m["lengths"] > 0).sum()) for m in batch.micro_batches)
         flops = self.flops.of_batch(batch.micro_batches, batch.num_label_tokens) if self.flops else 0.0
         counts: list[float] = [batch.num_label_tokens, batch.num_tokens, rows, stop, flops]
@@ -334,20 +346,28 @@ class Trainer:
         closely.
         """
         module = self.module
-        if self.train.precision != "fp32" and self.dims.strategy == "fsdp2":
+        if self.train.fp8 or (self.train.precision != "fp32" and self.dims.strategy == "fsdp2"):
             changed = {"precision": "fp32", "activation_checkpointing": "none", "compile": False}
-            bare = self._empty_module()
+            bare = self._empty_module(plain=True)
             module, _, _ = parallelize(
                 bare,
                 self.dims,
                 self.mesh,
                 self.train.model_copy(update=changed),
-                load=lambda: share_weights(bare, self.module),
+                load=lambda: self._share_weights(bare),
                 found=self.anatomy,
             )
             with in_float32(bare, [] if self.pipeline else list(find_layers(bare.model))):
                 return self._logits(module, input_ids, position_ids, "fp32")
         return self._logits(module, input_ids, position_ids, "fp32")
+
+    def _share_weights(self, bare: CausalLMWithLoss) -> None:
+        """Give `bare` the weights of training; frozen ones that were quantised are loaded once more."""
+        if frozen_float8(self.module):
+            self.weights.load(bare, bare.model, self.device, offload=self.train.cpu_offload)
+            share_trained_weights(bare, self.module)
+        else:
+            share_weights(bare, self.module)
 
     def _logits(self, module: nn.Module, input_ids: Tensor, position_ids: Tensor, precision: str) -> Tensor:
         module.eval()
@@ -358,9 +378,11 @@ class Trainer:
     def packing_leak(self) -> float | None:
         """How far packed documents reach into one another in this model, or in its teacher, see `packing.py`; None if
         they do not."""
-        leak = packing_leak(self.logits, self.vocab_size, self.train.precision)
+        precision = "bf16" if computes_in_bf16(self.train.precision) else "fp32"
+        leak = packing_leak(self.logits, self.vocab_size, precision)
         if leak is None and self.distillation:
-            leak = packing_leak(self._teacher_logits, self.vocab_size, self.train.precision)
+            precision = "bf16" if computes_in_bf16(self.train.precision) else "fp32"
+        leak = packing_leak(self._teacher_logits, self.vocab_size, precision)
         return leak
 
     def _teacher_logits(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
@@ -426,7 +448,8 @@ class Trainer:
         inputs = [None if x is None else x.to(self.device, non_blocking=True) for x in inputs]
         real_tokens = inputs.pop()
         router = {} if real_tokens is None else {"real_tokens": real_tokens, "router_weight": router_weight}
-        with autocast(precision, self.dims.strategy, self.device):
+        fp8 = self.train.fp8 if module is self.module else None  # else: logits in float32
+        with autocast(precision, self.dims.strategy, self.device), float8_autocast(fp8):
             output = module(*inputs, **router)
         if labels is not None:
             return output

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from dayzero.config import Method
+from dayzero.engine.float8 import frozen_float8
 from dayzero.engine.freeze import freeze
 from dayzero.engine.initial_values import InitialValues, untie
 from dayzero.engine.lora import MAGNITUDE, inject_lora
@@ -34,8 +35,16 @@ class Weights:
     another.
     """
 
-    def __init__(self, source: ModelSource, config: PretrainedConfig, method: Method, seed: int) -> None:
-        self.source, self.config, self.method = source, config, method
+    def __init__(
+        self,
+        source: ModelSource,
+        config: PretrainedConfig,
+        method: Method,
+        seed: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.source, self.config, self.method, self.dtype = source, config, method, dtype
         template = self.template = self._from_config("meta")
         self.stored: StoredWeights | None = None
         if source.directory is not None and not source.random_weights:
@@ -58,17 +67,29 @@ class Weights:
             freeze(model, self.method.freeze)
         if quantized and self.method.name == "qlora":
             quantize_modules(model)
+        for parameter in model.parameters():  # not the buffers: rotary tables stay in float32
+            parameter.data = parameter.data.to(self.dtype)
         return model.train()
 
-    def load(self, module: nn.Module, model: PreTrainedModel, device: torch.device) -> None:
-        """Give memory and values to all that is left of `model` within the (sharded) meta-device `module`."""
-        _allocate(module, device)
+    def load(self, module: nn.Module, model: PreTrainedModel, device: torch.device, *, offload: bool = False) -> None:
+        """Give memory and values to all that is left of `model` within the (sharded) meta-device `module`.
+
+        With `offload` parameters stay on the CPU; buffers are on `device`.
+        """
+        _allocate(module, torch.device("cpu") if offload else device)
+        for child in module.modules() if offload else ():
+            child._buffers = {n: b if b is None else b.to(device) for n, b in child._buffers.items()}
         quantized = {name: m for name, m in model.named_modules() if isinstance(m, Nf4Linear)}
-        held = {f"{name}.{buffer}" for name, m in quantized.items() for buffer, _ in m.named_buffers()}
+        eight_bits = frozen_float8(model)
+        held = {f"{name}.{buffer}" for name, m in (quantized | eight_bits).items() for buffer, _ in m.named_buffers()}
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         self.fill({name: tensor for name, tensor in tensors.items() if name not in held})
         for name, linear in quantized.items():
             linear.fill(self.read(_base_name(f"{name}.weight", self.initial.names)))
+        for name, product in eight_bits.items():  # one at a time: no rank needs room for all of them in full
+            weight = torch.empty(product.weight_float8.shape, device=product.weight_float8.device)
+            self.fill({f"{name}.weight": weight})
+            product.quantize(weight)
 
     @torch.no_grad()
     def fill(self, tensors: Mapping[str, Tensor]) -> None:

@@ -34,7 +34,7 @@ PROBE_TOKENS = 32
 FREE_TO_CHANGE = {
     "train": {
         "local_batch_size", "loss", "loss_chunk_size", "activation_checkpointing", "compile", "validate_every",
-        "checkpoint", "num_data_workers",
+        "checkpoint", "num_data_workers", "cpu_offload", "attention", "kernels",
     },
 }  # fmt: skip
 """Keys that do not decide what is learnt: a checkpoint may be continued with other values, on other ranks too."""
@@ -68,7 +68,10 @@ def main(argv: list[str] | None = None) -> int:
 def _launch(args: argparse.Namespace, arguments: list[str]) -> None:
     from dayzero.data.loader import check_rows
     from dayzero.data.tokens import TokenRows
+    from dayzero.engine.float8 import require_float8
+    from dayzero.engine.kernels import require_kernels
     from dayzero.engine.megatron_fsdp import require_megatron_fsdp
+    from dayzero.engine.optimizer import require_optimizer
     from dayzero.engine.parallel_dims import ParallelDims
     from dayzero.engine.quantized import require_qlora
 
@@ -79,6 +82,10 @@ def _launch(args: argparse.Namespace, arguments: list[str]) -> None:
         require_megatron_fsdp()
     if run.method.name == "qlora":
         require_qlora()
+    require_kernels(run.train)
+    require_optimizer(run.train.optimizer)
+    if run.train.fp8:
+        require_float8(run.train.fp8)
     dims.grad_accum_steps(run.train.global_batch_size, run.train.local_batch_size)
     check_rows(TokenRows(args.tokens / "train", run.tokenize.seq_len), dims.dp)  # before any process is started
     if run.train.checkpoint.keep_best and not (args.tokens / "validation").is_dir():
@@ -147,7 +154,7 @@ def _check_fit(run: RunConfig, args: argparse.Namespace, dims: ParallelDims) -> 
             f"{args.tokens} has the token id {largest}, but the model's vocab_size is {vocab_size}: use the model's "
             "own tokenizer, or a larger model.architecture.vocab_size"
         )
-    chosen = run.method.adapters or run.method.freeze or run.train.router_aux_loss_coef
+    chosen = run.method.adapters or run.method.freeze or run.train.router_aux_loss_coef or run.train.fp8
     chosen = chosen or run.train.loss not in ("auto", "chunked", "cross_entropy")
     if args.teacher:
         check_same_tokens(args.tokenizer or args.model, args.teacher, str(run.method.kd.teacher))
@@ -162,6 +169,7 @@ def _check_model(run: RunConfig, args: argparse.Namespace, dims: ParallelDims) -
     from dayzero.config import Method
     from dayzero.engine.distillation import check_vocabularies
     from dayzero.engine.expert_parallel import check_expert_parallel
+    from dayzero.engine.float8 import convert_to_float8
     from dayzero.engine.loss_choice import choose_loss
     from dayzero.engine.megatron_fsdp import check_megatron_fsdp
     from dayzero.engine.model import ModelSource, build_model
@@ -181,6 +189,8 @@ def _check_model(run: RunConfig, args: argparse.Namespace, dims: ParallelDims) -
             tensor_parallel_plan(teacher, dims.tp, sequence_parallel=dims.sequence_parallel)
     if dims.strategy == "megatron_fsdp":
         check_megatron_fsdp(model)
+    if run.train.fp8:
+        convert_to_float8(model, run.train.fp8)
     if dims.ep > 1:
         check_expert_parallel(model, dims.ep)
     if dims.pp > 1:
@@ -300,6 +310,7 @@ def _train(args: argparse.Namespace, device: Any) -> None:
         run.method.name, trainer.trainable_parameters, trainer.total_parameters, dims.world_size, dims.strategy,
         len(rows), trainer.max_steps, run.train.global_batch_size,
     )  # fmt: skip
+    log.info("attention %s%s", trainer.attention, ", Liger's kernels" if trainer.fused_kernels else "")
     validation = None
     if (args.tokens / "validation").is_dir():
         validation = ValidationBatches(TokenRows(args.tokens / "validation", packed=leak is None), **share)

@@ -1,0 +1,106 @@
+"""Attention document by document against transformers' masks: values and gradients, windows and chunks too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from dayzero.config import Train
+from dayzero.engine import document_attention
+from dayzero.engine.document_attention import forget_documents
+from dayzero.engine.kernels import require_kernels, use_attention, use_fused_kernels
+from dayzero.engine.loss import CausalLMWithLoss
+from dayzero.engine.parallel_dims import ParallelDims
+from dayzero.errors import ConfigError
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests.tiny import ARCHITECTURES
+
+ONE = ParallelDims(strategy="none", world_size=1)
+SMALL: dict[str, Any] = {"num_hidden_layers": 2}
+
+
+def model_of(name: str, **fields: Any) -> Any:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(**{**ARCHITECTURES.get(name, ARCHITECTURES["llama"]), **SMALL, **fields})
+    config.use_cache = False
+    return AutoModelForCausalLM.from_config(config)
+
+
+def rows(lengths: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random tokens and the positions of documents of these lengths in each row."""
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
+    return torch.randint(0, 128, positions.shape, generator=torch.Generator().manual_seed(1)), positions
+
+
+def loss_and_gradients(model: Any, lengths: list[list[int]]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    ids, positions = rows(lengths)
+    model.zero_grad()
+    loss = CausalLMWithLoss(model)(ids, ids, positions)
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+CASES = [
+    ("llama", {}),
+    ("qwen3", {}),
+    ("mixtral", {"sliding_window": 6}),  # documents longer and shorter than the window
+    ("gemma2", {"model_type": "gemma2", "sliding_window": 6, "head_dim": 8, "attn_logit_softcapping": None}),
+    ("opt", {}),
+]
+
+
+@pytest.mark.parametrize(("name", "fields"), CASES)
+@pytest.mark.parametrize("lengths", [[[3, 9, 4], [16]], [[5, 1, 5, 5], [2, 2, 6, 6]], [[16], [16]]])
+def test_the_loss_and_gradients_of_masked_attention(
+    name: str, fields: dict[str, Any], lengths: list[list[int]]
+) -> None:
+    model = model_of(name, **fields)
+    assert model.config._attn_implementation == "sdpa"
+    want_loss, want = loss_and_gradients(model, lengths)
+    assert use_attention(model, Train(max_steps=1), ONE) == "documents"
+    loss, gradients = loss_and_gradients(model, lengths)
+    torch.testing.assert_close(loss, want_loss, rtol=1e-5, atol=0)
+    assert gradients.keys() == want.keys()
+    for key, gradient in want.items():
+        torch.testing.assert_close(gradients[key], gradient, rtol=1e-4, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def test_no_mask_is_made_for_packed_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    monkeypatch.setattr(document_attention, "sdpa_mask", lambda **_: made.append(1))
+    model = model_of("llama")
+    use_attention(model, Train(max_steps=1), ONE)
+    loss_and_gradients(model, [[3, 9, 4], [16]])
+    assert document_attention._documents is not None
+    assert document_attention._documents.lengths == [[3, 9, 4], [16]]
+    assert not made
+    forget_documents()
+
+
+@pytest.mark.parametrize(
+    ("train", "said"),
+    [
+        ({"attention": "flex"}, "train.attention flex trains on NVIDIA GPUs only, and torch sees none here: use auto"),
+        ({"attention": "varlen"}, "train.attention varlen trains on NVIDIA GPUs only"),
+        ({"kernels": "liger"}, "train.kernels liger needs an NVIDIA GPU, and torch sees none here; use auto"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU says")
+def test_kernels_without_a_gpu(train: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        require_kernels(Train(max_steps=1, **train))
+
+
+@pytest.mark.parametrize("name", ["mamba", "opt"])
+def test_models_whose_attention_is_their_own(name: str) -> None:
+    model = model_of(name)
+    own = model.config._attn_implementation
+    model.set_attn_implementation("eager") if name == "opt" else None
+    train = Train(max_steps=1, attention="documents")
+    if name == "opt" or own != "sdpa":
+        with pytest.raises(ConfigError, match="takes the place of sdpa, but"):
+            use_attention(model, train, ONE)
+    assert use_attention(model, Train(max_steps=1), ONE) == model.config._attn_implementation
+    assert not use_fused_kernels(model, Train(max_steps=1, kernels="none"), ONE)

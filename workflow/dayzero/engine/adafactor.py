@@ -1,0 +1,81 @@
+"""Adafactor on whole and on sharded weights: second moments kept as one row and one column of each matrix.
+
+torch.optim.Adafactor refuses DTensors (in torch 2.13: "in-place operations that require placement changes are not
+supported"), so the same steps (Shazeer and Stern 2018, https://arxiv.org/abs/1804.04235, in the variant of
+torch.optim.Adafactor) are taken on each rank's share: only means over a dim that is split, and the sizes of weights and
+updates, are added up over ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dayzero.engine.sharded import like, local, mean_over, root_mean_square, with_one
+
+EPS_SCALE = 1e-3
+"""A weight's own size counts as at least this (eps2 of the paper)."""
+
+
+class Adafactor(torch.optim.Optimizer):
+    """Steps are as large as a share `lr` of the weight's own root mean square, at most `clip_threshold` times it."""
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        lr: float,
+        beta2_decay: float = -0.8,
+        clip_threshold: float = 1.0,
+        weight_decay: float = 0.0,
+        state_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        defaults = {"lr": lr, "beta2_decay": beta2_decay, "clip_threshold": clip_threshold}
+        super().__init__(params, {**defaults, "weight_decay": weight_decay})
+        self.state_dtype = state_dtype
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        assert closure is None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, local(parameter.grad).float(), self.state[parameter], group)
+
+    def _update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+        state.setdefault("step", torch.zeros(()))
+        state["step"] += 1
+        step = state["step"].item()
+        new_share = step ** group["beta2_decay"]  # 1 - beta2 of this step
+        share = local(weight)
+        eps = torch.finfo(weight.dtype).eps
+        length = max(EPS_SCALE, root_mean_square(weight, share)) * min(group["lr"], step**-0.5)
+        squared = grad.square()
+        if weight.ndim > 1:
+            row = self._keep(state, "row_var", weight, mean_over(weight, squared, -1), -1, new_share)
+            column = self._keep(state, "col_var", weight, mean_over(weight, squared, -2), -2, new_share)
+            mean = mean_over(with_one(weight, row, -1), row, -2)
+            variance = row * column / mean.clamp(min=eps)
+        else:
+            variance = self._keep(state, "variance", weight, squared, None, new_share)
+        update = variance.clamp(min=eps * eps).rsqrt() * grad
+        clip = max(1.0, root_mean_square(weight, update) / group["clip_threshold"])
+        if group["weight_decay"]:
+            share.mul_(1 - group["lr"] * group["weight_decay"])
+        share.add_(update, alpha=-length / clip)
+
+    def _keep(
+        self, state: dict[str, Tensor], name: str, weight: Tensor, new: Tensor, dim: int | None, share: float
+    ) -> Tensor:
+        """This rank's part of the running mean of `new`, in which `dim` of `weight` has been averaged."""
+        if name not in state:
+            first = torch.zeros_like(new, dtype=self.state_dtype)
+            state[name] = like(weight, first) if dim is None else with_one(weight, first, dim)
+        kept = local(state[name])
+        average = kept.float().lerp(new, share)
+        kept.copy_(average)
+        return average

@@ -1,0 +1,59 @@
+"""torch.compile of each layer by itself: one graph is compiled and serves all layers alike."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dayzero.console import log
+
+
+def compile_layers(layers: Iterable[nn.Module]) -> None:
+    """Compile each layer into one graph, or where it cannot be one, into several.
+
+    What was compiled is kept on the disk and found again by later processes: see `keep_compiled`.
+    """
+    keep_compiled()
+    for layer in layers:
+        layer.compile(fullgraph=True)
+        layer._compiled_call_impl = _Compiled(layer)
+
+
+class _Compiled:
+    """Calls a layer's one graph; from the first call on that torch refuses, its several."""
+
+    told = False
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+        self.call: Any = layer._compiled_call_impl
+        self.whole = True
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        if not self.whole:
+            return self.call(*args, **options)
+        try:
+            return self.call(*args, **options)
+        except torch._dynamo.exc.Unsupported as refused:
+            if not _Compiled.told:
+                _Compiled.told = True
+                reason = str(refused).strip().splitlines()[0]
+                log.info("train.compile: layers are compiled in several graphs, not one: %s", reason)
+            self.layer.compile()
+            self.call, self.whole = self.layer._compiled_call_impl, False
+            self.layer._compiled_call_impl = self
+            return self.call(*args, **options)
+
+
+def keep_compiled() -> Path:
+    """Have torch keep what it compiles in the user's cache, unless TORCHINDUCTOR_CACHE_DIR names a folder.
+
+    torch's own default is the machine's temporary folder, which a restart on another node does not find.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(home) / "dayzero" / "compiled")))

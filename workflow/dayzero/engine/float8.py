@@ -1,0 +1,193 @@
+"""FP8 training: matrix products of 8-bit floats (Micikevicius et al. 2022, https://arxiv.org/abs/2209.05433).
+
+The linear layers inside the model's layers are converted, not the head, embeddings, adapters or experts.
+
+- Weights that are trained stay as they are and are cast with one scale a tensor, or a row, in every step, by torchao
+  or by transformer-engine (see `transformer_engine.py`).
+- Weights that are frozen (LoRA) never change, so they are quantised once, when they are loaded, and only their 8 bits
+  are kept: whole on every rank, since that is a quarter of float32 and needs no gathering.
+
+Shapes: N tokens, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from dayzero.config import Fp8
+from dayzero.engine.adamw8bit import require_torchao
+from dayzero.engine.sharded import like
+from dayzero.engine.structure import find_layers
+from dayzero.engine.transformer_engine import require_transformer_engine, swap_linears
+from dayzero.errors import ConfigError
+
+MULTIPLE = 16
+"""What both sizes of a weight must be multiples of, for the hardware's products of 8-bit floats."""
+
+CAPABILITY = (8, 9)
+"""The first NVIDIA GPUs that have them: Ada, then Hopper (9, 0)."""
+
+WEIGHT = torch.float8_e4m3fn
+SHOWN = 4
+"""Modules named in a message."""
+
+
+def require_float8(fp8: Fp8) -> None:
+    """Raise `ConfigError` where this machine cannot train as `fp8` says; starts nothing."""
+    if fp8.backend == "transformer_engine":
+        require_transformer_engine(fp8.recipe)
+    if not fp8.emulate and not (torch.cuda.is_available() and torch.cuda.get_device_capability() >= CAPABILITY):
+        raise ConfigError(
+            "train.fp8 needs an NVIDIA GPU of compute capability 8.9 or later (Ada, Hopper, Blackwell), and torch sees "
+            "none here: set train.fp8.emulate to try its rounding slowly, or train.fp8 to null"
+        )
+
+
+def convert_to_float8(model: PreTrainedModel, fp8: Fp8) -> None:
+    """Let the linear layers of the meta-device `model` compute in 8 bits, in place, before it is sharded.
+
+    Raises `ConfigError` naming the modules whose sizes are not multiples of 16.
+    """
+    found = dict(_linears(model, fp8.skip))
+    odd = {n: m for n, m in found.items() if m.in_features % MULTIPLE or m.out_features % MULTIPLE}
+    if odd:
+        shown = ", ".join(f"{n} {m.out_features} x {m.in_features}" for n, m in list(odd.items())[:SHOWN])
+        more = f" and {len(odd) - SHOWN} more" if len(odd) > SHOWN else ""
+        raise ConfigError(
+            f"train.fp8: sizes that are not multiples of {MULTIPLE}: {shown}{more}: leave them out by name, "
+            f"train.fp8.skip: {sorted({n.rpartition('.')[2] for n in odd})}"
+        )
+    if not found:
+        raise ConfigError("train.fp8: no linear layer is left to convert: set it to null")
+    if fp8.backend == "transformer_engine":
+        swap_linears(model, found)
+        return
+    frozen = {name for name, m in found.items() if not m.weight.requires_grad}
+    for name in frozen:
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, FrozenFloat8Linear(found[name], fp8))
+    trained = set(found) - frozen
+    if fp8.all_gather and not trained:
+        raise ConfigError("train.fp8.all_gather: frozen weights are not gathered at all: turn it off")
+    if trained:
+        _convert_trained(model, fp8, trained)
+
+
+def _linears(model: PreTrainedModel, skip: list[str]) -> Iterator[tuple[str, nn.Linear]]:
+    names = {id(module): name for name, module in model.named_modules()}
+    for layer in find_layers(model):
+        for inner, module in layer.named_modules():
+            name = f"{names[id(layer)]}.{inner}"
+            skipped = any(name == s or name.removesuffix(".base_layer").endswith(f".{s}") for s in skip)
+            if type(module) is nn.Linear and "lora_" not in name and not skipped:
+                yield name, module
+
+
+def _convert_trained(model: PreTrainedModel, fp8: Fp8, names: set[str]) -> None:
+    require_torchao("train.fp8 of weights that are trained", "set train.fp8 to null")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    config = Float8LinearConfig.from_recipe_name(fp8.recipe)
+    # the product for a weight's gradient sums over tokens, whose number need not be a multiple of 16
+    config = replace(config, emulate=fp8.emulate, pad_inner_dim=not fp8.emulate)
+    if fp8.all_gather:
+        config = replace(config, enable_fsdp_float8_all_gather=True)
+    convert_to_float8_training(model, config=config, module_filter_fn=lambda _, name: name in names)
+
+
+class FrozenFloat8Linear(nn.Module):
+    """x W^T + b with W [O, I] quantised once; gradients flow to x alone."""
+
+    weight_float8: Tensor
+    weight_scale: Tensor
+
+    def __init__(self, linear: nn.Linear, fp8: Fp8) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.by_row, self.emulate = fp8.recipe == "rowwise", fp8.emulate
+        scales = (self.out_features, 1) if self.by_row else ()
+        device = linear.weight.device
+        # not parameters: they are neither trained nor sharded nor saved
+        codes = torch.empty(linear.weight.shape, dtype=WEIGHT, device=device)
+        self.register_buffer("weight_float8", codes, persistent=False)
+        self.register_buffer("weight_scale", torch.empty(scales, device=device), persistent=False)
+        self.bias = linear.bias
+
+    @torch.no_grad()
+    def quantize(self, weight: Tensor) -> None:
+        """Take the values of `weight` [O, I]."""
+        codes, scale = to_float8(weight, WEIGHT, by_row=self.by_row)
+        self.weight_float8.copy_(codes)
+        self.weight_scale.copy_(scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., I] -> [..., O]."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        out = _FrozenProduct.apply(x.flatten(0, -2), self.weight_float8, self.weight_scale, self.emulate)
+        out = out.unflatten(0, x.shape[:-1])
+        return out if self.bias is None else out + self.bias.to(out.dtype)
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """x [N, I] times a quantised W^T [I, O]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, emulate: bool) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        ctx.emulate = emulate
+        codes, x_scale = to_float8(x, WEIGHT, by_row=scale.ndim > 0)
+        return product(codes, x_scale, weight.t(), scale.t() if scale.ndim else scale, x.dtype, emulate)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        weight, scale = ctx.saved_tensors
+        (gradient,) = gradients
+        if scale.ndim:
+            # summed over outputs, each of which has a scale: they go into the gradient before it is rounded
+            codes, grad_scale = to_float8(gradient * scale.t(), WEIGHT, by_row=True)
+            scale = torch.ones(1, weight.shape[1], device=weight.device)
+        else:
+            codes, grad_scale = to_float8(gradient, torch.float8_e5m2, by_row=False)
+        return product(codes, grad_scale, weight, scale, gradient.dtype, ctx.emulate), None, None, None
+
+
+def to_float8(x: Tensor, dtype: torch.dtype, *, by_row: bool) -> tuple[Tensor, Tensor]:
+    """[N, I] -> its codes in `dtype` and the float32 scale, one or [N, 1], such that codes x scale is about x."""
+    largest = torch.finfo(dtype).max
+    size = x.abs().amax(dim=1, keepdim=True) if by_row else x.abs().max()
+    scale = size.float().clamp(min=1e-12) / largest
+    return (x.float() / scale).clamp(-largest, largest).to(dtype), scale
+
+
+def product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torch.dtype, emulate: bool) -> Tensor:
+    """[N, I] times [I, O], both 8-bit, with scales one or [N, 1] and [1, O]."""
+    if emulate:
+        return ((a.float() * a_scale) @ (b.float() * b_scale)).to(dtype)
+    if b.stride(0) != 1:  # the hardware takes the second factor by columns
+        b = b.t().contiguous().t()
+    out = torch._scaled_mm(a, b, scale_a=a_scale, scale_b=b_scale, out_dtype=torch.bfloat16, use_fast_accum=True)
+    return out.to(dtype)
+
+
+def frozen_float8(model: nn.Module) -> dict[str, FrozenFloat8Linear]:
+    """The modules of `model` that hold quantised weights, by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, FrozenFloat8Linear)}
+
+
+def plain_weight(tensor: Tensor) -> Tensor:
+    """`tensor` without what torchao puts around a weight that is gathered in 8 bits; its memory is shared."""
+    share = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    inner = getattr(share, "_tensor", None)
+    if inner is None or type(share) is Tensor:
+        return tensor
+    return like(tensor, inner)

@@ -1,0 +1,105 @@
+"""Which attention and which fused kernels a model runs with, by what the machine and the model can do."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from dayzero.config import Train
+from dayzero.engine.document_attention import DOCUMENTS, VARLEN, has_varlen
+from dayzero.engine.parallel_dims import ParallelDims
+from dayzero.errors import ConfigError, one_line
+
+NAMES = {"documents": DOCUMENTS, "varlen": VARLEN, "flex": "flex_attention", "sdpa": "sdpa", "eager": "eager"}
+
+
+def require_kernels(train: Train) -> None:
+    """Raise `ConfigError` where this machine cannot run the kernels that `train` names; starts nothing."""
+    if train.attention in ("flex", "varlen") and not torch.cuda.is_available():
+        raise ConfigError(
+            f"train.attention {train.attention} trains on NVIDIA GPUs only, and torch sees none here: use auto"
+        )
+    if train.attention == "varlen" and not has_varlen():
+        raise ConfigError(
+            f"train.attention varlen needs torch.nn.attention.varlen, which torch {torch.__version__} has not: use auto"
+        )
+    if train.attention == "varlen" and train.precision == "fp32":
+        raise ConfigError("train.attention varlen computes in bfloat16, but train.precision is fp32: use bf16, or sdpa")
+    if train.kernels == "liger" and (missing := _liger_lacks()):
+        raise ConfigError(f"train.kernels liger needs {missing}; use auto")
+
+
+def use_attention(model: PreTrainedModel, train: Train, dims: ParallelDims) -> str:
+    """Let `model` attend as `train.attention` says; returns what that came to.
+
+    auto is `documents` on a CPU, where the model's attention is SDPA and neither a pipeline nor a compiler stands in
+    the way, else the model's own. Raises `ConfigError` where the model cannot.
+    """
+    own = str(model.config._attn_implementation)
+    chosen = train.attention
+    if chosen == "auto":
+        by_documents = (
+            own == "sdpa"
+            and getattr(model, "_supports_attention_backend", False)
+            and not torch.cuda.is_available()
+            and dims.pp == 1
+            and not train.compile
+        )
+        if not by_documents:
+            return own
+        chosen = "documents"
+    if chosen in ("documents", "varlen") and own != "sdpa":
+        raise ConfigError(
+            f"train.attention {chosen} takes the place of sdpa, but {type(model).__name__} has only {own}: use auto"
+        )
+    try:
+        model.set_attn_implementation(NAMES[chosen])
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"train.attention {chosen}: {one_line(error)}: use auto") from error
+    if model.config._attn_implementation != NAMES[chosen]:
+        raise ConfigError(f"train.attention {chosen}: {type(model).__name__} cannot have it: use auto")
+    return chosen
+
+
+def use_fused_kernels(model: PreTrainedModel, train: Train, dims: ParallelDims) -> bool:
+    """Give `model` Liger's kernels (https://github.com/linkedin/Liger-Kernel) as `train.kernels` says; whether it has.
+
+    Norms, rotary embeddings and MLPs, not the loss, which train.loss chooses. auto takes them where they run: on a GPU,
+    for models that Liger knows, whose norms tensor parallelism has not split. Raises `ConfigError`.
+    """
+    if train.kernels == "none" or (train.kernels == "auto" and (_liger_lacks() or dims.tp > 1)):
+        return False
+    require_kernels(train)
+    if dims.tp > 1:
+        raise ConfigError(f"train.kernels liger: its norms cannot be split by parallelism.tp {dims.tp}: use auto")
+    from liger_kernel.transformers import monkey_patch
+
+    patch = monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN.get(model.config.model_type)
+    if patch is None:
+        if train.kernels == "auto":
+            return False
+        known = ", ".join(sorted(monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN))
+        raise ConfigError(f"train.kernels liger: Liger knows no {model.config.model_type} (it knows {known}): use auto")
+    off = dict.fromkeys(("cross_entropy", "fused_linear_cross_entropy"), False)
+    options: dict[str, Any] = {k: v for k, v in off.items() if k in inspect.signature(patch).parameters}
+    patch(model=model, **options)
+    return True
+
+
+def find_attention(model: nn.Module) -> str:
+    """The attention that `model` runs with, in the words of train.attention."""
+    name = str(getattr(model.config, "_attn_implementation", "eager"))
+    return {theirs: ours for ours, theirs in NAMES.items()}.get(name, name)
+
+
+def _liger_lacks() -> str | None:
+    if not torch.cuda.is_available():
+        return "an NVIDIA GPU, and torch sees none here"
+    if importlib.util.find_spec("liger_kernel") is None:
+        return "the package liger-kernel: pip install liger-kernel"
+    return None

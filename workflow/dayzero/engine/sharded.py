@@ -1,0 +1,87 @@
+"""What optimizers need to know of weights that are split over ranks: this rank's share, and sums over the others."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's share of `tensor`, sharing its memory; the tensor itself where it is whole."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def like(tensor: Tensor, share: Tensor) -> Tensor:
+    """`share` as this rank's part of a tensor of the shape, and split like, `tensor`."""
+    if not isinstance(tensor, DTensor):
+        return share
+    return DTensor.from_local(
+        share, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
+
+
+def zeros(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """Zeros of `dtype`, split like `parameter`."""
+    return like(parameter, torch.zeros_like(local(parameter).detach(), dtype=dtype))
+
+
+def with_last_dim(tensor: Tensor, share: Tensor, size: int) -> Tensor:
+    """`share` as this rank's part of a tensor split like `tensor` whose last dim has `size` elements."""
+    return _with_dim(tensor, share, tensor.ndim - 1, size, keep_split=True)
+
+
+def mean_over(tensor: Tensor, share: Tensor, dim: int) -> Tensor:
+    """The mean over `dim` of what is split like `tensor`, whose part here is `share`; `dim` is kept, with one element.
+
+    Other dims stay split as they are, so that this rank's part fits its part of `tensor`.
+    """
+    assert share.shape == local(tensor).shape
+    total = share.sum(dim=dim, keepdim=True)
+    if isinstance(tensor, DTensor):
+        for axis, placement in enumerate(tensor.placements):
+            if _split_dim(placement, tensor.ndim) == dim % tensor.ndim:
+                dist.all_reduce(total, group=tensor.device_mesh.get_group(axis))
+    return total / tensor.shape[dim]
+
+
+def with_one(tensor: Tensor, share: Tensor, dim: int) -> Tensor:
+    """What `mean_over` made, as part of a tensor split like `tensor` but for `dim`, of which all ranks hold the one."""
+    return _with_dim(tensor, share, dim % tensor.ndim, 1, keep_split=False)
+
+
+def root_mean_square(tensor: Tensor, share: Tensor) -> float:
+    """Over all elements of what is split like `tensor`, whose part here is `share`."""
+    total = share.float().square().sum()
+    if isinstance(tensor, DTensor):
+        for axis, placement in enumerate(tensor.placements):
+            if not placement.is_replicate():
+                dist.all_reduce(total, group=tensor.device_mesh.get_group(axis))
+    return (total.item() / max(tensor.numel(), 1)) ** 0.5
+
+
+def some_rank_is_empty(tensor: Tensor) -> bool:
+    """Whether a rank holds nothing of `tensor`: dims are dealt out in equal pieces until nothing is left."""
+    if not isinstance(tensor, DTensor):
+        return False
+    pieces: dict[int, int] = {}
+    for axis, placement in enumerate(tensor.placements):
+        if (dim := _split_dim(placement, tensor.ndim)) is not None:
+            pieces[dim] = pieces.get(dim, 1) * tensor.device_mesh.size(axis)
+    return any((n - 1) * -(-tensor.shape[dim] // n) >= tensor.shape[dim] for dim, n in pieces.items())
+
+
+def _with_dim(tensor: Tensor, share: Tensor, dim: int, size: int, *, keep_split: bool) -> Tensor:
+    if not isinstance(tensor, DTensor):
+        return share
+    shape = torch.empty([size if d == dim else n for d, n in enumerate(tensor.shape)], device="meta")
+    placements = [p if keep_split or _split_dim(p, tensor.ndim) != dim else Replicate() for p in tensor.placements]
+    return DTensor.from_local(
+        share, tensor.device_mesh, placements, run_check=False, shape=shape.shape, stride=shape.stride()
+    )
+
+
+def _split_dim(placement: Placement, ndim: int) -> int | None:
+    dim: int | None = getattr(placement, "dim", None)
+    return None if dim is None else dim % ndim
