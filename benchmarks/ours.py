@@ -33,10 +33,10 @@ from torch.profiler import profile as profiler
 from benchmarks.workload import Clock, Measured, Task, report
 
 WAYS: dict[str, dict[str, Any]] = {
-    "dayzero": {"documents_per_row": 2},
-    "dayzero compiled": {"documents_per_row": 2, "compile": True},
-    "dayzero, a document a row": {},
-    "dayzero, a document a row, compiled": {"compile": True},
+    "dayzero": {},
+    "dayzero compiled": {"compile": True},
+    "dayzero packed": {"documents_per_row": 2},
+    "dayzero packed, compiled": {"documents_per_row": 2, "compile": True},
 }
 """Changes to the train section, and `documents_per_row`."""
 
