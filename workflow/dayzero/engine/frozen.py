@@ -21,9 +21,10 @@ from torch.distributed.tensor import DTensor
 
 
 def keep_frozen_in_bf16(model: nn.Module, stored_dtype: Callable[[str], torch.dtype | None]) -> None:
-    """Make the frozen parameters of the meta-device `model` bfloat16 where `stored_dtype(name)` is."""
+    """Make the frozen float32 parameters of the meta-device `model` bfloat16 where `stored_dtype(name)` is."""
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad and stored_dtype(name) == torch.bfloat16:
+        plain = type(parameter) is nn.Parameter and parameter.dtype == torch.float32  # not a quantised one
+        if plain and not parameter.requires_grad and stored_dtype(name) == torch.bfloat16:
             parameter.data = parameter.data.to(torch.bfloat16)
 
 

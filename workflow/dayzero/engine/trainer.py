@@ -298,15 +298,16 @@ class Trainer:
         """Gradients of `scale` times the summed loss of all `micro_batches`; returns the share of the sum seen here."""
         if self.pipeline:
             return self.pipeline.train(micro_batches, scale, self.context)
-        loss_sum = 0.0
+        # summed on the device: reading every loss would let it idle between micro-batches
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         for index, micro_batch in enumerate(micro_batches):
             with self._gradient_sync(last=index == len(micro_batches) - 1):
                 loss = self._loss_sum(micro_batch, router_weight)
                 (loss * scale).backward()
-            loss_sum += loss.item()
+            loss_sum += loss.detach()
         if self.distillation:
             self.distillation.teacher.reshard()
-        return loss_sum
+        return loss_sum.item()
 
     @torch.no_grad()
     def validate(self, batches: Iterable[Batch]) -> float:
