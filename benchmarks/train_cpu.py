@@ -26,7 +26,7 @@ from statistics import median
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "workflow")]
 
-from benchmarks.workload import ROOT, Measured, Task, measure  # noqa: E402
+from benchmarks.workload import ROOT, Measured, Task, measure
 
 OURS = ["dayzero"]
 PEERS = [

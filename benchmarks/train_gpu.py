@@ -25,7 +25,7 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "workflow")]
 
-from benchmarks.workload import Measured, Task, measure  # noqa: E402
+from benchmarks.workload import Measured, Task, measure
 
 LLAMA = {"model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5, "max_position_embeddings": 131072,
          "vocab_size": 128256, "rope_theta": 500000.0, "num_key_value_heads": 8}  # fmt: skip

@@ -20,7 +20,7 @@ from statistics import median
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.workflow.project import make_project  # noqa: E402
+from tests.workflow.project import make_project
 
 EXPERIMENT = """
 description: a sweep
