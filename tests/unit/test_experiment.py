@@ -440,3 +440,24 @@ def test_every_key_says_what_it_expects() -> None:
     assert all(expected(key) for key in KEYS)
     assert expected("train.optimizer.lr") == "a number above 0"
     assert expected("data.columns.prompt") == "text"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "config/recipes/methods").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_method_s_fragment_is_a_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Laid over a recipe with a model, as its first line says."""
+    monkeypatch.chdir(ROOT)
+    more = "method.kd.teacher: hf:org/big" if path.stem == "kd" else "seed: 1"
+    file = tmp_path / "exp.yaml"
+    recipe = f"[smollm2-135m-full, function-calling, methods/{path.stem}]"
+    file.write_text(f"recipe: {recipe}\nruns:\n  a: {{{more}}}\n")
+    run = load_experiment(file).runs["a"]
+    expected = {
+        "lora-embeddings": "lora",
+        "rslora": "lora",
+        "dora": "lora",
+        "qlora": "qlora",
+        "lora": "lora",
+        "kd": "kd",
+    }
+    assert run.method.name == expected.get(path.stem, "full")
+    assert path.read_text().startswith("# ")

@@ -88,6 +88,22 @@ def test_z_loss_in_value_and_gradient(loss: str, name: str) -> None:
     torch.testing.assert_close(module.eval()(input_ids, labels, position_ids), plain, rtol=1e-5, atol=0)
 
 
+def test_cut_cross_entropy_in_value_and_gradient() -> None:
+    """Its compiled variant, which is what runs without a GPU."""
+    pytest.importorskip("cut_cross_entropy")
+    pytest.importorskip("triton")
+    model, rows = tiny("qwen3"), batch()
+    found = []
+    for loss in ("cross_entropy", "cut_cross_entropy"):
+        model.zero_grad()
+        value = CausalLMWithLoss(model, loss=LOSSES[loss])(*rows)
+        (value / 7).backward()
+        found.append((value, {n: p.grad.clone() for n, p in model.named_parameters()}))
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-5, atol=0)
+    for name, gradient in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], gradient, rtol=1e-5, atol=1e-5)
+
+
 def on_meta(name: str, **fields: object) -> PreTrainedModel:
     fields = {**SHAPES[name], **fields}
     config = AutoConfig.for_model(fields.pop("model_type"), **fields)

@@ -90,7 +90,10 @@ def test_command_line_overrides(tiny: Project) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["experiment=tinny"], ["config/experiments/tinny.yaml: no such file; there are: demo, meshes, methods, tiny"]),
+        (
+            ["experiment=tinny"],
+            ["config/experiments/tinny.yaml: no such file; there are: adapters, demo, meshes, methods, tiny"],
+        ),
         (
             ["experimnt=tiny", "trian=3"],
             ["experimnt: unknown key; did you mean experiment?", "trian: unknown key; did"],
