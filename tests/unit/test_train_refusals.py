@@ -18,9 +18,10 @@ from dayzero.errors import ConfigError, DataError
 from dayzero.files import read_json, write_json
 from dayzero.stages import export, train
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tests.tiny import ARCHITECTURES, write_rows
+from tests.tiny_tokenizer import tiny_tokenizer
 
 FULL = Method(name="full")
 
@@ -223,6 +224,68 @@ def test_experts_that_the_model_does_not_have(
                      tokenize={"seq_len": 128}, **sections)  # fmt: skip
     assert train.main(["--config", config, "--tokens", str(tokens), "--output", str(tmp_path / "out")]) == 1
     assert said in _last_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        (
+            {"method": {"name": "qlora"}},
+            "method.name qlora: needs an NVIDIA GPU, and none is here: use method.name lora",
+        ),
+        (
+            {"loss": "liger_fused"},
+            "train.loss liger_fused: needs a GPU, and none is here: use auto, which takes the best",
+        ),
+        (
+            {"method": {"name": "full", "freeze": ["norm"]}},
+            "method.freeze 'norm' matches no trained parameter: write *",
+        ),
+        (
+            {"method": {"name": "lora", "lora": {"targets": ["query"]}}},
+            "match no module: this model's linear modules are",
+        ),
+        ({"method": {"name": "kd", "kd": {"teacher": "big"}}}, "--teacher belongs to kd, and only to it"),
+    ],
+)
+def test_methods_and_losses_that_cannot_be_had(
+    sections: dict[str, Any], said: str, base: Path, tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = {"max_steps": 2, "global_batch_size": 4, **({"loss": sections["loss"]} if "loss" in sections else {})}
+    config = _config(tmp_path, train=rows, **{name: value for name, value in sections.items() if name != "loss"})
+    arguments = ["--config", config, "--model", str(base), "--tokens", str(tokens), "--output", str(tmp_path / "out")]
+    assert train.main(arguments) == 1
+    assert said in _last_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("other", ["tokens", "vocabulary", "nothing"])
+def test_a_teacher_with_another_tokenizer(
+    other: str, copy: Path, tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_tokenizer(copy)
+    teacher = shutil.copytree(copy, tmp_path / "teacher")
+    write_json(teacher / "manifest.json", {"files": {}})
+    if other == "tokens":
+        tokenizer = AutoTokenizer.from_pretrained(teacher)
+        tokenizer.add_tokens(["<new>"])
+        tokenizer.save_pretrained(teacher)
+    if other == "vocabulary":
+        fields = {**ARCHITECTURES["llama"], "vocab_size": 160}
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields)).save_pretrained(teacher)
+    if other == "nothing":
+        (teacher / "manifest.json").unlink()
+    config = _config(tmp_path, method={"name": "kd", "kd": {"teacher": "big"}})
+    arguments = ["--config", config, "--model", str(copy), "--tokens", str(tokens), "--teacher", str(teacher)]
+    assert train.main([*arguments, "--output", str(tmp_path / "out")]) == 1
+    said = {
+        "tokens": "method.kd.teacher big: its tokenizer is another one",
+        "vocabulary": "method.kd.teacher big: its vocabulary has 160 entries, the model's 128: use a teacher with",
+        "nothing": "has no manifest.json: finish the stage that makes it first",
+    }
+    assert said[other] in _last_line(capsys)
     assert not (tmp_path / "out").exists()
 
 
