@@ -50,6 +50,7 @@ adapters, since the plain loop would decay its table of positions."""
 VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "dora": ("qwen3", "padded", {"lora": {"dora": True, "rank": 4}}),
     "rslora": ("llama", "packed", {"lora": {"rslora": True, "rank": 4}}),
+    "qlora": ("qwen3", "packed", {"name": "qlora", "lora": {"rank": 4}}),
     "whole": ("qwen3", "padded", {"lora": {"modules_to_save": ["embed_tokens", "lm_head"], "rank": 4}}),
     "whole_tied": ("llama", "padded", {"lora": {"modules_to_save": ["embed_tokens"], "rank": 4}}),
     "z_loss": ("qwen3", "packed", {"train": {"z_loss": 0.01}}),
@@ -98,7 +99,7 @@ def variant(run: str, label: str, folder: Path, **more: Any) -> dict[str, Any]:
     made = job(run, model, label, rows, folder, **more)
     if "kd" in options:
         made["teacher"] = options["kd"]["teacher"]
-    method = next((name for name in ("lora", "kd") if name in options), "full")
+    method = options.pop("name", None) or next((name for name in ("lora", "kd") if name in options), "full")
     return {**made, "method": method, "method_options": options, "train": train}
 
 
@@ -175,6 +176,7 @@ def two(folder: Path) -> Results:
     jobs += [
         job("bf16_logits", "llama", "full", "packed", folder, **bf16),
         job("bf16_logits", "qwen3", "lora", "packed", folder, **bf16),
+        job("bf16_logits", "qwen3", "qlora", "packed", folder, **bf16),
         job("bf16_logits", "qwen3", "lora", "padded", folder, **bf16, tp=2),
         job("bf16_logits", "llama", "full", "padded", folder, **bf16, cp=2, cp_method="ring"),
         job("bf16_logits", "llama", "full", "packed", folder, **bf16, pp=2, pp_schedule="zero_bubble"),
@@ -411,7 +413,7 @@ def test_the_last_checkpoints_are_kept(two: Results) -> None:
 
 def test_weights_trained_in_bf16_have_float32_logits(two: Results) -> None:
     found = {name: got for name, got in two.items() if name.startswith("bf16_logits")}
-    assert len(found) == 6 + len(FP8)
+    assert len(found) == 7 + len(FP8)
     for name, got in found.items():
         size = got["plain"].abs().max()
         assert (got["float32"] - got["plain"]).abs().max() <= 1e-5 * size, name
