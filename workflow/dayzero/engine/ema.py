@@ -7,7 +7,7 @@ It is sharded as the weights are and costs as much memory as they do, in float32
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -25,13 +25,14 @@ class Ema:
         self.decay = decay
         trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         self.parameters: list[nn.Parameter] = list(trained.values())
-        self.averages: dict[str, Tensor] = {name: p.detach().clone() for name, p in trained.items()}
+        # in float32 also of bfloat16 weights, which most steps would not move at all
+        self.averages: dict[str, Tensor] = {n: p.detach().to(torch.float32, copy=True) for n, p in trained.items()}
 
     @torch.no_grad()
     def update(self) -> None:
         """Take in the present weights; call after each optimizer step."""
         for average, parameter in zip(self.averages.values(), self.parameters, strict=True):
-            average.lerp_(parameter.detach(), 1 - self.decay)
+            average.lerp_(parameter.detach().float(), 1 - self.decay)
 
     def state(self, copies: Mapping[str, str]) -> dict[str, Tensor]:
         """Name -> average for a checkpoint, sharing memory. `copies`: tied ones of a pipeline -> what they are."""
@@ -48,18 +49,17 @@ class Ema:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """While active, the module has the averages for weights."""
-        self._exchange()
+        kept = [parameter.detach().clone() for parameter in self.parameters]
+        self._put(self.averages.values())
         try:
             yield
         finally:
-            self._exchange()
+            self._put(kept)
 
     @torch.no_grad()
-    def _exchange(self) -> None:
+    def _put(self, weights: Iterable[Tensor]) -> None:
         for module in self.module.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()  # what is gathered would stay what it was
-        for average, parameter in zip(self.averages.values(), self.parameters, strict=True):
-            kept = average.clone()
-            average.copy_(parameter)
-            parameter.copy_(kept)
+        for weight, parameter in zip(weights, self.parameters, strict=True):
+            parameter.copy_(weight)

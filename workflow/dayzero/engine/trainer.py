@@ -382,8 +382,7 @@ class Trainer:
         precision = "bf16" if computes_in_bf16(self.train.precision) else "fp32"
         leak = packing_leak(self.logits, self.vocab_size, precision)
         if leak is None and self.distillation:
-            precision = "bf16" if computes_in_bf16(self.train.precision) else "fp32"
-        leak = packing_leak(self._teacher_logits, self.vocab_size, precision)
+            leak = packing_leak(self._teacher_logits, self.vocab_size, precision)
         return leak
 
     def _teacher_logits(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
