@@ -12,6 +12,7 @@ from dayzero.engine.document_attention import forget_documents
 from dayzero.engine.kernels import require_kernels, use_attention, use_fused_kernels
 from dayzero.engine.loss import CausalLMWithLoss
 from dayzero.engine.parallel_dims import ParallelDims
+from dayzero.engine.parallelize import parallelize
 from dayzero.errors import ConfigError
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -65,6 +66,23 @@ def test_the_loss_and_gradients_of_masked_attention(
     assert gradients.keys() == want.keys()
     for key, gradient in want.items():
         torch.testing.assert_close(gradients[key], gradient, rtol=1e-4, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
+
+
+@pytest.mark.parametrize("checkpointing", ["full", "selective"])
+def test_what_is_computed_again_sees_the_documents_of_the_first_time(checkpointing: str) -> None:
+    """Although another model may have been called before the backward pass."""
+    model = model_of("llama")
+    use_attention(model, Train(max_steps=1), ONE)
+    ids, positions = rows([[3, 9, 4], [16]])
+    _, want = loss_and_gradients(model, [[3, 9, 4], [16]])
+    train = Train(max_steps=1, activation_checkpointing=checkpointing)
+    module, _, _ = parallelize(CausalLMWithLoss(model), ONE, None, train, load=lambda: None)
+    model.zero_grad()
+    loss = module(ids, ids, positions)
+    forget_documents()
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, want[name], rtol=1e-5, atol=1e-7)
 
 
 def test_no_mask_is_made_for_packed_rows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,8 @@ Shapes: B rows, T tokens, H query heads, K key and value heads, E head width, N 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,22 @@ def forget_documents() -> None:
     """Before a forward pass: what the last one's masks said is over."""
     global _documents
     _documents = None
+
+
+def recalled() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For activation checkpointing (its `context_fn`): what is computed again sees the documents of the first time,
+    also where another model has been called since, as in distillation."""
+    return nullcontext(), _as_before(_documents)
+
+
+@contextmanager
+def _as_before(documents: _Documents | None) -> Iterator[None]:
+    global _documents
+    present, _documents = _documents, documents
+    try:
+        yield
+    finally:
+        _documents = present
 
 
 def mask(

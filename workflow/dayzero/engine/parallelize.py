@@ -30,6 +30,8 @@ from dayzero.engine.activation_checkpointing import apply_activation_checkpointi
 from dayzero.engine.compiling import compile_layers
 from dayzero.engine.context_parallel import recalled
 from dayzero.engine.distributed import local_device
+from dayzero.engine.document_attention import DOCUMENTS, VARLEN
+from dayzero.engine.document_attention import recalled as recalled_documents
 from dayzero.engine.expert_parallel import apply_expert_parallel, layer_placement, shard_experts
 from dayzero.engine.frozen import frozen_in_bf16
 from dayzero.engine.lora_linear import fuse_lora
@@ -76,9 +78,12 @@ def parallelize(
         experts = apply_expert_parallel(module.model, expert_mesh["ep"])
     if dims.tp == dims.pp == 1:
         fuse_lora(module)
-    apply_activation_checkpointing(
-        layers, train.activation_checkpointing, around=recalled if pipeline and dims.cp > 1 else None
-    )
+    around = None
+    if pipeline and dims.cp > 1:
+        around = recalled
+    elif module.model.config._attn_implementation in (DOCUMENTS, VARLEN):
+        around = recalled_documents
+    apply_activation_checkpointing(layers, train.activation_checkpointing, around)
     if train.compile:
         compile_layers(layers)
 
