@@ -6,6 +6,7 @@ ROW ?= 0
 HOST ?= 127.0.0.1
 PORT ?= 8000
 PYTEST_ARGS ?=
+COVERAGE_ARGS ?=
 
 export PYTHON TORCH_INDEX_URL
 
@@ -15,13 +16,14 @@ INSPECT = $(BIN)/python -m dayzero.stages.inspect_rows --experiment $(EXPERIMENT
 SNAKEMAKE = $(BIN)/snakemake --cores all --config experiment=$(EXPERIMENT) --
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo status inspect test test-full test-slurm lint serve clean
+.PHONY: help env demo status inspect test test-full test-slurm coverage lint serve clean
 
 help:
 	@echo "make demo             set up everything, run the default experiment from end to end, print its scores"
 	@echo "make test             every test (PYTEST_ARGS=... for pytest)"
 	@echo "make test-full        every test and the whole matrix of meshes, methods and models"
 	@echo "make test-slurm       the tests on a private SLURM cluster, which must be installed (under 9 minutes)"
+	@echo "make coverage         every architecture of the installed transformers through the engine: docs/model-coverage.md"
 	@echo "make lint             ruff, mypy, import-linter, snakefmt, snakemake --lint"
 	@echo "make env              only install, into .venv (LOCK=envs/lock-gpu.txt with an NVIDIA GPU and CUDA 13)"
 	@echo "make status           a live table of an experiment's runs and jobs (EXPERIMENT=demo; ONCE=1 prints it once)"
@@ -46,6 +48,9 @@ test-full: env
 test-slurm: env
 	@$(BIN)/python -m tests.slurm.cluster check
 	$(BIN)/pytest -m slurm tests/slurm --durations=0 $(PYTEST_ARGS)
+
+coverage: env
+	$(BIN)/python -m tests.coverage.walk $(COVERAGE_ARGS)
 
 lint: env
 	$(BIN)/ruff check .

@@ -38,6 +38,14 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
         "mlp_only_layers": [1],
     },
+    "gpt_oss": {
+        "model_type": "gpt_oss",
+        **_SHAPE,
+        "head_dim": 8,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 8,
+    },
     "opt": {
         "model_type": "opt",
         **{name: size for name, size in _SHAPE.items() if name not in ("intermediate_size", "num_key_value_heads")},

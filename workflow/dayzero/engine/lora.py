@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from dayzero.config import Lora
 from dayzero.console import log
 from dayzero.engine.expert_parallel import find_experts
+from dayzero.engine.lora_targets import share_tied_adapters
 from dayzero.errors import ConfigError, one_line
 
 ADAPTER = "default"
@@ -35,6 +36,7 @@ def peft_config(config: Lora) -> LoraConfig:
         use_rslora=config.rslora,
         use_dora=config.dora,
         target_modules=list(targets) if isinstance(targets, list) else targets,
+        target_parameters=getattr(config, "target_parameters", None) or None,
         task_type="CAUSAL_LM",
         bias="none",
     )
@@ -70,6 +72,7 @@ def inject_lora(model: PreTrainedModel, config: Lora) -> None:
         raise ConfigError(f"method.lora.targets {config.targets!r}: {one_line(error)}") from error
     except re.error as error:
         raise ConfigError(f"method.lora.targets {config.targets!r} is no regular expression: {error}") from error
+    share_tied_adapters(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
     for name, module in model.named_modules():

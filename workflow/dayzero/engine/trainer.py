@@ -36,6 +36,7 @@ from dayzero.engine.flops import StepFlops, count_flops
 from dayzero.engine.frozen import in_float32, keep_frozen_in_bf16
 from dayzero.engine.kernels import use_attention, use_fused_kernels
 from dayzero.engine.lora import warn_of_frozen_experts
+from dayzero.engine.lora_targets import not_adapted
 from dayzero.engine.loss import IGNORE, CausalLMWithLoss, LossOptions
 from dayzero.engine.loss_choice import LossChoice, choose_loss
 from dayzero.engine.lr_scheduler import lr_factor
@@ -135,6 +136,8 @@ class Trainer:
         self.trainable_parameters, self.total_parameters = count_parameters(model)
         if self.method.adapters and self.is_main:
             warn_of_frozen_experts(model, self.method.adapters)
+            if left := not_adapted(self.weights.template, self.weights.method):
+                log.warning("method.lora.targets all-linear: an adapter does nothing on %s: left out", ", ".join(left))
         self.peak_flops = peak_flops(self.device, self.train.precision)
         self.flops: StepFlops | None = (
             count_flops(self.weights.empty_model(quantized=False)) if self.peak_flops else None

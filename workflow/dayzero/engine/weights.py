@@ -19,6 +19,7 @@ from dayzero.engine.float8 import frozen_float8
 from dayzero.engine.freeze import freeze
 from dayzero.engine.initial_values import InitialValues, untie
 from dayzero.engine.lora import MAGNITUDE, inject_lora
+from dayzero.engine.lora_targets import resolve_targets
 from dayzero.engine.quantized import Nf4Linear, quantize_modules
 from dayzero.engine.share import Share
 from dayzero.engine.stored_weights import StoredWeights
@@ -44,8 +45,10 @@ class Weights:
         *,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.source, self.config, self.method, self.dtype = source, config, method, dtype
+        self.source, self.config, self.dtype = source, config, dtype
         template = self.template = self._from_config("meta")
+        self.method = method = resolve_targets(template, method)
+        """With the targets of LoRA that this model has."""
         self.stored: StoredWeights | None = None
         if source.directory is not None and not source.random_weights:
             self.stored = StoredWeights(source.directory, type(template), config)

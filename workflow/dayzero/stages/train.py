@@ -363,9 +363,10 @@ def _write_results(
     if not trainer.is_main:
         return
     for name, weights in adapters.items():
-        assert run.method.adapters
+        assert trainer.weights.method.adapters
         with atomic_directory(args.output / name) as adapter:
-            save_adapter(adapter, run.method.adapters, weights, str(run.model.source), trainer.weights.tied)
+            settings = trainer.weights.method.adapters  # with the targets that this model has
+            save_adapter(adapter, settings, weights, str(run.model.source), trainer.weights.tied)
     with atomic_file(args.output / "probe.safetensors") as file:
         save_file(tensors, file)
     best: dict[str, Any] | None = None

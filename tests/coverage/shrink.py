@@ -1,0 +1,207 @@
+"""A tiny config of any architecture, made from the architecture's own defaults by rules on the names of its fields.
+
+No rule names an architecture. A field that no rule knows keeps its default, so what an architecture is made of (its
+kinds of layers, gates, caps, scales, tied weights) stays; only sizes go down.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import CONFIG_MAPPING, PretrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+VOCAB_SIZE = 128
+WIDTH = 64
+
+SIZES: list[tuple[str, int]] = [
+    # what counts layers in a pattern
+    (r"period|interval|every_n|sparse_step|(^|_)pattern$", 2),
+    (r"offset|start_index|first_k_dense|num_dense_layers|max_window_layers|kv_shared_layers|mtp|nextn|cycles|pool", 1),
+    (r"layers_per_stack|^num_mem_blocks$", 2),
+    # experts
+    (r"shared_experts?$|zero_expert|n_group$|topk_group|expert_group", 1),
+    (r"experts_per_tok|moe_k$|moe_topk|top_k|index_topk$", 2),
+    (r"(^|_)n?u?m?_?experts$", 4),
+    # vocabulary, lengths, windows
+    (r"vocab", VOCAB_SIZE),
+    (r"positions?(_embeddings)?$|max_seq_len|n_ctx|context_length|model_max_length|rel_extent|floor_scale", 256),
+    (r"window|local_attention$|attention_chunk|chunk_?size|block_size|buckets|max_distance", 8),
+    (r"index_topk_blocks|compress|num_conv|number_of|split_ngram|divisible|heads_per_ngram", 4),
+    # heads
+    (r"attention_head_dim$|^qk_head_dim$", 32),
+    (r"head_?dim$|d_head$|dim_head$|kv_channels|rotary_dim|state|query_pre_attn", 16),
+    (r"mamba_(n_|num_)heads$|^n_mamba_heads$", 8),
+    (r"(key_value|kv|key)_heads$|^num_query_groups$", 2),
+    (r"heads?$|heads_per_layer$", 4),
+    (r"n_?groups$|o_groups", 1),
+    # ranks
+    (r"rank", 8),
+    # widths
+    (r"multiple_of", 8),
+    (r"ple_embed_dim", WIDTH),
+    (r"d_ssm", 2 * WIDTH),
+    (r"intermediate|ffn|inner|dff|dim_ff|mlp", 96),
+    (r"hidden_size|n_embd|d_model|embed_proj_dim|embedding_dim|lru_width|d_rel|dim_model_base|width", WIDTH),
+    (r"prompt_length", 4),
+]
+"""Field names (searched, the first that matches wins) -> its largest value. Smaller defaults are kept."""
+
+MISSING: list[tuple[str, Any]] = [
+    (r"^head_dim$", 16),
+    (r"^num_key_value_heads$", 2),
+    (r"experts$", 4),
+    (r"experts_per_tok$", 2),
+    (r"^(n_group|topk_group|indexer_kv_heads)$", 1),
+    (r"^indexer_(n_heads|compress_ratio)$", 4),
+    (r"^indexer_head_dim$", 16),
+    (r"^indexer_budget$", 8),
+    (r"^logit_scale$", 0.5),
+    (r"^clip_qkv$", 8.0),
+    (r"^layer_types$", ["conv", "full_attention"]),
+]
+"""Values for fields that a model needs and its config's defaults leave out; taken only where nothing else builds."""
+
+DEPTH = r"^(num_(hidden_)?layers|n_layers?|decoder_layers|num_blocks)$"
+KEPT = r"inference|multiplier|factor|coef|eps|theta|limit|sinkhorn|_token_id|^seed$|kernel|conv|d_conv|expand|expansion"
+
+LAYER_NUMBERS = r"(_ids|_idxs|_indices|only_layers|moe_layers)$"
+"""Lists of the numbers of layers."""
+
+OTHER_INPUTS = re.compile(r"vision|audio|text|vq")
+
+
+def architectures() -> dict[str, str]:
+    """model_type -> class name of every decoder-only text architecture of the installed transformers.
+
+    Left out of its mapping of causal LMs: encoder-decoders; encoders (also in the mapping of masked LMs); and models
+    of several kinds of input, whose text part has an entry of its own.
+    """
+    found = {}
+    for model_type, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
+        config_class = CONFIG_MAPPING[model_type]
+        if model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES or model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+            continue
+        sub_configs = getattr(config_class, "sub_configs", {})
+        if any(OTHER_INPUTS.search(part) for part in sub_configs) or not _is_decoder_only(config_class):
+            continue
+        found[model_type] = name if isinstance(name, str) else name[0]
+    return found
+
+
+def _is_decoder_only(config_class: Any) -> bool:
+    try:
+        return not config_class().is_encoder_decoder
+    except Exception:  # one that needs an encoder's config
+        return False
+
+
+def tiny_configs(model_type: str) -> Iterator[dict[str, Any]]:
+    """Config fields (with model_type) to try in turn: the first that builds and computes is the tiny model's."""
+    fields = CONFIG_MAPPING[model_type]().to_dict()
+    for fill in (False, True):
+        for repeats in (1, 2):
+            tiny = _shrink(fields, *_layers_to_keep(fields, repeats))
+            tiny["model_type"] = model_type
+            if fill:
+                tiny |= _missing(tiny)
+            if tiny.get("mamba_d_ssm"):
+                tiny["mamba_d_ssm"] = tiny["mamba_n_heads"] * tiny["mamba_d_head"]
+            heads = next((v for k, v in tiny.items() if re.search(r"^(num_attention|n|num)_heads?$", k)), None)
+            yield tiny
+            equal = {k: heads for k, v in tiny.items() if re.search(r"(key_value|kv)_heads$", k) and v is not None}
+            yield {**tiny, **equal}
+            if heads and "expand" in tiny and "head_dim" in tiny:
+                yield {**tiny, "head_dim": tiny["expand"] * WIDTH // heads}
+
+
+def _missing(tiny: dict[str, Any]) -> dict[str, Any]:
+    found = {}
+    for name, value in tiny.items():
+        if value is None:
+            found.update((name, filled) for pattern, filled in MISSING if re.search(pattern, name))
+    if not tiny.get("rope_parameters", True):
+        kinds = set(found.get("layer_types") or tiny.get("layer_types") or ())
+        rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]}  # of head_dim 16
+        found["rope_parameters"] = {kind: rope for kind in sorted(kinds)}
+    if "attn_config" in tiny:
+        part = tiny["attn_config"]
+        found["attn_config"] = {**part, **_missing(part), "rope_theta": 10000.0}
+    return found
+
+
+def _layers_to_keep(fields: dict[str, Any], repeats: int) -> tuple[int, list[int]]:
+    """(depth, layers to keep): as many as it takes to have every kind of layer, `repeats` times, and two at least."""
+    depth = max([v for k, v in fields.items() if re.search(DEPTH, k) and isinstance(v, int)], default=0)
+    kinds = [v for k, v in fields.items() if isinstance(v, list) and len(v) == depth and not _numbers(k)]
+    kept: list[int] = []
+    for values in kinds:
+        named = list(map(repr, values))
+        kept += [named.index(kind) for kind in dict.fromkeys(named)]
+    kept = sorted(set(kept)) or [0]
+    kept = kept * max(repeats, -(-2 // len(kept)))
+    return depth, kept
+
+
+def _numbers(name: str) -> bool:
+    return re.search(LAYER_NUMBERS, name) is not None
+
+
+def _shrink(fields: dict[str, Any], depth: int, kept: list[int], *, top: bool = True) -> dict[str, Any]:
+    dropped: tuple[str, ...] = (
+        "transformers_version",
+        "architectures",
+        "id2label",
+        "label2id",
+        "dtype",
+        "problem_type",
+    )
+    if "model_type" in fields and not top:
+        dropped += tuple(set(PretrainedConfig().to_dict()) - {"model_type"})
+    return {k: _value(k, v, depth, kept) for k, v in fields.items() if k not in dropped}
+
+
+def _value(name: str, value: Any, depth: int, kept: list[int]) -> Any:
+    if name == "is_decoder":
+        return True  # an encoder that was made a decoder attends to what comes before only when told so
+    if isinstance(value, dict):
+        if value and all(str(key).isdigit() for key in value):  # by number of the layer
+            return {str(at): _shrink(value[key], depth, kept) for at, key in _layers_of(value, kept)}
+        return _shrink(value, depth, kept, top=False)
+    if isinstance(value, list):
+        if _numbers(name):
+            return [at for at, layer in enumerate(kept) if layer in value] or [len(kept) - 1] if value else value
+        if depth and len(value) == depth:
+            return [_value(name, value[layer], depth, kept) for layer in kept]
+        if value and all(isinstance(part, list) for part in value):  # [[kinds, times]]
+            return [[part[0], len(kept) // len(part[0]) or 1] for part in value]
+        return value
+    if isinstance(value, float) and re.search(r"drop|jitter", name):
+        return 0.0  # two ways to compute the same are to be compared
+    if isinstance(value, bool) or not isinstance(value, int):
+        return value
+    if name.endswith("_token_id"):
+        return {"bos_token_id": 1, "eos_token_id": 2}.get(name, 0) if value >= VOCAB_SIZE else value
+    if re.search(DEPTH, name):
+        return len(kept)
+    if name.endswith("end_index"):
+        return len(kept) - 1
+    if re.search(KEPT, name):
+        return value
+    for pattern, largest in SIZES:
+        if re.search(pattern, name):
+            times = 2 if largest == WIDTH and "attention_hidden" in name else 1
+            return min(value, largest * times)
+    return value
+
+
+def _layers_of(value: dict[str, Any], kept: list[int]) -> list[tuple[int, str]]:
+    """(new number, key) of the kept layers that `value`, which is by number of the layer, says something about."""
+    keys = {int(key): key for key in value}
+    return [(at, keys[layer]) for at, layer in enumerate(kept) if layer in keys]
