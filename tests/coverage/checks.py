@@ -26,14 +26,13 @@ from dayzero.engine.export import TOLERANCE, largest_difference, reloaded_logits
 from dayzero.engine.lora import save_adapter
 from dayzero.engine.model import ModelSource
 from dayzero.engine.parallel_dims import ParallelDims
+from dayzero.engine.tiny_copy import VOCAB_SIZE, tiny_configs
 from dayzero.engine.trained_weights import TrainedWeights
 from dayzero.engine.trainer import Trainer
 from dayzero.errors import ConfigError
 from dayzero.files import write_json
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-
-from tests.coverage.shrink import VOCAB_SIZE, tiny_configs
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 SEED = 4
 STEPS = 4
@@ -71,10 +70,8 @@ class Subject:
     def make(self) -> str:
         """Build the tiny model, write it as a directory, and the rows beside it. Returns a remark."""
         said: list[str] = []
-        for fields in tiny_configs(self.model_type):
+        for config in tiny_configs(CONFIG_MAPPING[self.model_type]()):
             try:
-                config = AutoConfig.for_model(**fields)
-                config.use_cache = False
                 torch.manual_seed(SEED)
                 model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
                 sum_of_losses(model, self.documents).backward()

@@ -13,14 +13,16 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
 from dayzero.files import write_json
 
 from tests.coverage import table
-from tests.coverage.shrink import architectures
+from tests.coverage.architectures import architectures
 
 REPOSITORY = Path(__file__).parents[2]
 RESULTS = REPOSITORY / "results" / "coverage"
@@ -130,12 +132,11 @@ def _watch(
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(20)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    """End torchrun and its ranks at once: asked to stop, they would write a checkpoint and a failure first."""
+    for child in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+    process.wait()
 
 
 def _blame(results: Path, names: list[str], why: str, log: Path, stamp: str) -> None:

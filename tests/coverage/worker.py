@@ -86,7 +86,7 @@ def _agree(verdict: dict[str, str], group: dist.ProcessGroup) -> dict[str, str]:
 
 
 def _broken(why: str) -> bool:
-    return any(sign in why for sign in ("Timed out", "timed out", "Connection closed", "Connection reset"))
+    return any(sign in why for sign in ("imed out", "Connection closed", "Connection reset", "Broken pipe"))
 
 
 if __name__ == "__main__":

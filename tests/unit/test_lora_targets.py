@@ -86,6 +86,17 @@ def test_fused_experts_that_peft_does_not_know_are_adapted(tmp_path: Path) -> No
     assert resolve_targets(empty("gpt_oss"), with_dropout) == with_dropout  # experts stay frozen
 
 
+def test_a_router_that_gives_two_tensors_is_left_out() -> None:
+    class Router(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+            return x, super().forward(x)
+
+    model = empty("llama")
+    model.model.layers[1].router = Router(32, 4, device="meta")
+    method = resolve_targets(model, LORA)
+    assert not_adapted(model, method) == ["router"]
+
+
 def test_modules_of_one_weight_have_one_adapter() -> None:
     model = plain("llama")
     first, second = model.model.layers[0].mlp, model.model.layers[2].mlp

@@ -70,6 +70,21 @@ def derive_plan(model: PreTrainedModel, tp: int) -> DerivedPlan:
         return _prove(small, styles, tp)
 
 
+def prove_plan(model: PreTrainedModel, styles: dict[str, str], tp: int) -> DerivedPlan:
+    """The plan that `model` ships, as far as a small copy confirms it: with the sums of gradients that it needs.
+
+    `styles` are of column- and row-split linears. Without a small copy it is taken as it is. Raises `NoPlan` where the
+    split copy gives other numbers.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(0)
+        try:
+            small = _small_copy(model, tp)
+        except NoPlan:
+            return DerivedPlan(styles)
+        return _prove(small, styles, tp)
+
+
 def unsplit_matrix(model: PreTrainedModel, styles: dict[str, str]) -> str | None:
     """The first matrix of the layers that `styles` leaves whole, in words; None if there is none."""
     layers = find_layers(model)
@@ -291,6 +306,8 @@ def _split(
                 module.forward = partial(forwards[style], module, tp)
                 undo.append(partial(delattr, module, "forward"))
             for attribute in divided.get(wildcard(name), ()):
+                if attribute not in vars(module):
+                    continue  # a layer of another kind
                 value = getattr(module, attribute)
                 setattr(module, attribute, value // tp)
                 undo.append(partial(setattr, module, attribute, value))
@@ -302,7 +319,7 @@ def _split(
 
 def _gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     """Parameter -> gradient; without those that the loss does not reach."""
-    named = dict(model.named_parameters())
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
     return {name: gradient for name, gradient in zip(named, found, strict=True) if gradient is not None}
 

@@ -36,7 +36,7 @@ def peft_config(config: Lora) -> LoraConfig:
         use_rslora=config.rslora,
         use_dora=config.dora,
         target_modules=list(targets) if isinstance(targets, list) else targets,
-        target_parameters=getattr(config, "target_parameters", None) or None,
+        target_parameters=list(getattr(config, "target_parameters", ())) or None,
         task_type="CAUSAL_LM",
         bias="none",
     )

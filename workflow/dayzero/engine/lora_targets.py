@@ -15,51 +15,49 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dayzero.config import Lora, Method
+from dayzero.engine.derived_plan import wildcard
 from dayzero.engine.expert_parallel import find_experts
+from dayzero.engine.tiny_copy import tiny_copy
 
 
 class ResolvedLora(Lora):
     """LoRA's settings with `targets` as this model has them."""
 
-    target_parameters: list[str] = []
+    target_parameters: tuple[str, ...] = ()
     """Full names of fused experts' matrices to adapt beside `targets`."""
 
 
 def resolve_targets(model: PreTrainedModel, method: Method) -> Method:
-    """`method` with the targets that `all-linear` stands for in `model`, which is on the meta device and not changed."""
-    if method.name != "lora" or method.lora.targets != "all-linear":
+    """`method` with the targets that `all-linear` stands for in `model`, on the meta device, which is not changed.
+
+    PEFT refuses modules whose weights a fused kernel reads past the module's forward call (the output projections of
+    Mamba layers, https://github.com/huggingface/peft/issues/2274); it is asked about each name then. Which modules are
+    called at all a tiny copy of the model tells, where one can be made. Routers that are linear but
+    give more than the product (scores and indices) are left out too.
+    """
+    if "lora" not in method.name or method.lora.targets != "all-linear":
         return method
-    linears = _linears(model)
-    kept = linears - left_out(model)
+    linears, never_called, trial = _linears(model), _never_called(model), _adapted(model, "all-linear")
+    kept = {n for n in linears if wildcard(n) not in never_called and _is_plain(model.get_submodule(n))}
+    if trial is None:
+        one_of_each = {name.rpartition(".")[2]: name for name in linears}
+        refused = {last for last, name in one_of_each.items() if not _accepted(model, name)}
+        kept = {name for name in kept if name.rpartition(".")[2] not in refused}
     found: dict[str, Any] = {}
     if kept and kept != linears:
         found["targets"] = sorted(kept)
+        trial = _adapted(model, found["targets"])
     # PEFT adapts fused tensors without dropout and without DoRA only
-    if find_experts(model) and not method.lora.dropout and not method.lora.dora:
-        found["target_parameters"] = _unreached_experts(model, found.get("targets", "all-linear"))
+    if trial is not None and not method.lora.dropout and not method.lora.dora:
+        found["target_parameters"] = _unreached_experts(model, trial)
     if not any(found.values()):
         return method
     return method.model_copy(update={"lora": ResolvedLora(**{**method.lora.model_dump(), **found})})
-
-
-def left_out(model: PreTrainedModel) -> set[str]:
-    """Names of linear modules, the LM head apart, on which an adapter would be refused or would do nothing.
-
-    PEFT refuses modules whose weights a fused kernel reads past the module's forward call (the output projections of
-    Mamba layers, https://github.com/huggingface/peft/issues/2274). It is asked, by the last part of the name, on a bare
-    chain of modules around one of each. Which modules are called at all a forward pass on the meta device tells, where
-    the model can do one there.
-    """
-    linears = _linears(model)
-    one_of_each = {name.rpartition(".")[2]: name for name in linears}
-    refused = {last for last, name in one_of_each.items() if not _accepted(model, name)}
-    called = _called(model)
-    return {n for n in linears if n.rpartition(".")[2] in refused or (called is not None and n not in called)}
 
 
 def not_adapted(model: PreTrainedModel, method: Method) -> list[str]:
@@ -88,6 +86,21 @@ def _linears(model: PreTrainedModel) -> set[str]:
     return {n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head}
 
 
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether what `linear` gives is a product, to which an adapter can add its own."""
+    if type(linear) in (nn.Linear, Conv1D):
+        return True
+    size = getattr(linear, "in_features", None)
+    if size is None:
+        return True
+    try:
+        with torch.no_grad():
+            given = linear(torch.empty(1, size, device="meta"))
+    except Exception:  # it takes something else
+        return True
+    return isinstance(given, Tensor)
+
+
 def _accepted(model: PreTrainedModel, name: str) -> bool:
     around = chain = nn.Module()
     around.config = model.config
@@ -106,34 +119,38 @@ def _accepted(model: PreTrainedModel, name: str) -> bool:
     return True
 
 
-def _called(model: PreTrainedModel) -> set[str] | None:
-    """Names of the modules that a forward pass calls; None where none can be done without values."""
+def _never_called(model: PreTrainedModel) -> set[str]:
+    """Names, with `*` for layers' numbers, of linear modules that a tiny copy of `model` has and calls in no layer."""
+    small = tiny_copy(model)
+    if small is None:
+        return set()
     called: set[str] = set()
-    handles = [
-        module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
-        for name, module in model.named_modules(remove_duplicate=False)
-    ]
-    try:
-        with torch.no_grad():
-            model(input_ids=torch.zeros(1, 8, dtype=torch.long, device=model.device), use_cache=False)
-    except Exception:  # control flow that depends on values, an operator without a meta kernel
-        return None
-    finally:
-        for handle in handles:
-            handle.remove()
-    return called
+    linears = _linears(small)
+    for name in linears:
+        small.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: called.add(wildcard(name)))
+    with torch.no_grad():
+        small(input_ids=torch.arange(3, 32).unsqueeze(0), use_cache=False)
+    return {wildcard(name) for name in linears} - called
 
 
-def _unreached_experts(model: PreTrainedModel, targets: str | list[str]) -> list[str]:
-    """Full names of the matrices of fused experts to which adapters on `targets` do not reach."""
+def _adapted(model: PreTrainedModel, targets: str | list[str]) -> PreTrainedModel | None:
+    """A copy of `model` with adapters; None where PEFT refuses one of them."""
     trial = copy.deepcopy(model)
-    with torch.device("meta"):
-        inject_adapter_in_model(LoraConfig(target_modules=targets), trial)
-    reached = {n for n, m in trial.named_modules() if isinstance(m, ParamWrapper)}
-    return [
+    try:
+        with torch.device("meta"):
+            inject_adapter_in_model(LoraConfig(target_modules=targets), trial)
+    except ValueError:
+        return None
+    return trial
+
+
+def _unreached_experts(model: PreTrainedModel, trial: PreTrainedModel) -> tuple[str, ...]:
+    """Full names of the matrices of fused experts that have no adapters in `trial`, the copy with adapters."""
+    reached = {name for name, module in trial.named_modules() if isinstance(module, ParamWrapper)}
+    return tuple(
         f"{name}.{parameter_name}"
         for name, module in find_experts(model).items()
         if name not in reached
         for parameter_name, parameter in module.named_parameters(recurse=False)
         if parameter.ndim == 3
-    ]
+    )

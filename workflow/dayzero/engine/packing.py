@@ -1,7 +1,8 @@
-"""Does a model keep packed documents apart? Asked of the model itself, since the failure is silent.
+"""Does a model read from left to right, and keep packed documents apart? Asked of it, since both fail in silence.
 
-Attention over position ids that restart is masked by transformers; state-space, convolution and compression layers
-carry what they saw into the next document. No table of architectures: the loaded model is tried.
+A model that sees the token it has to predict learns to copy it. Attention over position ids that restart is masked by
+transformers; state-space, convolution and compression layers carry what they saw into the next document. No table of
+architectures: the loaded model is tried.
 """
 
 from __future__ import annotations
@@ -11,6 +12,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
+
+from dayzero.console import log
+from dayzero.engine.tiny_copy import VOCAB_SIZE, tiny_copy
+from dayzero.errors import one_line
 
 EDITED = {"fp32": 1e-5, "bf16": 1e-3}
 """Rounding, as a share of the largest logit, when only another document's tokens change: shapes and kernels stay the
@@ -22,23 +28,61 @@ ALONE = {"fp32": 1e-4, "bf16": 0.1}
 from one another's tokens but not from one another's presence."""
 
 
+def reads_ahead(logits: Callable[[Tensor, Tensor], Tensor], vocab_size: int, precision: str) -> float | None:
+    """How far logits move when only later tokens change; None if they stay, as they do in a causal language model.
+
+    `logits`: as in `packing_leak`. The result is a share of the largest logit.
+    """
+    generator = torch.Generator().manual_seed(0)
+    first, second, other = torch.randint(0, vocab_size, (3, 1, 12), generator=generator)
+    positions = torch.arange(24).unsqueeze(0)
+    before = logits(torch.cat([first, second], dim=1), positions)[:, :12]
+    after = logits(torch.cat([first, other], dim=1), positions)[:, :12]
+    moved = ((before - after).abs().max() / before.abs().max().clamp(min=1e-6)).item()
+    return moved if moved > EDITED[precision] else None  # not a number is no answer: the first step says so
+
+
+LENGTHS = (9, 21, 12, 17)
+"""Tokens of the documents of the row that is tried."""
+
+
 def packing_leak(logits: Callable[[Tensor, Tensor], Tensor], vocab_size: int, precision: str) -> float | None:
-    """How far a document's logits move when another document of its row changes or goes away; None if they stay.
+    """How far a document's logits move when other documents of its row change or go away; None if they stay.
 
     `logits(input_ids, position_ids)` ([B, T] both) gives [B, T, V]. The result is a share of the largest logit.
     """
     generator = torch.Generator().manual_seed(0)
-    first, other, second = torch.randint(0, vocab_size, (3, 1, 12), generator=generator)
-    alone = torch.arange(12).unsqueeze(0)
-    positions = torch.cat([alone, alone], dim=1)
-    packed = logits(torch.cat([first, second], dim=1), positions)[:, 12:]
-    edited = logits(torch.cat([other, second], dim=1), positions)[:, 12:]
-    standalone = logits(second, alone)
-    scale = standalone.abs().max().clamp(min=1e-6)
-    moved_by_edit = ((packed - edited).abs().max() / scale).item()
-    moved_by_removal = ((packed - standalone).abs().max() / scale).item()
+    documents = [torch.randint(0, vocab_size, (1, length), generator=generator) for length in LENGTHS]
+    others = [torch.randint(0, vocab_size, document.shape, generator=generator) for document in documents[:2]]
+    places = [torch.arange(length).unsqueeze(0) for length in LENGTHS]
+    positions = torch.cat(places, dim=1)
+    packed = logits(torch.cat(documents, dim=1), positions)
+    edited = logits(torch.cat([*others, *documents[2:]], dim=1), positions)
+    alone = torch.cat([logits(d, p) for d, p in zip(documents, places, strict=True)], dim=1)
+    scale = alone.abs().max().clamp(min=1e-6)
+    after = sum(LENGTHS[:2])
+    moved_by_edit = ((packed - edited)[:, after:].abs().max() / scale).item()
+    moved_by_removal = ((packed - alone).abs().max() / scale).item()
     if math.isnan(moved_by_edit + moved_by_removal):
         return None  # broken weights: the first step says so
     if moved_by_edit <= EDITED[precision] and moved_by_removal <= ALONE[precision]:
         return None
     return max(moved_by_edit, moved_by_removal)
+
+
+def architecture_leak(model: PreTrainedModel) -> float | None:
+    """`packing_leak` of a tiny copy of `model`, whose windows, chunks and choices among tokens are so short that a
+    few dozen tokens reach past them; None where it has none or no copy can be made."""
+    small = tiny_copy(model)
+    if small is None:
+        return None
+
+    @torch.no_grad()
+    def logits(input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        return small(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits.float()
+
+    try:
+        return packing_leak(logits, VOCAB_SIZE, "fp32")
+    except Exception as error:  # what cannot compute a packed row is not given one
+        log.warning("a tiny copy of the model cannot compute a packed row: %s", one_line(error))
+        return math.inf

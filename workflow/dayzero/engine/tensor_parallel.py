@@ -33,6 +33,7 @@ from dayzero.engine.derived_plan import (
     DerivedPlan,
     NoPlan,
     derive_plan,
+    prove_plan,
     unsplit_matrix,
     wildcard,
 )
@@ -53,7 +54,7 @@ def tensor_parallel_plan(model: PreTrainedModel, tp: int, *, sequence_parallel: 
     """
     own = {name: style for name, style in (model.tp_plan or {}).items() if style in (COLUMN, ROW, GRADIENT_SUM)}
     _check_heads(model, tp)
-    plan = DerivedPlan(own) if own else _derived(model, tp, sequence_parallel)
+    plan = _confirmed(model, own, tp) if own else _derived(model, tp, sequence_parallel)
     found: dict[str, str] = {}
     for name, module in model.named_modules():
         style = plan.styles.get(wildcard(name))
@@ -64,6 +65,18 @@ def tensor_parallel_plan(model: PreTrainedModel, tp: int, *, sequence_parallel: 
         if style:
             found[name] = style
     return DerivedPlan(found, {n: plan.divided.get(wildcard(n), ()) for n, _ in model.named_modules()})
+
+
+def _confirmed(model: PreTrainedModel, own: dict[str, str], tp: int) -> DerivedPlan:
+    """The model's own plan, tried on a small copy: some that ship are wrong, and not all of these with an error."""
+    try:
+        proved = prove_plan(model, {name: style for name, style in own.items() if style != GRADIENT_SUM}, tp)
+    except NoPlan as reason:
+        name = type(model).__name__
+        raise ConfigError(
+            f"parallelism.tp {tp}: the tensor-parallel plan that {name} ships is wrong: {reason}: use dp_shard"
+        ) from None
+    return DerivedPlan({**own, **proved.styles}, proved.divided)
 
 
 def _derived(model: PreTrainedModel, tp: int, sequence_parallel: bool) -> DerivedPlan:
@@ -89,7 +102,8 @@ def apply_tensor_parallel(model: PreTrainedModel, mesh: DeviceMesh, *, sequence_
     for name, attributes in found.divided.items():
         for attribute in attributes:
             module = model.get_submodule(name)
-            setattr(module, attribute, getattr(module, attribute) // mesh.size())
+            if attribute in vars(module):  # not in a layer of another kind
+                setattr(module, attribute, getattr(module, attribute) // mesh.size())
     split: dict[str, str] = {}
     partial = {id(model.get_submodule(name)) for name, style in plan.items() if style == GRADIENT_SUM}
     for name, style in plan.items():

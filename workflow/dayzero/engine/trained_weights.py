@@ -62,7 +62,8 @@ class TrainedWeights:
             self.checkpoint = _Checkpoint(
                 train / read_json(train / "summary.json")["checkpoint"], "ema" if ema else "model"
             )
-            names = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+            # the template's: some constructors freeze parameters, and loading thaws them
+            names = {name for name, parameter in self.weights.template.named_parameters() if parameter.requires_grad}
             names -= frozen_names(self.model, method.freeze)
             if missing := sorted(name for name in names if self._in_checkpoint(name) is None):
                 raise ValueError(

@@ -44,7 +44,7 @@ from dayzero.engine.megatron_fsdp import adapt_optimizer, has_unequal_shards, re
 from dayzero.engine.metrics import MetricsLog, peak_memory_gib
 from dayzero.engine.model import ModelSource, count_parameters, share_trained_weights, share_weights
 from dayzero.engine.optimizer import build_optimizer, clip_grad_norm, set_lr
-from dayzero.engine.packing import packing_leak
+from dayzero.engine.packing import architecture_leak, packing_leak, reads_ahead
 from dayzero.engine.parallel_dims import ParallelDims
 from dayzero.engine.parallelize import parallelize
 from dayzero.engine.pipeline_cut import Anatomy, anatomy
@@ -55,6 +55,7 @@ from dayzero.engine.structure import find_layers
 from dayzero.engine.tensor_parallel import pad_tokens, sum_partial_gradients
 from dayzero.engine.transformer_engine import float8_autocast
 from dayzero.engine.weights import Weights
+from dayzero.errors import ConfigError
 
 
 class Batch(Protocol):
@@ -379,11 +380,25 @@ class Trainer:
         module.train()
         return logits.float().cpu()
 
+    def require_causal(self) -> None:
+        """Raise `ConfigError` where the model sees the tokens that it is to predict."""
+        precision = "bf16" if computes_in_bf16(self.train.precision) else "fp32"
+        moved = reads_ahead(self.logits, self.vocab_size, precision)
+        if moved is not None:
+            name = type(self.weights.template).__name__
+            raise ConfigError(
+                f"model: {name} reads later tokens (changing them moves earlier logits by {moved:.2g}), so it would "
+                "learn to copy what it should predict: choose a model that reads from left to right, or, where its "
+                "config has is_decoder, set that"
+            )
+
     def packing_leak(self) -> float | None:
         """How far packed documents reach into one another in this model, or in its teacher, see `packing.py`; None if
         they do not."""
         precision = "bf16" if computes_in_bf16(self.train.precision) else "fp32"
         leak = packing_leak(self.logits, self.vocab_size, precision)
+        if leak is None:
+            leak = architecture_leak(self.weights.template)
         if leak is None and self.distillation:
             leak = packing_leak(self._teacher_logits, self.vocab_size, precision)
         return leak

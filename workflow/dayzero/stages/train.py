@@ -296,6 +296,7 @@ def _train(args: argparse.Namespace, device: Any) -> None:
         directory=args.output,
         identity=identity(run, args),
     )
+    trainer.require_causal()
     leak = trainer.packing_leak() if run.tokenize.packing else None
     if leak is not None:
         log.warning(

@@ -1,7 +1,11 @@
-"""A tiny config of any architecture, made from the architecture's own defaults by rules on the names of its fields.
+"""A tiny copy of any architecture, with random weights: what can be asked of it need not be asked of the real model.
 
-No rule names an architecture. A field that no rule knows keeps its default, so what an architecture is made of (its
-kinds of layers, gates, caps, scales, tied weights) stays; only sizes go down.
+Its config is the model's own, shrunk by rules on the names of its fields: no rule names an architecture. A field that
+no rule knows keeps its value, so what an architecture is made of (its kinds of layers, gates, caps, scales, tied
+weights) stays; sizes go down, and windows, chunks and what is chosen among tokens become so short that a few dozen
+tokens reach past them.
+
+Shapes: B rows, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -10,12 +14,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from transformers import CONFIG_MAPPING, PretrainedConfig
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
 
 VOCAB_SIZE = 128
 WIDTH = 64
@@ -71,44 +71,51 @@ MISSING: list[tuple[str, Any]] = [
 DEPTH = r"^(num_(hidden_)?layers|n_layers?|decoder_layers|num_blocks)$"
 KEPT = r"inference|multiplier|factor|coef|eps|theta|limit|sinkhorn|_token_id|^seed$|kernel|conv|d_conv|expand|expansion"
 
+DROPPED = (
+    *("transformers_version", "architectures", "id2label", "label2id", "dtype", "problem_type", "model_type"),
+    *("quantization_config", "auto_map", "_name_or_path"),
+)
+
 LAYER_NUMBERS = r"(_ids|_idxs|_indices|only_layers|moe_layers)$"
 """Lists of the numbers of layers."""
 
-OTHER_INPUTS = re.compile(r"vision|audio|text|vq")
 
+def tiny_copy(model: PreTrainedModel) -> PreTrainedModel | None:
+    """A tiny model of the class of `model`, in float32 on the CPU, in eval mode; None where no tiny config works.
 
-def architectures() -> dict[str, str]:
-    """model_type -> class name of every decoder-only text architecture of the installed transformers.
-
-    Left out of its mapping of causal LMs: encoder-decoders; encoders (also in the mapping of masked LMs); and models
-    of several kinds of input, whose text part has an entry of its own.
+    Its weights are random, and always the same ones.
     """
-    found = {}
-    for model_type, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
-        config_class = CONFIG_MAPPING[model_type]
-        if model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES or model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+    tokens = torch.arange(3, 32).unsqueeze(0)
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
+        for config in tiny_configs(model.config):
+            torch.manual_seed(0)
+            try:
+                small = type(model)._from_config(config, dtype=torch.float32).eval()
+                for parameter in small.parameters():  # what starts at zero or one would hide much
+                    parameter.add_(torch.randn_like(parameter), alpha=0.02)
+                if small(input_ids=tokens, use_cache=False).logits.isfinite().all():
+                    return small
+            except Exception:  # noqa: S112  # each architecture has its own way to refuse a size
+                continue
+    return None
+
+
+def tiny_configs(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
+    """Tiny configs to try in turn: the first that builds and computes is the tiny model's."""
+    for fields in tiny_fields(config.to_dict()):
+        try:
+            tiny = type(config)(**fields)
+        except Exception:  # noqa: S112  # each config class has its own checks, with their own errors
             continue
-        sub_configs = getattr(config_class, "sub_configs", {})
-        if any(OTHER_INPUTS.search(part) for part in sub_configs) or not _is_decoder_only(config_class):
-            continue
-        found[model_type] = name if isinstance(name, str) else name[0]
-    return found
+        tiny.use_cache = False
+        yield tiny
 
 
-def _is_decoder_only(config_class: Any) -> bool:
-    try:
-        return not config_class().is_encoder_decoder
-    except Exception:  # one that needs an encoder's config
-        return False
-
-
-def tiny_configs(model_type: str) -> Iterator[dict[str, Any]]:
-    """Config fields (with model_type) to try in turn: the first that builds and computes is the tiny model's."""
-    fields = CONFIG_MAPPING[model_type]().to_dict()
+def tiny_fields(fields: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The same as fields of a config, not all of which its class will take."""
     for fill in (False, True):
         for repeats in (1, 2):
             tiny = _shrink(fields, *_layers_to_keep(fields, repeats))
-            tiny["model_type"] = model_type
             if fill:
                 tiny |= _missing(tiny)
             if tiny.get("mamba_d_ssm"):
@@ -162,8 +169,8 @@ def _shrink(fields: dict[str, Any], depth: int, kept: list[int], *, top: bool = 
         "dtype",
         "problem_type",
     )
-    if "model_type" in fields and not top:
-        dropped += tuple(set(PretrainedConfig().to_dict()) - {"model_type"})
+    if "model_type" in fields and not top:  # a config within the config
+        dropped = (*dropped, *PretrainedConfig().to_dict())
     return {k: _value(k, v, depth, kept) for k, v in fields.items() if k not in dropped}
 
 
