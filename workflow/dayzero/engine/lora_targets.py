@@ -103,7 +103,7 @@ def _is_plain(linear: nn.Module) -> bool:
 
 def _accepted(model: PreTrainedModel, name: str) -> bool:
     around = chain = nn.Module()
-    around.config = model.config
+    around.config = model.config  # type: ignore[assignment]  # PEFT looks for it
     *path, last = name.split(".")
     for part in path:
         inner = nn.Module()

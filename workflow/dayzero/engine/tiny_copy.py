@@ -129,7 +129,7 @@ def tiny_fields(fields: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _missing(tiny: dict[str, Any]) -> dict[str, Any]:
-    found = {}
+    found: dict[str, Any] = {}
     for name, value in tiny.items():
         if value is None:
             found.update((name, filled) for pattern, filled in MISSING if re.search(pattern, name))
