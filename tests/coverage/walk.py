@@ -101,7 +101,7 @@ def walk(results: Path, names: list[str], stamp: str, deadline: float) -> None:
             )
         names, why = _watch(process, results, names, stamp, deadline)
         if names and why:
-            _blame(results, names, why, log, stamp)
+            note_death(results, names[0], why, log, stamp)
 
 
 def _watch(
@@ -139,19 +139,17 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _blame(results: Path, names: list[str], why: str, log: Path, stamp: str) -> None:
-    """Write down the running check of the first of `names` as failed."""
-    found = read(results, names[0])
+def note_death(results: Path, name: str, why: str, log: Path, stamp: str) -> None:
+    """Write down the running check of architecture `name` as failed; its other checks are still to be run."""
+    found = read(results, name)
     running = found.pop("running", None)
     if running is None and found.get("cells"):
         return  # it failed within the check and says so
-    tail = [x.strip() for x in log.read_text(errors="replace").splitlines() if "Error" in x or "rror:" in x]
-    cells = {
-        **found.get("cells", {}),
-        running or "build": {"status": "fail", "why": f"{why} {' '.join(tail[-1:])}"[:300]},
-    }
+    tail = [x.strip() for x in log.read_text(errors="replace").splitlines() if "Error" in x]
+    cell = {"status": "fail", "why": f"{why} {' '.join(tail[-1:])}"[:300]}
+    cells = {**found.get("cells", {}), running or "build": cell}
     done = running in (None, "build")
-    write_json(results / f"{names[0]}.json", {"seconds": 0.0, **found, "cells": cells, "done": done, "stamp": stamp})
+    write_json(results / f"{name}.json", {"seconds": 0.0, **found, "cells": cells, "done": done, "stamp": stamp})
 
 
 def read(results: Path, name: str) -> dict[str, Any]:
