@@ -10,7 +10,7 @@ from dayzero.config import Method
 from dayzero.engine.model import ModelSource, build_model
 from dayzero.engine.packing import architecture_leak, packing_leak
 from dayzero.engine.tensor_parallel import tensor_parallel_plan
-from dayzero.engine.tiny_copy import VOCAB_SIZE, tiny_configs, tiny_copy
+from dayzero.engine.tiny_copy import VOCAB_SIZE, mixes_dtypes, tiny_configs, tiny_copy
 from dayzero.errors import ConfigError
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
@@ -86,3 +86,11 @@ def test_a_shipped_plan_is_given_the_sums_of_gradients_that_it_lacks() -> None:
     styles = tensor_parallel_plan(model, 2).styles
     assert styles["model.layers.0.mlp.act_fn"] == "replicated_with_grad_allreduce"
     assert "model.layers.*.mlp.act_fn" not in model.tp_plan
+
+
+@pytest.mark.parametrize(("model_type", "mixes"), [("llama", False), ("openai-gpt", True), ("minimax", True)])
+def test_buffers_that_bfloat16_parameters_cannot_meet_are_found(model_type: str, mixes: bool) -> None:
+    assert mixes_dtypes(default(model_type)) == mixes
+    again = tiny_copy(default(model_type))
+    assert again is not None
+    assert {p.dtype for p in again.parameters()} == {torch.float32}  # a question leaves nothing behind

@@ -10,6 +10,7 @@ Shapes: B rows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -85,7 +86,17 @@ def tiny_copy(model: PreTrainedModel) -> PreTrainedModel | None:
 
     Its weights are random, and always the same ones.
     """
-    tokens = torch.arange(3, 32).unsqueeze(0)
+    key = type(model), model.config.to_json_string(use_diff=False)
+    if key not in _MADE:
+        _MADE.clear()  # one model is asked several things
+        _MADE[key] = _make(model)
+    return copy.deepcopy(_MADE[key])
+
+
+_MADE: dict[tuple[type, str], PreTrainedModel | None] = {}
+
+
+def _make(model: PreTrainedModel) -> PreTrainedModel | None:
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
         for config in tiny_configs(model.config):
             torch.manual_seed(0)
@@ -93,11 +104,29 @@ def tiny_copy(model: PreTrainedModel) -> PreTrainedModel | None:
                 small = type(model)._from_config(config, dtype=torch.float32).eval()
                 for parameter in small.parameters():  # what starts at zero or one would hide much
                     parameter.add_(torch.randn_like(parameter), alpha=0.02)
-                if small(input_ids=tokens, use_cache=False).logits.isfinite().all():
+                if small(input_ids=_TOKENS, use_cache=False).logits.isfinite().all():
                     return small
             except Exception:  # noqa: S112  # each architecture has its own way to refuse a size
                 continue
     return None
+
+
+_TOKENS = torch.arange(3, 32).unsqueeze(0)
+
+
+@torch.no_grad()
+def mixes_dtypes(model: PreTrainedModel) -> bool:
+    """Whether `model` cannot compute with bfloat16 parameters beside its float32 buffers."""
+    small = tiny_copy(model)
+    if small is None:
+        return False
+    for parameter in small.parameters():
+        parameter.data = parameter.data.bfloat16()
+    try:
+        small(input_ids=_TOKENS, use_cache=False)
+    except RuntimeError:
+        return True
+    return False
 
 
 def tiny_configs(config: PretrainedConfig) -> Iterator[PretrainedConfig]:

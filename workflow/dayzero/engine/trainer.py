@@ -53,6 +53,7 @@ from dayzero.engine.router_loss import RouterLoss, router_loss_coefficient
 from dayzero.engine.signals import StopRequest
 from dayzero.engine.structure import find_layers
 from dayzero.engine.tensor_parallel import pad_tokens, sum_partial_gradients
+from dayzero.engine.tiny_copy import mixes_dtypes
 from dayzero.engine.transformer_engine import float8_autocast
 from dayzero.engine.weights import Weights
 from dayzero.errors import ConfigError
@@ -143,6 +144,8 @@ class Trainer:
         self.flops: StepFlops | None = (
             count_flops(self.weights.empty_model(quantized=False)) if self.peak_flops else None
         )
+        self.mixes_dtypes = computes_in_bf16(self.train.precision) and mixes_dtypes(self.weights.template)
+        """Whether bf16 needs autocast under FSDP2 too, which casts parameters but not buffers."""
         self.router_loss = bare.router_loss
         self.router_coefficient = router_loss_coefficient(model, self.train.router_aux_loss_coef, self.dims)
         load = partial(self.weights.load, bare, model, self.device, offload=self.train.cpu_offload)
@@ -467,7 +470,7 @@ class Trainer:
         real_tokens = inputs.pop()
         router = {} if real_tokens is None else {"real_tokens": real_tokens, "router_weight": router_weight}
         fp8 = self.train.fp8 if module is self.module else None  # else: logits in float32
-        with autocast(precision, self.dims.strategy, self.device), float8_autocast(fp8):
+        with autocast(precision, "none" if self.mixes_dtypes else self.dims.strategy, self.device), float8_autocast(fp8):
             output = module(*inputs, **router)
         if labels is not None:
             return output
