@@ -255,7 +255,8 @@ def _export(subject: Subject, trainer: Trainer, method: str) -> str:
         return ""
     place = trainer.directory
     if method == "lora":
-        save_adapter(place / "adapter", trainer.weights.method.lora, adapters, base_model=str(subject.directory))
+        settings = trainer.weights.method.lora
+        save_adapter(place / "adapter", settings, adapters, str(subject.directory), trainer.weights.tied)
     write_json(place / "summary.json", {"checkpoint": f"checkpoints/step_{STEPS}"})
     weights = TrainedWeights(trainer.source, None, trainer.method, SEED, place)
     streamed = streamed_logits(weights.model, weights.read, probe)

@@ -154,8 +154,8 @@ class Lora(_Section):
     """Modules trained whole beside the adapters, by the end of their names, e.g. [embed_tokens, lm_head]; they are
     kept in the adapter's files, as PEFT's modules_to_save."""
     targets: str | list[str] = "all-linear"
-    """Module name suffixes, one regular expression over full names, or `all-linear` (all but the LM head; fused experts
-    where PEFT knows them, else the log says that they stay frozen)."""
+    """Module name suffixes, one regular expression over full names, or `all-linear`: every linear module that an
+    adapter can serve but the LM head, and fused experts (which stay frozen with dropout or DoRA; the log says so)."""
 
 
 class Kd(_Section):

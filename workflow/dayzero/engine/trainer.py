@@ -470,7 +470,10 @@ class Trainer:
         real_tokens = inputs.pop()
         router = {} if real_tokens is None else {"real_tokens": real_tokens, "router_weight": router_weight}
         fp8 = self.train.fp8 if module is self.module else None  # else: logits in float32
-        with autocast(precision, "none" if self.mixes_dtypes else self.dims.strategy, self.device), float8_autocast(fp8):
+        with (
+            autocast(precision, "none" if self.mixes_dtypes else self.dims.strategy, self.device),
+            float8_autocast(fp8),
+        ):
             output = module(*inputs, **router)
         if labels is not None:
             return output
