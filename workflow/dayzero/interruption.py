@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from dayzero import slurm
@@ -17,6 +22,24 @@ MAX_WITHOUT_A_STEP = 3
 
 SECONDS_TO_END = 60
 """How long SLURM may take to end a job that it puts back."""
+
+
+@contextmanager
+def stopped_in_time(job: slurm.Job, seconds: float) -> Iterator[None]:
+    """Ask this process to stop `seconds` before the job's end; SLURM's own signal would end the Snakemake around it."""
+    over = threading.Event()
+
+    def wait() -> None:
+        assert job.ends
+        if not over.wait(max(0.0, job.ends - seconds - time.time())):
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    if job.ends and job.time_limit and seconds:
+        threading.Thread(target=wait, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
 
 
 def stop_or_go_on(folder: Path, job: slurm.Job | None, max_requeues: int) -> None:

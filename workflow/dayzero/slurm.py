@@ -7,6 +7,7 @@ import re
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import datetime
 
 SECONDS = 20
 """How long a command of SLURM may take before it counts as not answering."""
@@ -39,6 +40,8 @@ class Job:
     started: str = ""
     time_limit: float | None = None
     """Seconds. None: no limit."""
+    ends: float | None = None
+    """When the time limit ends it, by this node's clock. None: not told."""
 
 
 def current_job() -> Job | None:
@@ -80,6 +83,7 @@ def parse_job(text: str) -> Job:
         restarts=int(known("Restarts") or 0),
         started=known("StartTime"),
         time_limit=parse_time(known("TimeLimit")),
+        ends=_moment(known("EndTime")),
     )
 
 
@@ -90,6 +94,13 @@ def parse_time(text: str) -> float | None:
         return None
     days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
     return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+
+
+def _moment(text: str) -> float | None:
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except ValueError:
+        return None
 
 
 def _gpus(fields: dict[str, str], nodes: int) -> int:

@@ -1,7 +1,7 @@
 """What each rule's job asks of SLURM, from the run's config and the profile's site keys; elsewhere, of this machine.
 
 The keys that a site sets in its profile's `default-resources` and that are read here:
-cpu_partition, gpu_partition, gpu_request (gres, gpus-per-node or gpus), gpu_type.
+cpu_partition, gpu_partition, gpu_request (gres, gpus-per-node or gpus), gpu_type, small_runs.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ class Site:
     gpu_partition: str = ""
     gpu_request: str = ""
     gpu_type: str = ""
+    small_runs: str = ""
+    """true: trainings of one node are ordinary jobs, which can share an allocation or an array."""
 
     def __post_init__(self) -> None:
         if self.gpu_request and self.gpu_request not in GPU_REQUESTS:
@@ -40,6 +42,10 @@ class Site:
     def of(cls, default_resources: Mapping[str, Any]) -> Site:
         """The site's keys among a profile's default resources."""
         return cls(**{name: named(default_resources, name) for name in cls.__annotations__})
+
+    @property
+    def runs_are_small(self) -> bool:
+        return self.small_runs.lower() == "true"
 
     @property
     def is_slurm(self) -> bool:
@@ -77,8 +83,8 @@ class _Run:
 
 
 def _settled(wiring: Wiring, function: Callable[..., Any]) -> Any:
-    """The one value of a function of the run alone, where all runs have the same: planning thousands of jobs spends most
-    of its time on calling functions."""
+    """The one value of a function of the run alone, where all runs have the same: Snakemake calls a function several
+    times for each of thousands of jobs."""
     if function.__code__.co_argcount > 1:
         return function
     values = {function(_Run(name)) for name in wiring.runs}
@@ -94,6 +100,13 @@ def _functions(wiring: Wiring, site: Site, stage: str) -> dict[str, Callable[...
     if not site.is_slurm:
         return resources
     train = stage == "train"
+    if train and site.runs_are_small:
+        for name, run in wiring.runs.items():
+            if run.resources.train.nodes > 1:
+                raise ConfigError(
+                    f"small_runs is true (default-resources of the profile), but run {name} has resources.train.nodes "
+                    f"{run.resources.train.nodes}: set small_runs to false"
+                )
     resources["slurm_partition"] = lambda wildcards: (
         site.gpu_partition if wiring.gpus(stage, wildcards) else site.cpu_partition
     )
@@ -105,7 +118,7 @@ def _functions(wiring: Wiring, site: Site, stage: str) -> dict[str, Callable[...
         resources["gpu"] = lambda wildcards: 0
     elif site.gpu_type:
         resources["gpu_model"] = lambda wildcards: site.gpu_type if wiring.gpus(stage, wildcards) else ""
-    if train:
+    if train and not site.runs_are_small:
         # with `mpi` the rule's shell runs once, in the batch script, and starts the nodes itself; two tasks or more on
         # each node, which the plugin wants, share the node's CPUs
         resources["mpi"] = lambda wildcards: "srun"
@@ -123,7 +136,7 @@ def _extra(wiring: Wiring, site: Site, stage: str, wildcards: Any, attempt: int)
     if gpus and site.gpu_request == "gpus-per-node":
         options.append(_named(site, "--gpus-per-node=", gpus))
     asked = wiring.resources(stage, wildcards)
-    if isinstance(asked, TrainResources) and asked.stop_before:
+    if isinstance(asked, TrainResources) and asked.stop_before and not site.runs_are_small:
         options.append(f"--signal={SIGNAL}@{asked.stop_before}")
     if attempt > 1:
         options.append(f"--begin=now+{backoff(attempt)}")

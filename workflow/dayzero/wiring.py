@@ -254,7 +254,7 @@ class Wiring:
     def launch_arguments(self, wildcards: Any) -> str:
         """Machine settings of training as arguments. They change no result, so they are no parameter of the rule."""
         asked = self.run(wildcards.run).resources.train
-        arguments = f"--nodes {asked.nodes} --max-requeues {asked.max_requeues}"
+        arguments = f"--nodes {asked.nodes} --max-requeues {asked.max_requeues} --stop-before {asked.stop_before}"
         return arguments + (
             f" --network-interface {shlex.quote(interface)}" if (interface := asked.network_interface) else ""
         )

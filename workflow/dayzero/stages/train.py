@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from dayzero.config import RunConfig
 from dayzero.console import log
 from dayzero.errors import ConfigError
 from dayzero.files import atomic_directory, atomic_file, read_json, sha256_json, write_json
-from dayzero.interruption import stop_or_go_on
+from dayzero.interruption import stop_or_go_on, stopped_in_time
 from dayzero.provenance import Clock
 from dayzero.run_lock import RunLock
 from dayzero.stages.base import read_config, run_stage, stage_parser
@@ -55,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     machine = parser.add_argument_group("where it runs; changes no result")
     machine.add_argument("--nodes", type=int, default=1, help="nodes of a SLURM job (default 1)")
     machine.add_argument("--max-requeues", type=int, default=100, help="times a SLURM job is put back (default 100)")
+    machine.add_argument("--stop-before", type=int, default=0, help="seconds before a job's end to stop at (default 0)")
     machine.add_argument("--network-interface", help="network interface of every node for NCCL and gloo")
     arguments = sys.argv[1:] if argv is None else argv
 
@@ -125,7 +127,8 @@ def _run(
         if job is None or slurm.in_job_step():
             if args.nodes > 1:
                 log.info("not in a SLURM job's batch script: all %d processes run on this machine", world_size)
-            return run_torchrun("dayzero.stages.train", arguments, world_size)
+            with stopped_in_time(job, args.stop_before) if job else nullcontext():
+                return run_torchrun("dayzero.stages.train", arguments, world_size)
         settings = NodeSettings(nodes=args.nodes, network_interface=args.network_interface)
         logs = args.output.parent / "logs" / "ranks"
         return run_on_nodes("dayzero.stages.train", arguments, world_size, job, settings, folder=args.output, logs=logs)

@@ -1,0 +1,60 @@
+"""The launcher on a real cluster, with ranks that hold no model: whose they are, how they fail, how they stop."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from dayzero.files import read_json
+
+from tests.slurm.conftest import Site
+from tests.workflow.project import ROOT
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(240)]
+
+
+def submit(site: Site, folder: Path, world_size: int, nodes: int, mode: str, *asked: str) -> str:
+    """Start `world.py` as a batch job; its id."""
+    folder.mkdir()
+    command = f"{sys.executable} -m tests.slurm.world {folder} {world_size} {nodes} {mode}"
+    environment = f"PYTHONPATH={ROOT}/workflow:{ROOT},OMP_NUM_THREADS=1,PATH={site.environment['PATH']}"
+    arguments = ["--parsable", f"--output={folder}/printed.txt", f"--export={environment}", *asked]
+    return site.cluster.call("sbatch", *arguments, "--wrap", command).strip()
+
+
+def said(site: Site, folder: Path) -> dict[str, object]:
+    site.wait((folder / "said.json").exists, "the launcher's last word", 120)
+    return read_json(folder / "said.json")
+
+
+def test_two_nodes_with_two_ranks_each_of_which_one_fails(site: Site, tmp_path: Path) -> None:
+    folder = tmp_path / "fail"
+    submit(site, folder, 4, 2, "fail", "--nodes=2", "--ntasks-per-node=2", "--gres=gpu:2")
+    assert said(site, folder) == {"error": "rank 2: the third rank's mistake"}
+    places = [(folder / f"rank{i}").read_text() for i in range(4)]
+    assert sorted(places) == ["0 node1", "0 node2", "1 node1", "1 node2"]
+    for i in range(4):
+        assert f"rank {i} of 4" in (folder / f"ranks/rank_{i}.log").read_text()
+    printed = (folder / "printed.txt").read_text()
+    assert printed.rstrip().endswith("ValueError: the third rank's mistake")
+    assert not list(folder.glob(".launch-*"))
+
+
+def test_a_signal_from_slurm_stops_all_nodes_and_two_jobs_do_not_meet(site: Site, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    asked = ("--nodes=2", "--ntasks-per-node=2", "--mem=1000")
+    jobs = [submit(site, folder, 2, 2, "wait", *asked) for folder in (first, second)]
+    site.wait(lambda: all((f / f"rank{i}").exists() for f in (first, second) for i in (0, 1)), "four ranks")
+    site.cluster.call("scancel", "--signal=USR1", jobs[0])
+    assert said(site, first) == {"finished": False}
+    assert not (second / "said.json").exists()
+    site.cluster.call("scancel", "--signal=USR1", jobs[1])
+    assert said(site, second) == {"finished": False}
+
+
+def test_a_world_that_slurm_did_not_give(site: Site, tmp_path: Path) -> None:
+    submit(site, tmp_path / "nodes", 4, 2, "end", "--nodes=1", "--ntasks-per-node=2", "--mem=1000")
+    error = str(said(site, tmp_path / "nodes")["error"])
+    assert "make 4 processes on 2 nodes (resources.train.nodes), but SLURM gave job" in error
+    assert "1 nodes (node1)" in error or "1 nodes (node2)" in error

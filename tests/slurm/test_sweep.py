@@ -1,0 +1,86 @@
+"""Sweeps and mistakes on a real cluster; the stages are stand-ins, the jobs are SLURM's."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.conftest import Site
+from tests.workflow.project import ROOT, STAND_IN, TINY, make_project
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
+
+RUNS = [f"s{i}" for i in range(8)]
+SWEEP = TINY[: TINY.index("runs:")].replace("{max_steps: 2,", "{max_steps: 2, ") + (
+    "  resources: {train: {threads: 1, mem_mb: 500, runtime: 30}, tokenize: {mem_mb: 500, threads: 1}}\n"
+    "runs:\n" + "".join(f"  {run}: {{seed: {i}}}\n" for i, run in enumerate(RUNS))
+)
+
+
+class StandIns(Site):
+    """A site whose jobs are stand-ins; the training of s3 fails."""
+
+    @property
+    def environment(self) -> dict[str, str]:
+        path = f"{STAND_IN}{os.pathsep}{ROOT / 'workflow'}"
+        return {**super().environment, "PYTHONPATH": path, "STAND_IN_FAILS": "results/tiny/s3/train"}
+
+
+@pytest.fixture
+def sweep(site: Site, tmp_path: Path) -> StandIns:
+    return StandIns(make_project(tmp_path / "sweep", SWEEP).path, site.cluster)
+
+
+def test_eight_small_runs_as_an_array_of_which_one_fails(sweep: StandIns) -> None:
+    profile = sweep.path / "profiles/slurm/config.yaml"
+    profile.write_text(profile.read_text().replace("small_runs: false", "small_runs: true"))
+    code, printed = sweep.finish(
+        sweep.start("--retries", "0", "--slurm-array-jobs", "train", "--until", "train"), seconds=280
+    )
+    assert code != 0
+    trained = {run for run in RUNS if (sweep.path / sweep.summary_file(run)).exists()}
+    assert trained == {*RUNS} - {"s3"}, printed
+    table = printed[printed.index("1 failed") :]
+    assert all(word in table for word in ("s3", "train", "made to fail"))
+
+
+@pytest.mark.parametrize(
+    ("line", "instead", "says"),
+    [
+        ("cpu_partition: \"''\"", "cpu_partition: cpuu", "cpu_partition = 'cpuu' (default-resources of"),
+        ("# slurm_account: my-project", "slurm_account: nobody", "slurm_account = 'nobody'"),
+        (
+            "gpu_partition: \"''\"",
+            "gpu_partition: gpu",
+            "asks for 4 GPUs of a node, but the nodes of partition gpu have 2",
+        ),
+    ],
+)
+def test_what_the_cluster_has_not_is_said_in_one_line(sweep: StandIns, line: str, instead: str, says: str) -> None:
+    profile = sweep.path / "profiles/slurm/config.yaml"
+    assert line in profile.read_text()
+    profile.write_text(profile.read_text().replace(line, instead))
+    more = ["--config", "set=resources.train.gpu=4"] if "GPUs" in says else []
+    code, printed = sweep.finish(sweep.start(*more))
+    assert code != 0
+    (said,) = [text for text in printed.splitlines() if says in text and "run s" not in text.replace("run s0:", "")]
+    assert not said.startswith(" ")
+    assert "Traceback" not in printed
+    assert "submitted" not in printed
+
+
+def test_without_sbatch(sweep: StandIns) -> None:
+    (sweep.path / "bin").mkdir()
+    for name in ("bash", "sh", "which"):
+        (sweep.path / "bin" / name).symlink_to(f"/usr/bin/{name}")
+    environment = {**sweep.environment, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{sweep.path / 'bin'}"}
+    done = subprocess.run(
+        [sys.executable, "-m", "snakemake", "--profile", "slurm"],
+        cwd=sweep.path, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "sbatch is not on PATH: start on a login node" in done.stdout
