@@ -27,6 +27,12 @@ COMMANDS = ("srun", "sbatch", "squeue", "scancel", "sinfo", "scontrol", "sacct",
 DAEMONS = ("munged", "slurmctld", "slurmd")
 SYSTEM_PATH = "/usr/sbin:/sbin:/usr/bin:/bin"
 
+
+def _command(name: str) -> str | None:
+    """Where a command of SLURM is, the directories of daemons included."""
+    return shutil.which(name, path=f"{os.environ['PATH']}{os.pathsep}{SYSTEM_PATH}")
+
+
 CONFIG = """\
 ClusterName=virtual
 SlurmctldHost={host}(127.0.0.1)
@@ -67,7 +73,7 @@ PartitionName=gpu Nodes=node1,node2 MaxTime=60 State=UP
 
 def missing() -> str | None:
     """What to type where SLURM is not installed; None where it is."""
-    found = [shutil.which(name, path=SYSTEM_PATH) for name in (*DAEMONS, "sbatch", "srun")]
+    found = [_command(name) for name in (*DAEMONS, "sbatch", "srun")]
     return None if all(found) else f"the tests need Debian's SLURM, which `make test-slurm` does not install: {APT}"
 
 
@@ -172,7 +178,7 @@ class Cluster:
         for name in COMMANDS:
             wrapper = self.root / "bin" / name
             # jobs lose their SLURM_* variables on the way through Snakemake, so the command itself knows its cluster
-            wrapper.write_text(f'#!/bin/sh\nSLURM_CONF={etc}/slurm.conf exec /usr/bin/{name} "$@"\n')
+            wrapper.write_text(f'#!/bin/sh\nSLURM_CONF={etc}/slurm.conf exec {_command(name) or name} "$@"\n')
             wrapper.chmod(0o755)
 
     def _start(self, name: str) -> None:

@@ -63,18 +63,18 @@ def named(default_resources: Mapping[str, Any], name: str) -> str:
 
 def job_threads(wiring: Wiring, stage: str) -> Callable[..., int] | int:
     """The `threads:` of a rule."""
-    return _settled(wiring, lambda wildcards: wiring.resources(stage, wildcards).threads)
+    return settled(wiring, lambda wildcards: wiring.resources(stage, wildcards).threads)
 
 
 def job_resources(wiring: Wiring, site: Site, stage: str) -> dict[str, Any]:
     """The `resources:` of a rule: functions of its wildcards, or plain values where all runs ask for the same."""
     functions = _functions(wiring, site, stage)
-    return {name: _settled(wiring, function) for name, function in functions.items()}
+    return {name: settled(wiring, function) for name, function in functions.items()}
 
 
 def launch_arguments(wiring: Wiring) -> Any:
     """The machine settings of training as arguments."""
-    return _settled(wiring, lambda wildcards: wiring.launch_arguments(wildcards))
+    return settled(wiring, lambda wildcards: wiring.launch_arguments(wildcards))
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,13 @@ class _Run:
     run: str
 
 
-def _settled(wiring: Wiring, function: Callable[..., Any]) -> Any:
+def settled(wiring: Wiring, function: Callable[..., Any]) -> Any:
     """The one value of a function of the run alone, where all runs have the same: Snakemake calls a function several
     times for each of thousands of jobs."""
     if function.__code__.co_argcount > 1:
         return function
-    values = {function(_Run(name)) for name in wiring.runs}
-    return values.pop() if len(values) == 1 else function
+    values = [function(_Run(name)) for name in wiring.runs]
+    return values[0] if all(value == values[0] for value in values) else function
 
 
 def _functions(wiring: Wiring, site: Site, stage: str) -> dict[str, Callable[..., Any]]:
