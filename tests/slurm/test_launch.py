@@ -18,7 +18,7 @@ def submit(site: Site, folder: Path, world_size: int, nodes: int, mode: str, *as
     """Start `world.py` as a batch job; its id."""
     folder.mkdir()
     command = f"{sys.executable} -m tests.slurm.world {folder} {world_size} {nodes} {mode}"
-    environment = f"PYTHONPATH={ROOT}/workflow:{ROOT},OMP_NUM_THREADS=1,PATH={site.environment['PATH']}"
+    environment = f"ALL,PYTHONPATH={ROOT}/workflow:{ROOT},OMP_NUM_THREADS=1,PATH={site.environment['PATH']}"
     arguments = ["--parsable", f"--output={folder}/printed.txt", f"--export={environment}", *asked]
     return site.cluster.call("sbatch", *arguments, "--wrap", command).strip()
 

@@ -6,7 +6,6 @@ as the ranks, which then say who they are and do as MODE says: end, fail, or wai
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -39,6 +38,7 @@ def stage(folder: Path, world_size: int, nodes: int, mode: str) -> None:
     from dayzero import slurm
     from dayzero.console import setup_logging
     from dayzero.engine.launch_nodes import NodeSettings, run_on_nodes
+    from dayzero.files import write_json
 
     setup_logging("train")
     job = slurm.current_job()
@@ -51,7 +51,7 @@ def stage(folder: Path, world_size: int, nodes: int, mode: str) -> None:
         said = {"finished": finished}
     except ValueError as error:
         said = {"error": str(error)}
-    (folder / "said.json").write_text(json.dumps(said))
+    write_json(folder / "said.json", said)
 
 
 if __name__ == "__main__":
