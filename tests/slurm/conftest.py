@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from getpass import getuser
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -180,7 +180,7 @@ def site(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Site:
 def nothing_left(site: Site) -> Iterator[None]:
     """After each test no job is in the queue and both nodes are up."""
     yield
-    site.cluster.call("scancel", "--user=" + str(os.getuid()), check=False)
+    site.cluster.call("scancel", f"--user={getuser()}", check=False)
     site.wait(lambda: not site.cluster.call("squeue", "-h").strip(), "an empty queue", 30)
     site.cluster.up()
     assert len(NODES) == 2

@@ -36,6 +36,22 @@ def test_it_is_there_inside_the_block_only(tmp_path: Path) -> None:
     assert list((tmp_path / "train").iterdir()) == []
 
 
+def test_a_file_system_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "link", refuse)
+    with RunLock(tmp_path, job=None, **FAST), pytest.raises(RunHeld):
+        RunLock(tmp_path, job=None, **FAST).__enter__()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_spoilt_lock_is_named(tmp_path: Path) -> None:
+    (tmp_path / LOCK).write_text("{")
+    with pytest.raises(ValueError, match=r"lock\.json is spoilt: delete it"):
+        RunLock(tmp_path, job=None, **FAST).__enter__()
+
+
 def test_a_living_process_of_this_host_is_named(tmp_path: Path) -> None:
     with RunLock(tmp_path, job=None, **FAST), pytest.raises(RunHeld, match=rf"process {os.getpid()} of .*\(kill"):
         RunLock(tmp_path, job=None, **FAST).__enter__()

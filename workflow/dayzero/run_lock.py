@@ -23,7 +23,7 @@ import psutil
 
 from dayzero import slurm
 from dayzero.console import log
-from dayzero.errors import ConfigError
+from dayzero.errors import ConfigError, DataError
 
 LOCK = "lock.json"
 
@@ -74,12 +74,19 @@ class RunLock:
 
     def _create(self) -> bool:
         """Make the file with its content in one step; False where there is one."""
+        text = json.dumps(self.content, indent=2) + "\n"
         temporary = self.path.with_name(f".{LOCK}.{self.content['token']}")
-        temporary.write_text(json.dumps(self.content, indent=2) + "\n")
+        temporary.write_text(text)
         try:
             os.link(temporary, self.path)
         except FileExistsError:
             return False
+        except OSError:  # a file system without hard links
+            try:
+                with open(self.path, "x", encoding="utf-8") as f:
+                    f.write(text)
+            except FileExistsError:
+                return False
         finally:
             temporary.unlink(missing_ok=True)
         return True
@@ -164,10 +171,14 @@ class RunLock:
 
 def read_lock(folder: Path) -> dict[str, Any] | None:
     """What the lock in a run's train folder says; None where there is none."""
-    try:
-        return json.loads((folder / LOCK).read_text())
-    except FileNotFoundError:
-        return None
+    for _ in range(10):
+        try:
+            return json.loads((folder / LOCK).read_text())
+        except FileNotFoundError:
+            return None
+        except json.JSONDecodeError:  # just being written
+            time.sleep(0.1)
+    raise DataError(f"{folder / LOCK} is spoilt: delete it when no training of this run is under way")
 
 
 def describe(holder: dict[str, Any]) -> str:
