@@ -290,6 +290,41 @@ def test_a_teacher_with_another_tokenizer(
 
 
 @pytest.mark.parametrize(
+    ("fields", "trained", "said"),
+    [
+        ({}, {"kernels": "liger"}, "train.kernels liger needs an NVIDIA GPU, and torch sees none here; use auto"),
+        ({}, {"attention": "varlen"}, "train.attention varlen trains on NVIDIA GPUs only"),
+        ({}, {"fp8": {}}, "train.fp8 needs an NVIDIA GPU of compute capability 8.9 or later"),
+        (
+            {},
+            {"fp8": {"backend": "transformer_engine"}},
+            "train.fp8.backend transformer_engine: this machine has no",
+        ),
+        (
+            {"intermediate_size": 40},
+            {"fp8": {"emulate": True}},
+            "train.fp8: sizes that are not multiples of 16: model.layers.0.mlp.gate_proj 40 x 32, ",
+        ),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU says")
+def test_kernels_and_precisions_that_the_machine_or_the_model_does_not_have(
+    fields: dict[str, Any],
+    trained: dict[str, Any],
+    said: str,
+    tokens: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = {"architecture": {**ARCHITECTURES["llama"], **fields}}
+    rows = {"max_steps": 2, "global_batch_size": 8, **trained}
+    config = _config(tmp_path, method={"name": "pretrain"}, model=model, train=rows)
+    assert train.main(["--config", config, "--tokens", str(tokens), "--output", str(tmp_path / "out")]) == 1
+    assert said in _last_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
     ("method", "arguments", "said"),
     [
         ("lora", [], "--train belongs to trained runs, and only to those"),
