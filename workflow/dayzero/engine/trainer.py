@@ -179,9 +179,12 @@ class Trainer:
         if router_loss_coefficient(model, self.train.router_aux_loss_coef, self.dims):
             router_loss = RouterLoss(model, self.context.group if self.context else None)
         if self.loss_choice is None:
-            self.loss_choice = choose_loss(model, self.train, self.dims, cuda=self.device.type == "cuda")
+            # a teacher's loss goes through both models' own heads
+            train = self.train.model_copy(update={"loss": "chunked"}) if self.distillation else self.train
+            self.loss_choice = choose_loss(model, train, self.dims, cuda=self.device.type == "cuda")
             if self.is_main:
-                log.info("loss: %s (%s)", self.loss_choice.name, self.loss_choice.reason)
+                reason = "with a teacher's" if self.distillation else self.loss_choice.reason
+                log.info("loss: %s (%s)", self.loss_choice.name, reason)
         options = LossOptions(
             chunk_size=self.train.loss_chunk_size,
             z_loss=self.train.z_loss or 0.0,
