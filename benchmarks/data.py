@@ -2,11 +2,15 @@
 
     python benchmarks/data.py --tokenizer results/store/models/KEY --text results/store/data/KEY/train.parquet
 
-Verses (or whatever rows the file's `text` column has) are joined into documents of mixed length. Every way is run in
-turn, several times over; the best counts, in seconds of wall time and of CPU time of all its processes. CPU time is
-what to compare on a machine that others use too. Ours includes loading the tokenizer, in every process; what one
-process takes without that is told apart. TRL is measured where it can be imported; it is no dependency:
-`pip install --no-deps --target DIR trl`, then PYTHONPATH=DIR.
+Verses (or whatever rows the file's `text` column has) are joined into documents of mixed length, and, where the
+tokenizer has a chat template, into conversations of one to three questions and answers. Every way is run in turn,
+several times over; the best counts, in seconds of wall time and of CPU time of all its processes. CPU time is what to
+compare on a machine that others use too: `of raw` divides raw's by a way's, and two processes can be at most twice the
+ratio of CPU seconds faster than one. Ours includes loading the tokenizer, in every process, and starting the processes;
+what one process takes without loading is told apart. Of conversations, raw is given the text that the template makes,
+ours makes it, to find what is supervised several times a row: so its cost is told apart too. The peer's conversations
+have no masks. TRL is measured where it can be imported; it is no dependency: `pip install --no-deps --target DIR trl`,
+then PYTHONPATH=DIR.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +34,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from dayzero.config import Tokenize
+from dayzero.data.chat import ChatEncoder
 from dayzero.data.loader import TrainBatches
 from dayzero.data.packing import best_fit_rows
 from dayzero.data.tokenization import tokenize_split
@@ -52,12 +58,45 @@ def main() -> None:
     datasets.disable_progress_bars()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        rows = Path(folder) / "rows.parquet"
         texts = mixed_documents(args.text, args.documents)
-        number = [str(i) for i in range(len(texts))]
-        pq.write_table(pa.table({"id": number, "origin": number, "text": texts}), rows, row_group_size=1000)
-        tokenise_and_pack(args, rows, texts, Path(folder))
-        load(args, Path(folder))
+        tokenise_and_pack(args, Work("text", texts, Path(folder) / "text"))
+        load(args, Path(folder) / "text")
+        tokenizer = TokenizerSource(args.tokenizer).load()
+        if tokenizer.chat_template:
+            tokenise_and_pack(args, Work("messages", conversations(texts), Path(folder) / "messages"))
+
+
+@dataclass
+class Work:
+    """Rows of one format, in memory and in a file."""
+
+    format: str
+    rows: list[Any]
+    folder: Path
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir()
+        self.file = self.folder / "rows.parquet"
+        number = [str(i) for i in range(len(self.rows))]
+        table = pa.table({"id": number, "origin": number, self.format: self.rows})
+        pq.write_table(table, self.file, row_group_size=1000)
+
+    def rendered(self, tokenizer: Any) -> list[str]:
+        """What a tokenizer reads of each row."""
+        if self.format == "text":
+            return self.rows
+        return [tokenizer.apply_chat_template(row, tokenize=False) for row in self.rows]
+
+
+def conversations(texts: list[str]) -> list[list[dict[str, str]]]:
+    """One to three texts as answers, each to its own first words."""
+    counts = np.random.default_rng(1).integers(1, 4, len(texts)).tolist()
+    rows, left = [], iter(texts)
+    for count in counts:
+        answers = [text for _, text in zip(range(count), left, strict=False)]
+        turns = [(("user", text[:100]), ("assistant", text)) for text in answers]
+        rows.append([{"role": role, "content": text} for turn in turns for role, text in turn])
+    return [row for row in rows if row]
 
 
 def mixed_documents(file: Path, count: int) -> list[str]:
@@ -71,10 +110,11 @@ def mixed_documents(file: Path, count: int) -> list[str]:
     ]
 
 
-def tokenise_and_pack(args: argparse.Namespace, rows: Path, texts: list[str], folder: Path) -> None:
+def tokenise_and_pack(args: argparse.Namespace, work: Work) -> None:
     """Print the table of tokenising and packing."""
     source = TokenizerSource(args.tokenizer)
     tokenizer = source.load()
+    rows, folder, texts = work.file, work.folder, work.rendered(tokenizer)
     counter = iter(range(10**6))
 
     def raw() -> tuple[int, int]:
@@ -89,7 +129,7 @@ def tokenise_and_pack(args: argparse.Namespace, rows: Path, texts: list[str], fo
             rows,
             folder / f"ours{next(counter)}",
             name="rows",
-            data_format="text",
+            data_format=work.format,
             tokenizer=source,
             options=Tokenize(seq_len=args.seq_len),
             num_workers=workers,
@@ -100,6 +140,9 @@ def tokenise_and_pack(args: argparse.Namespace, rows: Path, texts: list[str], fo
         data = datasets.Dataset.from_parquet(str(rows), cache_dir=str(folder / f"cache{next(counter)}"))
 
         def encode(batch: dict[str, list[str]]) -> dict[str, Any]:
+            if work.format == "messages":
+                ids = tokenizer.apply_chat_template(batch["messages"], return_dict=True)["input_ids"]
+                return {"input_ids": [i[: args.seq_len] for i in ids]}
             ids, eos = tokenizer(batch["text"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id
             return {"input_ids": [[*i, eos][: args.seq_len] for i in ids]}
 
@@ -109,11 +152,19 @@ def tokenise_and_pack(args: argparse.Namespace, rows: Path, texts: list[str], fo
         lengths = packed.with_format("arrow")["input_ids"]
         return sum(len(flat) for chunk in lengths.chunks for flat in [chunk.flatten()]), len(packed)
 
+    def render() -> tuple[int, int]:
+        encoder = ChatEncoder(tokenizer)
+        for row in work.rows:
+            encoder.render(row)
+        return 0, 0
+
     ways: dict[str, Callable[[], tuple[int, int]]] = {
         "tokenizers encode_batch": raw,
         "dayzero, 1 process": lambda: ours(1),
         "dayzero, 2 processes": lambda: ours(2),
     }
+    if work.format == "messages":
+        ways["of it, rendering the template"] = render
     if pack_dataset is not None:
         ways |= {"datasets.map + TRL, 1 process": lambda: peer(1), "datasets.map + TRL, 2 processes": lambda: peer(2)}
     results: dict[str, tuple[int, int]] = {}
@@ -129,15 +180,22 @@ def tokenise_and_pack(args: argparse.Namespace, rows: Path, texts: list[str], fo
             results[name] = way()
             wall[name] = min(wall[name], time.perf_counter() - before[0])
             cpu[name] = min(cpu[name], cpu_seconds() - before[1])
-    print(f"{len(texts):,} documents, rows of {args.seq_len} tokens, best of {args.repeat}")
+    print(f"\n{len(texts):,} rows of format {work.format}, rows of {args.seq_len} tokens, best of {args.repeat}")
     print(f"{'':32} {'tokens':>12} {'filled':>8} {'wall s':>8} {'CPU s':>8} {'of raw, CPU':>12} {'of raw, wall':>13}")
     base = "tokenizers encode_batch"
     for name, (tokens, made) in results.items():
         filled = f"{100 * tokens / made / args.seq_len:.2f} %" if made else ""
         of_raw = [f"{100 * seconds[base] / seconds[name]:.0f} %" for seconds in (cpu, wall)]
         print(f"{name:32} {tokens:12,} {filled:>8} {wall[name]:8.2f} {cpu[name]:8.2f} {of_raw[0]:>12} {of_raw[1]:>13}")
-    net = cpu[base] / (cpu["dayzero, 1 process"] - loading)
-    print(f"loading the tokenizer: {loading:.2f} s of CPU; one process without it: {100 * net:.0f} % of raw")
+    net = cpu["dayzero, 1 process"] - loading
+    print(
+        f"loading the tokenizer: {loading:.2f} s of CPU; one process without it: {100 * cpu[base] / net:.0f} % of raw"
+    )
+    if work.format == "messages":
+        net -= cpu["of it, rendering the template"]
+        print(f"and without rendering the template: {100 * cpu[base] / net:.0f} % of raw")
+    one, two = (f"dayzero, {n}" for n in ("1 process", "2 processes"))
+    print(f"two processes: {wall[one] / wall[two]:.2f} x in wall time, 2 cores allow {2 * cpu[one] / cpu[two]:.2f} x")
     lengths = np.diff(np.load(folder / "ours0/document_offsets.npy"))
     fewest = len(best_fit_rows(lengths, args.seq_len)[1])
     made = results["dayzero, 1 process"][1]
