@@ -64,7 +64,7 @@ def measure(args: argparse.Namespace, size: float, folder: Path) -> None:
         command = [sys.executable, "-m", f"dayzero.stages.{stage}", *given, *arguments]
         peak, wall, cpu = watch(command, folder / f"{stage}.log")
         rate = f"{size * 1e3 / cpu:11.1f}"
-        print(f"{size:6.1f} {rows:12,} {stage:>12} {peak:9.0f} {wall:8.0f} {cpu:8.0f} {rate}", flush=True)
+        print(f"{size:6.2f} {rows:12,} {stage:>12} {peak:9.0f} {wall:8.0f} {cpu:8.0f} {rate}", flush=True)
         text.unlink(missing_ok=True)
 
 
