@@ -5,7 +5,7 @@
 
 Lines of one to eight rows of the file's `text` column are written at random until a text file has so many gigabytes.
 Then each stage runs as the workflow runs it. `peak` is the most memory that a stage's processes had together, sampled
-20 times a second: their proportional set sizes, so that pages which several share, and the page cache behind memory
+five times a second: their proportional set sizes, so that pages which several share, and the page cache behind memory
 maps, count once. What was written before is deleted as soon as it is not needed.
 """
 
@@ -98,7 +98,7 @@ def watch(command: list[str], log: Path) -> tuple[float, float, float]:
                 except psutil.Error:
                     continue
             peak = max(peak, memory)
-            time.sleep(0.05)
+            time.sleep(0.2)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)}\n{log.read_text()}")
     return peak / 2**20, time.perf_counter() - start, sum(used.values())
