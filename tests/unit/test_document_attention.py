@@ -85,6 +85,26 @@ def test_what_is_computed_again_sees_the_documents_of_the_first_time(checkpointi
         torch.testing.assert_close(parameter.grad, want[name], rtol=1e-5, atol=1e-7)
 
 
+def test_a_model_that_adds_to_its_mask_keeps_it() -> None:
+    """Falcon puts ALiBi into it."""
+    model = model_of("falcon", model_type="falcon", alibi=True, num_kv_heads=2, new_decoder_architecture=True)
+    assert use_attention(model, Train(max_steps=1), ONE) == model.config._attn_implementation == "sdpa"
+    with pytest.raises(ConfigError, match="FalconForCausalLM adds to its mask itself: use auto"):
+        use_attention(model, Train(max_steps=1, attention="documents"), ONE)
+
+
+def test_keys_that_are_not_the_rows_tokens_are_attended_to_as_a_whole() -> None:
+    """The probe for leaks then finds that documents see one another."""
+    model = model_of("llama")
+    use_attention(model, Train(max_steps=1), ONE)
+    loss_and_gradients(model, [[3, 9, 4], [16]])
+    query, key = torch.randn(2, 4, 16, 8), torch.randn(2, 2, 20, 8)
+    assert document_attention._fitting(query, key[:, :, :16], None, {}) is document_attention._documents
+    assert document_attention._fitting(query, key, None, {}) is None
+    assert document_attention._fitting(query, key[:, :, :16], None, {"position_bias": key}) is None
+    forget_documents()
+
+
 def test_no_mask_is_made_for_packed_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
     monkeypatch.setattr(document_attention, "sdpa_mask", lambda **_: made.append(1))

@@ -11,6 +11,7 @@ Shapes: B rows, T tokens, H query heads, K key and value heads, E head width, N 
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -21,8 +22,6 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-
-from dayzero.errors import ConfigError
 
 DOCUMENTS = "dayzero_documents"
 VARLEN = "dayzero_varlen"
@@ -173,18 +172,30 @@ def varlen_attention(
 def _fitting(query: Tensor, key: Tensor, attention_mask: Tensor | None, options: dict[str, Any]) -> _Documents | None:
     """The documents of the present rows; None where a mask says who sees whom, or none does.
 
-    Raises `ConfigError` for attention that cannot be cut into documents.
+    None too where attention cannot be cut into documents (its keys are not the row's tokens, or a bias by position is
+    added): such a model's documents see one another, which is found out before training (see `packing.py`).
     """
-    if attention_mask is not None or _documents is None:
+    if attention_mask is not None or _documents is None or options.get("position_bias") is not None:
         return None
     shape = len(_documents.lengths), sum(_documents.lengths[0])
-    here = {(len(x), x.shape[2]) for x in (query, key)}
-    if not _documents.whole_rows and (here != {shape} or options.get("position_bias") is not None):
-        raise ConfigError(
-            "train.attention: this model's attention cannot be run document by document (its keys are not the row's "
-            "tokens, or it adds a bias by position): set train.attention to sdpa"
-        )
-    return _documents
+    return _documents if {(len(x), x.shape[2]) for x in (query, key)} == {shape} else None
+
+
+def makes_its_own_mask(model: nn.Module) -> bool:
+    """Whether the code of `model` asks for a mask in any case, to add something of its own to it (ALiBi, say).
+
+    transformers makes none where plain causal attention will do, but for those who pass `allow_is_causal_skip=False`.
+    Which of the two a packed row's mask is asked for by cannot be seen when it is; so the code is read.
+    """
+    places = {type(module).__module__ for module in model.modules()}
+    return any("allow_is_causal_skip=False" in _code(p) for p in places if not p.startswith(("torch.", "peft.")))
+
+
+def _code(module: str) -> str:
+    try:
+        return inspect.getsource(sys.modules[module])
+    except OSError:  # typed in, not read from a file
+        return ""
 
 
 def has_varlen() -> bool:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dayzero.config import Train
-from dayzero.engine.document_attention import DOCUMENTS, VARLEN, has_varlen
+from dayzero.engine.document_attention import DOCUMENTS, VARLEN, has_varlen, makes_its_own_mask
 from dayzero.engine.parallel_dims import ParallelDims
 from dayzero.errors import ConfigError, one_line
 
@@ -49,13 +49,15 @@ def use_attention(model: PreTrainedModel, train: Train, dims: ParallelDims) -> s
             and not torch.cuda.is_available()
             and dims.pp == 1
             and not train.compile
+            and not makes_its_own_mask(model)
         )
         if not by_documents:
             return own
         chosen = "documents"
-    if chosen in ("documents", "varlen") and own != "sdpa":
+    if chosen in ("documents", "varlen") and (own != "sdpa" or makes_its_own_mask(model)):
+        has = f"has only {own}" if own != "sdpa" else "adds to its mask itself"
         raise ConfigError(
-            f"train.attention {chosen} takes the place of sdpa, but {type(model).__name__} has only {own}: use auto"
+            f"train.attention {chosen} takes the place of sdpa, but {type(model).__name__} {has}: use auto"
         )
     try:
         model.set_attn_implementation(NAMES[chosen])
