@@ -44,8 +44,8 @@ GPU_WAYS: dict[str, dict[str, Any]] = {
     "dayzero bf16": {},
     "dayzero bf16 compiled": {"compile": True},
 }
-if "fp8" in Train.model_fields:
-    GPU_WAYS["dayzero fp8 compiled"] = {"compile": True, "fp8": {"recipe": "rowwise"}}
+GPU_WAYS["dayzero fp8"] = {"fp8": {"recipe": "tensorwise", "emulate": not torch.cuda.is_available()}}
+GPU_WAYS["dayzero fp8 compiled"] = {**GPU_WAYS["dayzero fp8"], "compile": True}
 
 
 class _InOrder(TrainBatches):
