@@ -8,7 +8,7 @@ from dayzero.config import Lora
 from dayzero.engine.device_peaks import peak_flops, peak_of_name
 from dayzero.engine.flops import StepFlops, count_flops, visible_pairs
 from dayzero.engine.lora import inject_lora
-from dayzero.engine.loss import IGNORE, CausalLMWithLoss
+from dayzero.engine.loss import IGNORE, CausalLMWithLoss, cross_entropy
 from dayzero.engine.trainer import speed
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -48,7 +48,7 @@ def executed(model: PreTrainedModel, labels: torch.Tensor) -> int:
     ids = torch.randint(0, VOCAB_SIZE, labels.shape)
     with FlopCounterMode(display=False) as counter:
         positions = torch.arange(labels.shape[1]).expand_as(labels)
-        CausalLMWithLoss(model, loss="cross_entropy")(ids, labels, positions).backward()
+        CausalLMWithLoss(model, loss=cross_entropy)(ids, labels, positions).backward()
     return counter.get_total_flops()
 
 
