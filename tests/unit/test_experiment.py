@@ -210,6 +210,8 @@ COMBINATIONS = {
     "loss of its own: use auto or chunked",
     "{method: {name: kd, kd.teacher: a}, parallelism.pp: 2}": "method.name = 'kd': kd does not go with parallelism.pp 2: use "
     "dp_shard, tp or cp",
+    "{method: {name: kd, kd.teacher: a}, parallelism: {dp_shard: 2, ep: 2}}": "method.name = 'kd': kd is not tried with "
+    "parallelism.ep 2: use dp_shard, tp or cp",
     "{method: {name: kd, kd.teacher: 's3://b'}}": "method.kd.teacher = 's3://b': s3://b: unknown kind of source s3:, use hf:, "
     "package: or a local path",
     "{method.name: qlora, parallelism.tp: 2}": "method.name = 'qlora': qlora does not go with parallelism.tp 2: use dp_shard, "

@@ -252,6 +252,8 @@ def _kd(run: RunConfig) -> Iterator[tuple[str, str]]:
         yield "train.loss", "method.name kd has a chunked loss of its own: use auto or chunked"
     if run.parallelism.pp > 1:
         yield "method.name", f"kd does not go with parallelism.pp {run.parallelism.pp}: use dp_shard, tp or cp"
+    if run.parallelism.ep > 1:
+        yield "method.name", f"kd is not tried with parallelism.ep {run.parallelism.ep}: use dp_shard, tp or cp"
     if run.parallelism.strategy == "megatron_fsdp":
         yield "method.name", "kd does not go with parallelism.strategy megatron_fsdp: use fsdp2"
 
