@@ -66,6 +66,8 @@ class Subject:
         self.model_type, self.folder = model_type, folder
         self.directory = folder / "base"
         self.documents = documents()
+        self.asked = False
+        self.refusal: ConfigError | None = None
 
     def make(self) -> str:
         """Build the tiny model, write it as a directory, and the rows beside it. Returns a remark."""
@@ -129,7 +131,19 @@ class Subject:
             identity={"name": name},
         )
         trainer.max_steps = STEPS
+        self.require_causal(trainer)
         return trainer
+
+    def require_causal(self, trainer: Trainer) -> None:
+        """What the train stage asks of every model, asked once. Raises `ConfigError`."""
+        if not self.asked:
+            self.asked = True
+            try:
+                trainer.require_causal()
+            except ConfigError as error:
+                self.refusal = error
+        if self.refusal:
+            raise self.refusal
 
     def batches(self, trainer: Trainer, start_step: int = 0) -> TrainBatches:
         """All documents in every step, one in a row."""

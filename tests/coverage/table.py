@@ -60,8 +60,8 @@ def page(results: Results, classes: dict[str, str]) -> str:
         "",
         "Every decoder-only text architecture in the causal-LM mapping of the installed transformers, as a tiny model",
         "with random weights made from the architecture's own default config, through the engine on two ranks (FSDP2,",
-        f"gloo, CPU). Printed by `make coverage` on {date.today().isoformat()} with {said}; the same, for machines, in",
-        "`model-coverage.json`: the command fails when a cell that passed there does not any more.",
+        f"gloo, CPU). Printed by `make coverage` on {date.today().isoformat()} with {said}; the same,",
+        "for machines, in `model-coverage.json`: the command fails when a cell that passed there does not any more.",
         "",
         f"**{good} of {total} ({100 * good / total:.1f} %) pass {', '.join(CORE)}.**",
         "",
@@ -85,11 +85,13 @@ def page(results: Results, classes: dict[str, str]) -> str:
     for name, cells in sorted(results.items()):
         signs = " | ".join(SIGNS[state(cells.get(column))] for column in COLUMNS)
         lines.append(f"| {name} | {classes.get(name, '')} | {signs} |")
-    lines += ["", "## Reasons", ""]
+    lines += ["", "## Reasons", "", "Each is said once, for the first of the columns that it explains.", ""]
     for name, cells in sorted(results.items()):
+        said_before: set[str] = set()
         for column in COLUMNS:
             cell = cells.get(column)
-            if cell and cell["why"]:
+            if cell and cell["why"] and cell["why"] not in said_before:
+                said_before.add(cell["why"])
                 lines.append(f"- {name}, {column}: {_plain(cell['why'])}")
     return "\n".join(lines) + "\n"
 

@@ -9,6 +9,7 @@ import torch
 from dayzero.config import Lora
 from dayzero.engine.lora import inject_lora
 from dayzero.engine.lora_linear import FusedLoraLinear, fuse_lora
+from peft import LoraConfig, inject_adapter_in_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tests.tiny import ARCHITECTURES, VOCAB_SIZE
@@ -85,3 +86,16 @@ def test_mixed_dtypes_and_disabled_adapters_go_through_peft() -> None:
     module.enable_adapters(False)
     x = torch.randn(3, module.in_features)
     torch.testing.assert_close(module(x), module.base_layer(x))
+
+
+def test_what_it_gives_may_be_written_into() -> None:
+    """Some models add to a linear's output in place, which autograd forbids for a view that a Function returns."""
+    layer = torch.nn.Sequential(torch.nn.Linear(4, 3))
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["0"]), layer)
+    fuse_lora(layer)
+    assert isinstance(layer[0], FusedLoraLinear)
+    x = torch.randn(2, 5, 4)
+    out = layer(x)
+    out[..., 0] += 1.0
+    out.sum().backward()
+    assert layer[0].lora_B["default"].weight.grad is not None

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from dayzero.config import Method
+from dayzero.config import Method, Train
+from dayzero.engine.kernels import use_attention
 from dayzero.engine.model import ModelSource, build_model
 from dayzero.engine.packing import architecture_leak, packing_leak
+from dayzero.engine.parallel_dims import ParallelDims
 from dayzero.engine.tensor_parallel import tensor_parallel_plan
 from dayzero.engine.tiny_copy import VOCAB_SIZE, mixes_dtypes, tiny_configs, tiny_copy
 from dayzero.errors import ConfigError
@@ -55,7 +57,7 @@ def test_a_leak_that_only_long_rows_show_is_found_on_the_copy() -> None:
         return model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
 
     assert packing_leak(logits, VOCAB_SIZE, "fp32") is None
-    leak = architecture_leak(model)
+    leak = architecture_leak(model, "sdpa")
     assert leak is not None
     assert leak > 1e-3
 
@@ -64,7 +66,7 @@ def test_a_leak_that_only_long_rows_show_is_found_on_the_copy() -> None:
 def test_the_copy_and_the_model_agree_on_what_leaks(name: str) -> None:
     source = ModelSource(directory=None, architecture=ARCHITECTURES[name])
     model = build_model(source, source.config(), Method(name="full"), seed=0, meta=True)
-    assert (architecture_leak(model) is not None) == (name in ("mamba", "gpt_oss"))
+    assert (architecture_leak(model, "sdpa") is not None) == (name in ("mamba", "gpt_oss"))
 
 
 @pytest.mark.parametrize(
@@ -94,3 +96,10 @@ def test_buffers_that_bfloat16_parameters_cannot_meet_are_found(model_type: str,
     again = tiny_copy(default(model_type))
     assert again is not None
     assert {p.dtype for p in again.parameters()} == {torch.float32}  # a question leaves nothing behind
+
+
+@pytest.mark.parametrize(("model_type", "documents"), [("llama", True), ("glm_moe_dsa", False)])
+def test_a_model_that_reads_its_mask_keeps_its_own_attention(model_type: str, documents: bool) -> None:
+    train = Train(max_steps=1)
+    chosen = use_attention(tiny(model_type), train, ParallelDims(world_size=1, strategy="none"))
+    assert chosen == ("documents" if documents and not torch.cuda.is_available() else "sdpa")

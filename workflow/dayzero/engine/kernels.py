@@ -11,8 +11,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dayzero.config import Train
-from dayzero.engine.document_attention import DOCUMENTS, VARLEN, has_varlen, makes_its_own_mask
+from dayzero.engine.document_attention import (
+    DOCUMENTS,
+    VARLEN,
+    forget_documents,
+    has_varlen,
+    makes_its_own_mask,
+)
 from dayzero.engine.parallel_dims import ParallelDims
+from dayzero.engine.tiny_copy import tiny_copy
 from dayzero.errors import ConfigError, one_line
 
 NAMES = {"documents": DOCUMENTS, "varlen": VARLEN, "flex": "flex_attention", "sdpa": "sdpa", "eager": "eager"}
@@ -50,6 +57,7 @@ def use_attention(model: PreTrainedModel, train: Train, dims: ParallelDims) -> s
             and dims.pp == 1
             and not train.compile
             and not makes_its_own_mask(model)
+            and _attends_alike(model)
         )
         if not by_documents:
             return own
@@ -66,6 +74,27 @@ def use_attention(model: PreTrainedModel, train: Train, dims: ParallelDims) -> s
     if model.config._attn_implementation != NAMES[chosen]:
         raise ConfigError(f"train.attention {chosen}: {type(model).__name__} cannot have it: use auto")
     return chosen
+
+
+@torch.no_grad()
+def _attends_alike(model: PreTrainedModel) -> bool:
+    """Whether a tiny copy of `model` computes the same without masks: some models read theirs, beside attention."""
+    small = tiny_copy(model)
+    if small is None:
+        return True
+    tokens = torch.arange(3, 32).unsqueeze(0)
+    found = []
+    try:
+        for name in ("sdpa", DOCUMENTS):
+            small.set_attn_implementation(name)
+            forget_documents()
+            found.append(small(input_ids=tokens, use_cache=False).logits.float())
+    except Exception:  # each has its own way to miss its mask
+        return False
+    finally:
+        forget_documents()
+    own, by_documents = found
+    return bool((own - by_documents).abs().max() <= 1e-4 * own.abs().max())
 
 
 def use_fused_kernels(model: PreTrainedModel, train: Train, dims: ParallelDims) -> bool:

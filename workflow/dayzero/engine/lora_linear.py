@@ -25,12 +25,12 @@ class _LinearWithAdapter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])  # [N, I]
-        out = F.linear(flat, weight, bias)  # [N, O]
+        out = F.linear(x, weight, bias)  # no view: some models write into it
         between = F.linear(flat, a) * scale  # [N, R]
-        out.addmm_(between, b.t())
+        out.view(-1, out.shape[-1]).addmm_(between, b.t())
         ctx.save_for_backward(flat, weight, a, b, between)
         ctx.scale = scale
-        return out.view(*x.shape[:-1], out.shape[-1])
+        return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

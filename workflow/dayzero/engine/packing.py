@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dayzero.console import log
+from dayzero.engine.document_attention import DOCUMENTS, forget_documents
 from dayzero.engine.tiny_copy import VOCAB_SIZE, tiny_copy
 from dayzero.errors import one_line
 
@@ -70,15 +71,21 @@ def packing_leak(logits: Callable[[Tensor, Tensor], Tensor], vocab_size: int, pr
     return max(moved_by_edit, moved_by_removal)
 
 
-def architecture_leak(model: PreTrainedModel) -> float | None:
+def architecture_leak(model: PreTrainedModel, attention: str) -> float | None:
     """`packing_leak` of a tiny copy of `model`, whose windows, chunks and choices among tokens are so short that a
-    few dozen tokens reach past them; None where it has none or no copy can be made."""
+    few dozen tokens reach past them; None where it has none or no copy can be made.
+
+    `attention`: what train.attention came to.
+    """
     small = tiny_copy(model)
     if small is None:
         return None
+    if attention == "documents":
+        small.set_attn_implementation(DOCUMENTS)
 
     @torch.no_grad()
     def logits(input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        forget_documents()
         return small(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits.float()
 
     try:

@@ -126,7 +126,7 @@ class _Adapters:
         """Parameters trained whole, by the model's own names."""
         self.layers: dict[str, list[str]] = defaultdict(list)
         """Name of a weight in the plain model -> the adapted modules around it, inner ones first."""
-        for path, module in reversed(list(self.model.named_modules())):
+        for path, module in reversed(list(self.model.named_modules(remove_duplicate=False))):
             if isinstance(module, LoraLayer):
                 plain = path.replace(".base_layer", "")
                 self.layers[f"{plain}.{getattr(module, 'parameter_name', 'weight')}"].append(path)
@@ -134,7 +134,7 @@ class _Adapters:
     def add(self, name: str, value: Tensor) -> Tensor:
         for path in self.layers.get(name, ()):
             layer = cast(LoraLayer, self.model.get_submodule(path))
-            weight = _name_of(self.model, getattr(layer.get_base_layer(), name.rpartition(".")[2]))
+            weight = _name_of(self.model, layer.get_base_layer(), name.rpartition(".")[2])
             parts = [part for part in layer.adapter_layer_names if hasattr(layer, part)]
             adapters = [f"{path}.{p}.{n}" for p in parts for n, _ in getattr(layer, p).named_parameters()]
             with memory_for(self.model, (weight, *adapters), {weight: value}) as memory:
@@ -147,5 +147,6 @@ class _Adapters:
         return value
 
 
-def _name_of(model: nn.Module, tensor: Tensor) -> str:
-    return next(name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter is tensor)
+def _name_of(model: nn.Module, module: nn.Module, attribute: str) -> str:
+    """The full name of a parameter in its own `module`: a tied one is in others too."""
+    return next(f"{n}.{attribute}" for n, m in model.named_modules(remove_duplicate=False) if m is module)

@@ -404,7 +404,7 @@ class Trainer:
         precision = "bf16" if computes_in_bf16(self.train.precision) else "fp32"
         leak = packing_leak(self.logits, self.vocab_size, precision)
         if leak is None:
-            leak = architecture_leak(self.weights.template)
+            leak = architecture_leak(self.weights.template, self.attention)
         if leak is None and self.distillation:
             leak = packing_leak(self._teacher_logits, self.vocab_size, precision)
         return leak
