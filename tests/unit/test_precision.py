@@ -113,13 +113,49 @@ def test_a_layer_that_is_no_single_graph_is_compiled_in_parts(monkeypatch: pytes
             return x + 1
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr("torch._dynamo.config.suppress_errors", False)
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda *a, **k: real(*a, **{**k, "backend": "eager"}))
     layer = Breaking()
     compile_layers([layer])
     for _ in range(2):
         assert torch.equal(layer(torch.ones(2)), torch.full((2,), 2.0))
+
+
+@pytest.mark.parametrize("setting", ["none", "full", "selective"])
+def test_a_checkpointed_layer_is_compiled_into_one_graph(
+    setting: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Not passed over: the compiler must see into what is computed again."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    graphs: list[int] = []
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down(self.up(x).tanh())
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(sum(len(m.graph.nodes) for m in graph.modules() if hasattr(m, "graph")))
+        return graph.forward
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *a, **k: real(*a, **{**k, "backend": backend}))
+    torch.manual_seed(0)
+    layer = Layer()
+    x = torch.randn(2, 8)
+    layer(x).sum().backward()
+    want = [p.grad.clone() for p in layer.parameters() if p.grad is not None]
+    layer.zero_grad()
+    apply_activation_checkpointing([layer], setting)
+    compile_layers([layer])
+    layer(x).sum().backward()
+    assert len(graphs) == 1
+    assert graphs[0] > 3
+    for parameter, gradient in zip(layer.parameters(), want, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-6, atol=1e-7)
 
 
 def test_what_is_compiled_is_kept_in_the_users_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

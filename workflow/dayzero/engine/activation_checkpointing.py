@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 from torch import nn
@@ -49,7 +49,17 @@ def apply_activation_checkpointing(
     for index, layer in enumerate(layers):
         if index % every == 0:
             # on the instance's forward: no wrapper module, so no parameter is renamed, and FSDP2's hooks stay outside
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, **options)
+            layer.forward = _checkpointed(layer.forward, options)
+
+
+def _checkpointed(forward: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    """A function, not a partial of `checkpoint`: the compiler begins at one, and would pass over the other."""
+
+    @wraps(forward)
+    def again(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, **options, **kwargs)
+
+    return again
 
 
 def selective_contexts() -> Contexts:

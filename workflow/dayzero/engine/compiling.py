@@ -39,7 +39,9 @@ class _Compiled:
             return self.call(*args, **options)
         try:
             return self.call(*args, **options)
-        except torch._dynamo.exc.Unsupported as refused:
+        except RuntimeError as refused:
+            if not isinstance(refused, torch._dynamo.exc.Unsupported) and "fullgraph=True" not in str(refused):
+                raise
             if not _Compiled.told:
                 _Compiled.told = True
                 reason = str(refused).strip().splitlines()[0]
