@@ -22,7 +22,7 @@ help:
 	@echo "make demo             set up everything, run the default experiment from end to end, print its scores"
 	@echo "make test             every test (PYTEST_ARGS=... for pytest)"
 	@echo "make test-full        every test and the whole matrix of meshes, methods and models"
-	@echo "make test-slurm       the tests on a private SLURM cluster, which must be installed (under 9 minutes)"
+	@echo "make test-slurm       the tests on a private SLURM cluster, which must be installed"
 	@echo "make coverage         every architecture of the installed transformers through the engine: docs/model-coverage.md"
 	@echo "make lint             ruff, mypy, import-linter, snakefmt, snakemake --lint"
 	@echo "make env              only install, into .venv (LOCK=envs/lock-gpu.txt with an NVIDIA GPU and CUDA 13)"
