@@ -35,8 +35,8 @@ from dayzero.errors import DataError
 BYTES_PER_TASK, ROWS_PER_TASK = 2**17, 4096
 """Source rows a worker is handed at a time: about so many bytes, at most so many rows."""
 BYTES_PER_WORKER = 32 * 2**20
-"""Starting workers takes as long as tokenising some 10 MB (transformers imports torch): less text than this is not worth
-one more."""
+"""Starting workers takes as long as tokenising some 10 MB, as transformers imports torch: less text than this is not
+worth one more."""
 TASKS_AHEAD = 4
 """Tasks waiting for each worker; bounds the rows in memory."""
 
