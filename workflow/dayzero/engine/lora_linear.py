@@ -25,7 +25,9 @@ class _LinearWithAdapter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])  # [N, I]
-        out = F.linear(x, weight, bias)  # no view: some models write into it
+        out = F.linear(x, weight)  # no view, as it were with the bias: some models write into it
+        if bias is not None:
+            out += bias
         between = F.linear(flat, a) * scale  # [N, R]
         out.view(-1, out.shape[-1]).addmm_(between, b.t())
         ctx.save_for_backward(flat, weight, a, b, between)
