@@ -25,10 +25,10 @@ TEN = {
     "ernie4_5_moe": "parameters that its constructor freezes",
 }
 
-NO_SPLIT = {"gpt2", "falcon", "mamba", "jamba", "zamba"}
+NO_SPLIT = {"gpt2", "falcon", "mamba", "jamba", "gpt_oss", "zamba"}
 """Those that tensor parallelism is refused for."""
 
-SHARED_ROWS = {"mamba", "jamba", "gpt_oss", "zamba"}
+SHARED_ROWS = {"falcon", "mamba", "jamba", "gpt_oss", "zamba"}
 """Those whose documents would see one another in a row."""
 
 

@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--again", action="store_true", help="throw away earlier results of what is walked")
     parser.add_argument("--keep", action="store_true", help="use earlier results even of other code or packages")
     parser.add_argument("--failed", action="store_true", help="walk again what has a failure")
+    parser.add_argument("--accept", action="store_true", help="write the pages even where something got worse")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     args.results.mkdir(parents=True, exist_ok=True)
@@ -56,11 +57,12 @@ def main(argv: list[str] | None = None) -> int:
         if not found.get("done"):
             todo.append(name)
     walk(args.results, todo, stamp, time.monotonic() + 60 * args.minutes)
-    return report(args.results, names, write=not args.only)
+    return report(args.results, names, write=not args.only, accept=args.accept)
 
 
-def report(folder: Path, names: list[str], *, write: bool) -> int:
-    """Hold the results of `names` against the twin and, with `write`, write both pages. Returns the exit status."""
+def report(folder: Path, names: list[str], *, write: bool, accept: bool) -> int:
+    """Hold the results of `names` against the twin and, with `write`, write both pages where nothing is worse or that
+    is to be accepted. Returns the exit status."""
     left = [name for name in names if not read(folder, name).get("done")]
     print(f"{len(names) - len(left)} of {len(names)} architectures walked", flush=True)
     if left:
@@ -76,11 +78,11 @@ def report(folder: Path, names: list[str], *, write: bool) -> int:
         print(f"LEAK {name}")
     good, total = table.share(results, table.CORE)
     print(f"{good} of {total} ({100 * good / total:.1f} %) pass {', '.join(table.CORE)}")
-    if write and not worse:
+    if write and (accept or not worse):
         PAGE.write_text(table.page(results, architectures()), encoding="utf-8")
         TWIN.write_text(json.dumps(table.twin(results), indent=1, sort_keys=True) + "\n", encoding="utf-8")
         print(f"wrote {PAGE} and {TWIN}")
-    return 1 if worse or leaks else 0
+    return 1 if (worse and not accept) or leaks else 0
 
 
 def walk(results: Path, names: list[str], stamp: str, deadline: float) -> None:
