@@ -185,8 +185,8 @@ def check_split(
 
     Raises DataError for a file that cannot be read.
     """
-    try:
-        source = pq.ParquetFile(file)
+    try:  # not buffered ahead: all that was read would stay in memory
+        source = pq.ParquetFile(file, pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"cannot read {file} ({error}): fetch the data again") from error
     rows = source.metadata.num_rows
@@ -246,7 +246,7 @@ def refuse_contamination(found: Mapping[str, dict[str, Any]], check: DataCheck) 
 
 def held_out(file: Path, kind: str) -> list[str]:
     """The questions of a split's rows."""
-    source = pq.ParquetFile(file)
+    source = pq.ParquetFile(file, pre_buffer=False)
     return [text for batch in source.iter_batches(BATCH_ROWS) for text in questions(batch, kind)]
 
 

@@ -191,7 +191,8 @@ _TEXT_READERS: dict[str, Callable[[TextIO, str], _Parsed]] = {"json": _json, "cs
 
 
 def _parquet(path: Path, label: str) -> _Parsed:
-    with pq.ParquetFile(path) as file:
+    # buffering ahead would hold all of the file that was read
+    with pq.ParquetFile(path, pre_buffer=False) as file:
         size = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
         yield from _rows(file.iter_batches(batch_size=batch_rows(size, file.metadata.num_rows)), label)
 

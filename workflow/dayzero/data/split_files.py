@@ -159,7 +159,8 @@ def _distribute(
 ) -> None:
     """The rows of one part to the writers of their splits."""
     start = 0
-    with pq.ParquetFile(part.file) as source:
+    # buffering ahead would hold all of the file that was read
+    with pq.ParquetFile(part.file, pre_buffer=False) as source:
         meta = source.metadata
         size = sum(meta.row_group(i).total_byte_size for i in range(meta.num_row_groups))
         for batch in source.iter_batches(batch_size=batch_rows(size, meta.num_rows), use_threads=False):

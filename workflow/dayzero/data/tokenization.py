@@ -258,7 +258,7 @@ def _encode_task(first: int, batch: pa.RecordBatch) -> _Encoded:
 
 def _open(source: Path, data_format: str) -> pq.ParquetFile:
     try:
-        file = pq.ParquetFile(source)  # not mapped: its pages would count as this process's memory
+        file = pq.ParquetFile(source, pre_buffer=False)  # nor mapped: all that was read would stay in memory
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"cannot read {source} ({error}): fetch the data again") from error
     missing = [c for c in COLUMNS[data_format] if c not in file.schema_arrow.names]

@@ -73,7 +73,7 @@ def training_texts(data: Path) -> Iterator[str]:
     columns = COLUMNS[manifest["format"]]
     source = data / manifest["splits"]["train"]["file"]
     try:
-        file = pq.ParquetFile(source, memory_map=True)
+        file = pq.ParquetFile(source, memory_map=True, pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"cannot read {source} ({error}): fetch the data again") from error
     if not file.metadata.num_rows:
