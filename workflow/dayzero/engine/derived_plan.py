@@ -206,6 +206,7 @@ def _find_splits(model: PreTrainedModel) -> dict[str, str]:
     return styles
 
 
+@torch.enable_grad()  # what is asked for without gradients (logits) is proved with them too
 def _prove(model: PreTrainedModel, styles: dict[str, str], tp: int) -> DerivedPlan:
     """Compare the split copy with the whole one. Raises `NoPlan`."""
     whole = _logits(model, 1)
