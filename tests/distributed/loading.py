@@ -91,12 +91,12 @@ def load(job: dict[str, Any]) -> dict[str, Any]:
     for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
         malloc.mallopt(option, 65536)
 
-    def measure(self: Weights, *arguments: Any) -> None:
+    def measure(self: Weights, *arguments: Any, **options: Any) -> None:
         gc.collect()
         malloc.malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         before = resident("VmRSS")
-        real(self, *arguments)
+        real(self, *arguments, **options)
         measured["peak"] = resident("VmHWM") - before
 
     Weights.load = measure  # type: ignore[method-assign]
