@@ -35,17 +35,19 @@ def sweep(site: Site, tmp_path: Path) -> StandIns:
     return StandIns(make_project(tmp_path / "sweep", SWEEP).path, site.cluster)
 
 
-def test_eight_small_runs_as_an_array_of_which_one_fails(sweep: StandIns) -> None:
-    profile = sweep.path / "profiles/slurm/config.yaml"
-    profile.write_text(profile.read_text().replace("small_runs: false", "small_runs: true"))
-    code, printed = sweep.finish(
-        sweep.start("--retries", "0", "--slurm-array-jobs", "train", "--until", "train"), seconds=280
-    )
+def test_eight_small_runs_of_which_one_fails(sweep: StandIns) -> None:
+    code, printed = sweep.finish(sweep.start("--retries", "0", "--until", "train"), seconds=280)
     assert code != 0
     trained = {run for run in RUNS if (sweep.path / sweep.summary_file(run)).exists()}
     assert trained == {*RUNS} - {"s3"}, printed
     table = printed[printed.index("1 failed") :]
     assert all(word in table for word in ("s3", "train", "made to fail"))
+
+
+def test_an_array_is_refused(sweep: StandIns) -> None:
+    code, printed = sweep.finish(sweep.start("--slurm-array-jobs", "train"), seconds=60)
+    assert code != 0
+    assert "slurm-array-jobs train: a job that fails in an array removes the results" in printed
 
 
 @pytest.mark.parametrize(

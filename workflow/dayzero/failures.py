@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,10 +73,14 @@ def last_line(log: Path) -> str:
     return STAMPED.sub("", said[-1]).removeprefix("error: ") if said else ""
 
 
-def print_failures(snakemake_log: str) -> None:
-    """Print the table, if there is anything in it. Never fails: it stands at the end of a workflow that already has."""
+def print_failures(snakemake_log: str | Sequence[str]) -> None:
+    """Print the table, if there is anything in it. Never fails: it stands at the end of a workflow that already has.
+
+    `snakemake_log`: what Snakemake hands to `onerror`, one path or a list of them.
+    """
+    paths = [snakemake_log] if isinstance(snakemake_log, str) else snakemake_log
     try:
-        rows = failures(Path(snakemake_log))
+        rows = [row for path in paths for row in failures(Path(path))]
     except OSError as error:
         print(f"no table of failures: {error}", file=sys.stderr)
         return

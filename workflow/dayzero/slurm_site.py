@@ -48,11 +48,11 @@ def check_site(wiring: Wiring, site: Site, account: str, executor_settings: Any)
             hint = f"did you mean {near}?" if near else f"there are {', '.join(there)}"
             problems.append(f"{key} = {name!r} ({PROFILE}): no such partition; {hint}")
     problems += _too_much(wiring, site, there)
-    arrays = re.split(r"[,;\s]+", getattr(executor_settings, "array_jobs", None) or "")
-    if {"train", "all"} & set(arrays) and not site.runs_are_small:
+    if arrays := getattr(executor_settings, "array_jobs", None):
+        # seen with snakemake-executor-plugin-slurm 2.8.0: every task of an array names the first job as its own
         problems.append(
-            f"slurm-array-jobs {','.join(arrays)}: a training that may have several nodes is a job of its own: set "
-            f"small_runs to true ({PROFILE}), or name other rules"
+            f"slurm-array-jobs {arrays}: a job that fails in an array removes the results of the array's first job: "
+            "leave it out; groups let several small runs share an allocation (profiles/README.md)"
         )
     if account and (problem := account_problem(account)):
         problems.append(problem)

@@ -30,7 +30,7 @@ class Site:
     gpu_request: str = ""
     gpu_type: str = ""
     small_runs: str = ""
-    """true: trainings of one node are ordinary jobs, which can share an allocation or an array."""
+    """true: trainings of one node are ordinary jobs, which can share an allocation."""
 
     def __post_init__(self) -> None:
         if self.gpu_request and self.gpu_request not in GPU_REQUESTS:
