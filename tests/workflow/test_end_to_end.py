@@ -190,10 +190,10 @@ def test_everything_carries_its_provenance_and_its_log(done: Project) -> None:
         path
         for pattern in (
             "store/*/*/manifest.json",
-            "*/*/train/summary.json",
-            "*/*/model/manifest.json",
-            "*/*/eval/results.json",
-            "*/*/serve/parity.json",
+            "tiny/*/train/summary.json",
+            "tiny/*/model/manifest.json",
+            "tiny/*/eval/results.json",
+            "tiny/*/serve/parity.json",
         )
         for path in (done.path / "results").glob(pattern)
     ]
