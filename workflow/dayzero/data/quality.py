@@ -18,7 +18,6 @@ import numpy as np
 import py3langid
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from datasketch import MinHash, MinHashLSH
 from numpy.typing import NDArray
 
@@ -27,6 +26,7 @@ from dayzero.console import ProgressBar, log
 from dayzero.data.histogram import LengthHistogram
 from dayzero.data.ngrams import Words, words
 from dayzero.data.spill import Spill, first_of_groups
+from dayzero.data.stored_table import open_table, table_bytes
 from dayzero.errors import DataError
 
 BATCH_ROWS, BATCH_BYTES = 512, 2**20
@@ -185,18 +185,14 @@ def check_split(
 
     Raises DataError for a file that cannot be read.
     """
-    try:  # not buffered ahead: all that was read would stay in memory
-        source = pq.ParquetFile(file, pre_buffer=False)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"cannot read {file} ({error}): fetch the data again") from error
+    source = open_table(file)
     rows = source.metadata.num_rows
     near, told = (_Sampled(n, rows) for n in (check.sample_rows, LANGUAGE_ROWS))
     lengths, similar = LengthHistogram(), _NearDuplicates(check.near_duplicate)
     languages: Counter[str] = Counter()
     empty = first = 0
     columns = [c for c in ("text", "prompt", "completion", "messages") if c in source.schema_arrow.names]
-    size = sum(source.metadata.row_group(i).total_byte_size for i in range(source.metadata.num_row_groups))
-    together = min(max(BATCH_BYTES * rows // max(size, 1), 1), BATCH_ROWS)
+    together = min(max(BATCH_BYTES * rows // max(table_bytes(source), 1), 1), BATCH_ROWS)
     with Spill(workspace / "contents", 1) as contents, ProgressBar(f"check {name}", rows) as bar:
         for batch in source.iter_batches(together, columns=columns, use_threads=False):
             texts = row_texts(batch, kind)
@@ -246,7 +242,7 @@ def refuse_contamination(found: Mapping[str, dict[str, Any]], check: DataCheck) 
 
 def held_out(file: Path, kind: str) -> list[str]:
     """The questions of a split's rows."""
-    source = pq.ParquetFile(file, pre_buffer=False)
+    source = open_table(file)
     return [text for batch in source.iter_batches(BATCH_ROWS) for text in questions(batch, kind)]
 
 

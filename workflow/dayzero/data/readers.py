@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from dayzero.data import megatron
 from dayzero.data.rows import PaddedRow, Row
+from dayzero.data.stored_table import table_bytes
 from dayzero.errors import DataError
 
 Reject = Callable[[str, str, Any], None]
@@ -193,8 +194,8 @@ _TEXT_READERS: dict[str, Callable[[TextIO, str], _Parsed]] = {"json": _json, "cs
 def _parquet(path: Path, label: str) -> _Parsed:
     # buffering ahead would hold all of the file that was read
     with pq.ParquetFile(path, pre_buffer=False) as file:
-        size = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
-        yield from _rows(file.iter_batches(batch_size=batch_rows(size, file.metadata.num_rows)), label)
+        together = batch_rows(table_bytes(file), file.metadata.num_rows)
+        yield from _rows(file.iter_batches(batch_size=together), label)
 
 
 def _arrow(path: Path, label: str) -> _Parsed:

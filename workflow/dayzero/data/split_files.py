@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from dayzero.data.readers import batch_rows
 from dayzero.data.spill import Spill, first_of_groups
 from dayzero.data.splits import LEFT_OUT, SPLITS
+from dayzero.data.stored_table import open_table, table_bytes
 from dayzero.files import sha256_file
 
 ROW_GROUP_BYTES = 8 * 2**20
@@ -159,11 +160,9 @@ def _distribute(
 ) -> None:
     """The rows of one part to the writers of their splits."""
     start = 0
-    # buffering ahead would hold all of the file that was read
-    with pq.ParquetFile(part.file, pre_buffer=False) as source:
-        meta = source.metadata
-        size = sum(meta.row_group(i).total_byte_size for i in range(meta.num_row_groups))
-        for batch in source.iter_batches(batch_size=batch_rows(size, meta.num_rows), use_threads=False):
+    with open_table(part.file) as source:
+        together = batch_rows(table_bytes(source), source.metadata.num_rows)
+        for batch in source.iter_batches(batch_size=together, use_threads=False):
             stop = start + len(batch)
             where, number = np.asarray(split[start:stop]), np.asarray(numbers[start:stop])
             origin = np.searchsorted(part.ends, np.arange(start, stop), side="right")

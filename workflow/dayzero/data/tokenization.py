@@ -28,6 +28,7 @@ from dayzero.data.documents import COLUMNS, OPTIONAL_COLUMNS, DocumentEncoder
 from dayzero.data.histogram import LengthHistogram
 from dayzero.data.mixing import by_source
 from dayzero.data.packing import Documents, pack_stream
+from dayzero.data.stored_table import open_table, table_bytes
 from dayzero.data.tokenizer import TokenizerSource, check_model_limits
 from dayzero.data.tokens import TokenWriter
 from dayzero.errors import DataError
@@ -165,7 +166,7 @@ def _encode(
     file = _open(source, data_format)
     setup = tokenizer, data_format, options
     rows = file.metadata.num_rows
-    num_workers = min(num_workers, 1 + _num_bytes(file) // BYTES_PER_WORKER)
+    num_workers = min(num_workers, 1 + table_bytes(file) // BYTES_PER_WORKER)
     with ProgressBar(f"tokenize {name}", rows) as bar:
         parts = _encode_here(file, setup) if num_workers <= 1 else _encode_in_processes(file, setup, num_workers)
         for part in parts:
@@ -176,7 +177,7 @@ def _encode(
 def _tasks(file: pq.ParquetFile, data_format: str) -> Iterator[tuple[int, pa.RecordBatch]]:
     """Pieces of the file with the number of their first row."""
     names = [c for c in ("id", "origin", *COLUMNS[data_format], *OPTIONAL_COLUMNS) if c in file.schema_arrow.names]
-    row_bytes = _num_bytes(file) // max(file.metadata.num_rows, 1)
+    row_bytes = table_bytes(file) // max(file.metadata.num_rows, 1)
     rows = min(max(BYTES_PER_TASK // max(row_bytes, 1), 1), ROWS_PER_TASK)
     first = 0
     try:
@@ -187,10 +188,6 @@ def _tasks(file: pq.ParquetFile, data_format: str) -> Iterator[tuple[int, pa.Rec
         raise DataError(
             f"cannot read rows of the Parquet file after row {first} ({error}): fetch the data again"
         ) from error
-
-
-def _num_bytes(file: pq.ParquetFile) -> int:
-    return sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
 
 
 def _encode_here(file: pq.ParquetFile, setup: tuple[TokenizerSource, str, Tokenize]) -> Iterator[_Encoded]:
@@ -257,10 +254,7 @@ def _encode_task(first: int, batch: pa.RecordBatch) -> _Encoded:
 
 
 def _open(source: Path, data_format: str) -> pq.ParquetFile:
-    try:
-        file = pq.ParquetFile(source, pre_buffer=False)  # nor mapped: all that was read would stay in memory
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"cannot read {source} ({error}): fetch the data again") from error
+    file = open_table(source)
     missing = [c for c in COLUMNS[data_format] if c not in file.schema_arrow.names]
     if missing:
         raise DataError(f"{source}: format {data_format} needs the column {missing[0]}: fetch the data again")

@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from dayzero.console import log, track
 from dayzero.data.documents import COLUMNS
+from dayzero.data.stored_table import open_table
 from dayzero.errors import ConfigError, DataError
 from dayzero.files import read_json, write_json
 
@@ -72,10 +71,7 @@ def training_texts(data: Path) -> Iterator[str]:
         )
     columns = COLUMNS[manifest["format"]]
     source = data / manifest["splits"]["train"]["file"]
-    try:
-        file = pq.ParquetFile(source, memory_map=True, pre_buffer=False)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"cannot read {source} ({error}): fetch the data again") from error
+    file = open_table(source)
     if not file.metadata.num_rows:
         raise DataError(f"{data}: no rows to train a tokenizer on: check data.source")
     rows = (row for batch in file.iter_batches(batch_size=256, columns=columns) for row in batch.to_pylist())

@@ -8,19 +8,20 @@ updates, are added up over ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dayzero.engine.sharded import like, local, mean_over, root_mean_square, with_one
+from dayzero.engine.sharded_optimizer import ShardedOptimizer
 
 EPS_SCALE = 1e-3
 """A weight's own size counts as at least this (eps2 of the paper)."""
 
 
-class Adafactor(torch.optim.Optimizer):
+class Adafactor(ShardedOptimizer):
     """Steps are as large as a share `lr` of the weight's own root mean square, at most `clip_threshold` times it."""
 
     def __init__(
@@ -34,19 +35,9 @@ class Adafactor(torch.optim.Optimizer):
         state_dtype: torch.dtype = torch.float32,
     ) -> None:
         defaults = {"lr": lr, "beta2_decay": beta2_decay, "clip_threshold": clip_threshold}
-        super().__init__(params, {**defaults, "weight_decay": weight_decay})
-        self.state_dtype = state_dtype
+        super().__init__(params, {**defaults, "weight_decay": weight_decay}, state_dtype)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient."""
-        assert closure is None
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, local(parameter.grad).float(), self.state[parameter], group)
-
-    def _update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+    def update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
         state.setdefault("step", torch.zeros(()))
         state["step"] += 1
         step = state["step"].item()
