@@ -106,8 +106,6 @@ class _Count:
             self.inside = {id(m) for m in find_decoder(self.model).modules()}
         except ValueError:
             self.inside = {id(m) for m in self.model.modules()}
-        self.chosen: dict[int, float] = {}
-        """id of experts -> K / E."""
 
     def by_running(self) -> StepFlops:
         experts = find_experts(self.model)

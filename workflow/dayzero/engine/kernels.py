@@ -122,12 +122,6 @@ def use_fused_kernels(model: PreTrainedModel, train: Train, dims: ParallelDims) 
     return True
 
 
-def find_attention(model: nn.Module) -> str:
-    """The attention that `model` runs with, in the words of train.attention."""
-    name = str(getattr(model.config, "_attn_implementation", "eager"))
-    return {theirs: ours for ours, theirs in NAMES.items()}.get(name, name)
-
-
 def _liger_lacks() -> str | None:
     if not torch.cuda.is_available():
         return "an NVIDIA GPU, and torch sees none here"
