@@ -7,7 +7,6 @@ import inspect
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from dayzero.config import Train
