@@ -147,3 +147,12 @@ def test_adapters_do_not_change_a_derived_plan() -> None:
     lora = build_model(source, source.config(), Method(name="lora"), seed=0, meta=True)
     plain = bare("opt", ffn_dim=64, word_embed_proj_dim=32)
     assert tensor_parallel_plan(lora, 2).styles == tensor_parallel_plan(plain, 2).styles
+
+
+def test_a_row_split_layer_into_whose_output_the_model_writes_is_found() -> None:
+    """Llama 4 adds what its routed experts give to the shared expert's output, in place."""
+    experts = {"num_local_experts": 4, "intermediate_size": 64, "intermediate_size_mlp": 64}
+    plan = tensor_parallel_plan(bare("llama4_text", head_dim=8, num_key_value_heads=2, **experts), 2).styles
+    rows = {name.partition("layers.0.")[2]: style for name, style in plan.items() if style.startswith("rowwise")}
+    assert rows["feed_forward.shared_expert.down_proj"] == "rowwise_written"
+    assert rows["self_attn.o_proj"] == "rowwise"

@@ -12,7 +12,8 @@ reshape and attention biases made for all heads give other numbers, or an error,
 their number of heads or their width in an attribute, it is divided by tp if that makes the numbers right.
 
 The same numbers say which other parameters lie between split layers (norms of single heads): there each rank has a part
-of the gradient, so that the copies' gradients add up to the whole one instead of to tp times it.
+of the gradient, so that the copies' gradients add up to the whole one instead of to tp times it. And the copy shows
+which outputs of row-split layers the model writes into: those it must be given as tensors of its own.
 
 Shapes: B rows, T tokens, R = tp ranks, V vocabulary.
 """
@@ -43,6 +44,9 @@ such as those of key biases, which softmax takes out."""
 
 VOCAB_SIZE = 64
 COLUMN, ROW, GRADIENT_SUM = "colwise", "rowwise", "replicated_with_grad_allreduce"
+ROW_WRITTEN = f"{ROW}_written"
+"""Row-split, and the model writes into the output (Llama 4 adds its routed experts to the shared one in place)."""
+SPLIT = COLUMN, ROW, ROW_WRITTEN
 
 
 class NoPlan(Exception):
@@ -90,7 +94,7 @@ def unsplit_matrix(model: PreTrainedModel, styles: dict[str, str]) -> str | None
     layers = find_layers(model)
     prefix = next(name for name, module in model.named_modules() if module is layers)
     for name, module in layers.named_modules():
-        if "lora_" in name or styles.get(wildcard(f"{prefix}.{name}".removesuffix(".base_layer"))) in (COLUMN, ROW):
+        if "lora_" in name or styles.get(wildcard(f"{prefix}.{name}".removesuffix(".base_layer"))) in SPLIT:
             continue
         for parameter_name, parameter in module.named_parameters(recurse=False):
             if parameter.ndim > 1:
@@ -214,13 +218,15 @@ def _prove(model: PreTrainedModel, styles: dict[str, str], tp: int) -> DerivedPl
     gradients = _gradients(model, (whole * directions).sum())
     problem = ""
     for divided in _attributes(model, styles, tp):
-        with _split(model, styles, divided, tp):
+        with _split(model, styles, divided, tp) as outputs:
             try:
                 logits = _logits(model, tp)
                 off = _difference(logits, whole.repeat(tp, 1, 1))
                 if off <= TOLERANCE:
                     summed = _gradients(model, (logits * directions.repeat(tp, 1, 1)).sum())
-                    return DerivedPlan({**styles, **_partial(model, styles, gradients, summed, tp)}, divided)
+                    found = {**styles, **_partial(model, styles, gradients, summed, tp)}
+                    written = {wildcard(name): ROW_WRITTEN for name, output in outputs.items() if output._version}
+                    return DerivedPlan({**found, **written}, divided)
                 problem = f"split over {tp} ranks its logits would be off by {off:.2g} of their size"
             except NoPlan:
                 raise
@@ -297,22 +303,29 @@ def _row_forward(linear: nn.Linear, tp: int, x: Tensor) -> Tensor:
 @contextmanager
 def _split(
     model: PreTrainedModel, styles: dict[str, str], divided: dict[str, tuple[str, ...]], tp: int
-) -> Iterator[None]:
-    """While active, `model` computes as `tp` ranks would, each on its own copy of the rows."""
+) -> Iterator[dict[str, Tensor]]:
+    """While active, `model` computes as `tp` ranks would, each on its own copy of the rows.
+
+    Yields what the row-split layers gave in the last forward pass.
+    """
     forwards: dict[str, Callable[..., Tensor]] = {COLUMN: _column_forward, ROW: _row_forward}
     undo: list[Callable[[], None]] = []
+    outputs: dict[str, Tensor] = {}
     try:
         for name, module in model.named_modules():
             if style := styles.get(wildcard(name)):
                 module.forward = partial(forwards[style], module, tp)
                 undo.append(partial(delattr, module, "forward"))
+            if style == ROW:
+                keep = module.register_forward_hook(lambda _, __, output, name=name: outputs.update({name: output}))
+                undo.append(keep.remove)
             for attribute in divided.get(wildcard(name), ()):
                 if attribute not in vars(module):
                     continue  # a layer of another kind
                 value = getattr(module, attribute)
                 setattr(module, attribute, value // tp)
                 undo.append(partial(setattr, module, attribute, value))
-        yield
+        yield outputs
     finally:
         for action in undo:
             action()

@@ -30,6 +30,8 @@ from dayzero.engine.derived_plan import (
     COLUMN,
     GRADIENT_SUM,
     ROW,
+    ROW_WRITTEN,
+    SPLIT,
     DerivedPlan,
     NoPlan,
     derive_plan,
@@ -43,7 +45,20 @@ from dayzero.errors import ConfigError
 ROW_SCATTERED = "dayzero_rowwise_scattered"
 """Row-split, each rank keeping its share of the tokens of the sum (a reduce-scatter in place of an all-reduce)."""
 
-ALL_PARALLEL_STYLES.register(ROW_SCATTERED, RowwiseParallel(output_layouts=Shard(1)))  # type: ignore[arg-type]
+
+class _OwnOutput(RowwiseParallel):
+    """Gives a copy of its output: what comes out of a DTensor is a view that must not be written into."""
+
+    def transform_output_post_forward(self, module: nn.Module, output: Any, mesh: DeviceMesh) -> Tensor:
+        return super().transform_output_post_forward(module, output, mesh).clone()
+
+
+for _name, _style in (
+    (ROW_SCATTERED, RowwiseParallel(output_layouts=Shard(1))),
+    (f"{ROW}_written", _OwnOutput()),
+    (f"{ROW_SCATTERED}_written", _OwnOutput(output_layouts=Shard(1))),
+):
+    ALL_PARALLEL_STYLES.register(_name, _style)  # type: ignore[arg-type]
 
 
 def tensor_parallel_plan(model: PreTrainedModel, tp: int, *, sequence_parallel: bool = False) -> DerivedPlan:
@@ -58,7 +73,7 @@ def tensor_parallel_plan(model: PreTrainedModel, tp: int, *, sequence_parallel: 
     found: dict[str, str] = {}
     for name, module in model.named_modules():
         style = plan.styles.get(wildcard(name))
-        if style in (COLUMN, ROW):
+        if style in SPLIT:
             linear = getattr(module, "base_layer", module)
             size = linear.out_features if style == COLUMN else linear.in_features
             _check_divides(tp, f"{name} has {'outputs' if style == COLUMN else 'inputs'}", size)
@@ -113,12 +128,12 @@ def apply_tensor_parallel(model: PreTrainedModel, mesh: DeviceMesh, *, sequence_
         row = ROW_SCATTERED if sequence_parallel else ROW
         actual = COLUMN if style == COLUMN else row
         if not hasattr(module, "lora_A"):
-            split[name] = actual
+            split[name] = f"{row}_written" if style == ROW_WRITTEN else actual
             continue
         split[f"{name}.base_layer"] = actual
         adapters = "lora_B" if style == COLUMN else "lora_A"
         split |= {f"{name}.{adapters}.{adapter}": actual for adapter in getattr(module, adapters)}
-        if sequence_parallel and style == ROW:
+        if sequence_parallel and style != COLUMN:
             partial |= {id(b) for b in cast(nn.ModuleDict, module.lora_B).values()}  # sees this rank's tokens only
     apply_tensor_parallelism(model, mesh, {wildcard(name): style for name, style in split.items()})
     if sequence_parallel:
