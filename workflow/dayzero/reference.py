@@ -1,4 +1,4 @@
-"""docs/configuration.md, made from `config.py`: `python -m dayzero.reference docs/configuration.md`."""
+"""docs/configuration.md, made from `config/`: `python -m dayzero.reference docs/configuration.md`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dayzero.config import RunConfig
 
 HEAD = """# Every key of a run
 
-Made from `workflow/dayzero/config.py` by `python -m dayzero.reference docs/configuration.md`; a test holds the two
+Made from `workflow/dayzero/config/` by `python -m dayzero.reference docs/configuration.md`; a test holds the two
 together. Keys may be nested or dotted (`train.optimizer.lr: 2.0e-4`). Recipe, experiment, run and command line are
 merged in this order, later ones winning. An unknown key, a wrong type or an impossible combination is refused before
 any job starts.
