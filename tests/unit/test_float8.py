@@ -154,5 +154,5 @@ def test_transformer_engines_modules_run_under_its_autocast(method: Method, monk
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU says")
 def test_without_transformer_engine() -> None:
-    with pytest.raises(ConfigError, match=r"no NVIDIA GPU that torch can use and the package is not inst.*; use t"):
+    with pytest.raises(ConfigError, match=r"no NVIDIA GPU that torch can use and the package is not inst.*: use t"):
         require_float8(Fp8(backend="transformer_engine"))

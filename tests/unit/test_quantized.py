@@ -81,6 +81,8 @@ def test_frozen_matrices_of_the_layers_are_quantised_and_no_others(tmp_path: Pat
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_it_is_refused_in_one_line() -> None:
-    with pytest.raises(ConfigError, match=r"^method\.name qlora: needs an NVIDIA GPU, and none is here") as refused:
+    with pytest.raises(
+        ConfigError, match=r"^method\.name qlora needs an NVIDIA GPU and the package bitsandbytes, but "
+    ) as refused:
         require_qlora()
     assert "\n" not in str(refused.value)

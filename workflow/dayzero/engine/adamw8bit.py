@@ -7,7 +7,6 @@ scales can then be read on any number of ranks that split rows, bit for bit.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -16,7 +15,6 @@ import torch
 from torch import Tensor
 
 from dayzero.engine.sharded import like, local, some_rank_is_empty, with_last_dim, zeros
-from dayzero.errors import ConfigError
 
 BLOCK = 256
 """Most elements that share a scale."""
@@ -26,12 +24,6 @@ SMALLEST_BLOCK = 32
 
 SMALLEST = 4096
 """Parameters with fewer elements keep their moments in float32, as in bitsandbytes."""
-
-
-def require_torchao(wanted_by: str, remedy: str) -> None:
-    """Raise `ConfigError` where torchao is not installed."""
-    if importlib.util.find_spec("torchao") is None:
-        raise ConfigError(f"{wanted_by} needs the package torchao: pip install torchao, or {remedy}")
 
 
 def build_adamw8bit(groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:

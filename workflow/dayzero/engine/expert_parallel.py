@@ -40,6 +40,17 @@ def find_experts(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if _is_experts(module)}
 
 
+def expert_matrices(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters [E, ., .] of `module` itself that have a matrix for each of its experts.
+
+    Once experts are shared out `num_experts` counts those of this rank, while a DTensor's shape is that of all.
+    """
+    experts = getattr(module, "num_experts", None)
+    if not isinstance(experts, int):
+        return []
+    return [p for p in module.parameters(recurse=False) if p.ndim == 3 and p.shape[0] % experts == 0]
+
+
 def check_expert_parallel(model: nn.Module, ep: int) -> dict[str, nn.Module]:
     """The experts that `ep` ranks share out. Raises `ConfigError` where there are none, or they cannot be shared."""
     found = find_experts(model)
@@ -212,11 +223,8 @@ def _num_experts(module: nn.Module) -> int:
 
 
 def _is_experts(module: nn.Module) -> bool:
-    experts = getattr(module, "num_experts", None)
-    own = list(module.parameters(recurse=False))
     return (
-        isinstance(experts, int)
-        and any(p.ndim == 3 for p in own)
-        and all(p.ndim > 1 and p.shape[0] == experts for p in own)
+        bool(expert_matrices(module))
+        and all(p.ndim > 1 and p.shape[0] == module.num_experts for p in module.parameters(recurse=False))
         and len(inspect.signature(module.forward).parameters) >= 3
     )

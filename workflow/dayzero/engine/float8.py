@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from dayzero.config import Fp8
-from dayzero.engine.adamw8bit import require_torchao
+from dayzero.engine.requirements import require_package
 from dayzero.engine.sharded import like
 from dayzero.engine.structure import find_layers
 from dayzero.engine.transformer_engine import require_transformer_engine, swap_linears
@@ -92,7 +92,7 @@ def _linears(model: PreTrainedModel, skip: list[str]) -> Iterator[tuple[str, nn.
 
 
 def _convert_trained(model: PreTrainedModel, fp8: Fp8, names: set[str]) -> None:
-    require_torchao("train.fp8 of weights that are trained", "set train.fp8 to null")
+    require_package("train.fp8 of weights that are trained", "torchao", "set train.fp8 to null")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 from typing import Any
 
@@ -18,15 +17,17 @@ from dayzero.engine.document_attention import (
     makes_its_own_mask,
 )
 from dayzero.engine.parallel_dims import ParallelDims
+from dayzero.engine.requirements import gpu_and_package_lacking, has_nvidia_gpu, require_gpu_and_package
 from dayzero.engine.tiny_copy import tiny_copy
 from dayzero.errors import ConfigError, one_line
 
 NAMES = {"documents": DOCUMENTS, "varlen": VARLEN, "flex": "flex_attention", "sdpa": "sdpa", "eager": "eager"}
+LIGER = "liger-kernel"
 
 
 def require_kernels(train: Train) -> None:
     """Raise `ConfigError` where this machine cannot run the kernels that `train` names; starts nothing."""
-    if train.attention in ("flex", "varlen") and not torch.cuda.is_available():
+    if train.attention in ("flex", "varlen") and not has_nvidia_gpu():
         raise ConfigError(
             f"train.attention {train.attention} trains on NVIDIA GPUs only, and torch sees none here: use auto"
         )
@@ -36,8 +37,8 @@ def require_kernels(train: Train) -> None:
         )
     if train.attention == "varlen" and train.precision == "fp32":
         raise ConfigError("train.attention varlen computes in bfloat16, but train.precision is fp32: use bf16, or sdpa")
-    if train.kernels == "liger" and (missing := _liger_lacks()):
-        raise ConfigError(f"train.kernels liger needs {missing}; use auto")
+    if train.kernels == "liger":
+        require_gpu_and_package("train.kernels liger", LIGER, "use auto")
 
 
 def use_attention(model: PreTrainedModel, train: Train, dims: ParallelDims) -> str:
@@ -102,7 +103,7 @@ def use_fused_kernels(model: PreTrainedModel, train: Train, dims: ParallelDims) 
     Norms, rotary embeddings and MLPs, not the loss, which train.loss chooses. auto takes them where they run: on a GPU,
     for models that Liger knows, whose norms tensor parallelism has not split. Raises `ConfigError`.
     """
-    if train.kernels == "none" or (train.kernels == "auto" and (_liger_lacks() or dims.tp > 1)):
+    if train.kernels == "none" or (train.kernels == "auto" and (gpu_and_package_lacking(LIGER) or dims.tp > 1)):
         return False
     require_kernels(train)
     if dims.tp > 1:
@@ -119,11 +120,3 @@ def use_fused_kernels(model: PreTrainedModel, train: Train, dims: ParallelDims) 
     options: dict[str, Any] = {k: v for k, v in off.items() if k in inspect.signature(patch).parameters}
     patch(model=model, **options)
     return True
-
-
-def _liger_lacks() -> str | None:
-    if not torch.cuda.is_available():
-        return "an NVIDIA GPU, and torch sees none here"
-    if importlib.util.find_spec("liger_kernel") is None:
-        return "the package liger-kernel: pip install liger-kernel"
-    return None

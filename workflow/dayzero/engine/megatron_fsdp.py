@@ -13,7 +13,6 @@ What it cannot train is refused: see `check_megatron_fsdp` and `require_gradient
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterable, Mapping
 from typing import cast
 
@@ -24,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from dayzero.engine.distributed import rank
+from dayzero.engine.requirements import require_gpu_and_package
 from dayzero.errors import ConfigError
 
 _MARK = "megatron_fsdp_unequal_shards"
@@ -31,16 +31,7 @@ _MARK = "megatron_fsdp_unequal_shards"
 
 def require_megatron_fsdp() -> None:
     """Raise `ConfigError` where the strategy cannot run; starts nothing."""
-    missing = []
-    if not (torch.cuda.is_available() and torch.version.cuda):
-        missing.append("this machine has no NVIDIA GPU that torch can use")
-    if importlib.util.find_spec("megatron_fsdp") is None:
-        missing.append("the package is not installed (pip install megatron-fsdp)")
-    if missing:
-        raise ConfigError(
-            "parallelism.strategy megatron_fsdp needs NVIDIA GPUs and the package megatron-fsdp: "
-            f"{' and '.join(missing)}; use fsdp2"
-        )
+    require_gpu_and_package("parallelism.strategy megatron_fsdp", "megatron-fsdp", "use fsdp2")
 
 
 def check_megatron_fsdp(model: nn.Module) -> None:

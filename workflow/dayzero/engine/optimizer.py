@@ -17,8 +17,10 @@ from transformers.pytorch_utils import Conv1D
 from dayzero.config import Optimizer as OptimizerConfig
 from dayzero.engine.adafactor import Adafactor
 from dayzero.engine.adamw import AdamWInFloat32
-from dayzero.engine.adamw8bit import build_adamw8bit, require_torchao
+from dayzero.engine.adamw8bit import build_adamw8bit
+from dayzero.engine.expert_parallel import expert_matrices
 from dayzero.engine.muon import Muon
+from dayzero.engine.requirements import require_package
 
 
 def build_optimizer(
@@ -53,7 +55,7 @@ def build_optimizer(
 def require_optimizer(config: OptimizerConfig) -> None:
     """Raise `ConfigError` where the package that the optimizer needs is not installed; starts nothing."""
     if config.name == "adamw8bit":
-        require_torchao("train.optimizer.name adamw8bit", "choose adamw")
+        require_package("train.optimizer.name adamw8bit", "torchao", "choose adamw")
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -94,9 +96,7 @@ def hidden_matrices(model: nn.Module) -> set[int]:
             found.add(id(module.weight))
         if isinstance(module, PreTrainedModel) and (head := module.get_output_embeddings()) is not None:
             outer |= {id(p) for p in head.parameters()}
-        if isinstance(count := getattr(module, "num_experts", None), int):  # of this rank, with ep
-            stacks = (p for p in module.parameters(recurse=False) if p.ndim == 3)
-            found |= {id(p) for p in stacks if p.shape[0] % count == 0}
+        found |= {id(p) for p in expert_matrices(module)}
     return found - outer
 
 

@@ -10,7 +10,6 @@ Shapes: O outputs, I inputs, N = O * I.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any, cast
 
 import torch
@@ -20,8 +19,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from dayzero.engine.requirements import require_gpu_and_package
 from dayzero.engine.structure import find_layers
-from dayzero.errors import ConfigError
 
 BLOCK = 64
 """Numbers that share one scale, the largest absolute value among them."""
@@ -38,10 +37,7 @@ NF4 = (
 
 def require_qlora() -> None:
     """Raise `ConfigError` where this machine cannot train on quantised weights."""
-    if not torch.cuda.is_available():
-        raise ConfigError("method.name qlora: needs an NVIDIA GPU, and none is here: use method.name lora")
-    if find_spec("bitsandbytes") is None:
-        raise ConfigError("method.name qlora: needs the package bitsandbytes: pip install bitsandbytes, or use lora")
+    require_gpu_and_package("method.name qlora", "bitsandbytes", "use lora")
 
 
 def quantize_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:

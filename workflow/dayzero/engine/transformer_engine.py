@@ -5,14 +5,13 @@ https://docs.nvidia.com/deeplearning/transformer-engine/user-guide/api/pytorch.h
 
 from __future__ import annotations
 
-import importlib.util
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
 from torch import nn
 
 from dayzero.config import Fp8
+from dayzero.engine.requirements import require_gpu_and_package
 from dayzero.errors import ConfigError
 
 RECIPES = {
@@ -26,13 +25,7 @@ RECIPES = {
 
 def require_transformer_engine(recipe: str) -> None:
     """Raise `ConfigError` where the package cannot run, or lacks the recipe."""
-    missing = []
-    if not (torch.cuda.is_available() and torch.version.cuda):
-        missing.append("this machine has no NVIDIA GPU that torch can use")
-    if importlib.util.find_spec("transformer_engine") is None:
-        missing.append("the package is not installed (pip install transformer-engine[pytorch])")
-    if missing:
-        raise ConfigError(f"train.fp8.backend transformer_engine: {' and '.join(missing)}; use torchao")
+    require_gpu_and_package("train.fp8.backend transformer_engine", "transformer-engine[pytorch]", "use torchao")
     _recipe(recipe)
 
 
