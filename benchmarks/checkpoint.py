@@ -26,6 +26,7 @@ from dayzero.engine.checkpoint_writer import CheckpointWriter
 from dayzero.engine.launch import is_worker, run_torchrun
 from dayzero.engine.model import ModelSource
 from dayzero.engine.parallel_dims import ParallelDims
+from dayzero.engine.parallel_model import ParallelModel
 from dayzero.engine.trainer import Trainer
 from torch import Tensor
 
@@ -73,18 +74,15 @@ def measure(args: argparse.Namespace, device: torch.device) -> None:
         "num_attention_heads": args.width // 64,
     }
     ranks = distributed.world_size()
-    trainer = Trainer(
+    model = ParallelModel(
         source=ModelSource(directory=None, architecture=architecture, random_weights=True),
-        tokenizer_directory=None,
         method=Method(name="pretrain"),
         train=Train(max_steps=10**6, precision="bf16" if device.type == "cuda" else "fp32"),
         dims=ParallelDims(strategy="fsdp2", world_size=ranks, dp_shard=ranks),
         seed=0,
         device=device,
-        directory=folder,
-        identity={},
-        max_steps=10**6,
     )
+    trainer = Trainer(model=model, directory=folder, identity={}, max_steps=10**6)
     step = 0
 
     def train() -> None:
@@ -115,7 +113,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> None:
     size = sum(f.stat().st_size for path in checkpoint.checkpoints(folder) for f in path.iterdir())
     if distributed.rank() == 0:
         print(
-            f"\n{trainer.total_parameters / 1e6:.0f} M parameters, checkpoints of {size / 2**20:.0f} MiB, {ranks} ranks"
+            f"\n{model.total_parameters / 1e6:.0f} M parameters, checkpoints of {size / 2**20:.0f} MiB, {ranks} ranks"
         )
         print(f"\n| {'':28}| seconds | in steps | lowest | highest |\n|{'-' * 29}|---:|---:|---:|---:|")
         base = median(times["a training step"])

@@ -27,6 +27,7 @@ from dayzero.engine import distributed
 from dayzero.engine.lora import save_adapter
 from dayzero.engine.model import ModelSource, build_model
 from dayzero.engine.parallel_dims import ParallelDims
+from dayzero.engine.parallel_model import ParallelModel
 from dayzero.engine.trainer import Trainer
 from torch.profiler import profile as profiler
 
@@ -110,18 +111,15 @@ def _run(task: Task, way: str, setting: dict[str, Any], profile: str | None) -> 
             Path(folder) / "rows", pairs, [list(range(i, i + together)) for i in range(0, len(pairs), together)]
         )
         lora = {"rank": task.rank, "alpha": task.alpha}
-        trainer = Trainer(
+        model = ParallelModel(
             source=ModelSource(directory=Path(task.model)),
-            tokenizer_directory=None,
             method=Method(name="lora", lora=lora) if task.adapter else Method(name="full"),  # type: ignore[arg-type]
             train=Train(**{**train, **setting}),
             dims=ParallelDims(strategy="fsdp2", world_size=1, dp_shard=1),
             seed=0,
             device=device,
-            directory=Path(folder),
-            identity={},
-            max_steps=task.steps,
         )
+        trainer = Trainer(model=model, directory=Path(folder), identity={}, max_steps=task.steps)
         batches = _InOrder(
             TokenRows(Path(folder) / "rows"),
             global_batch_size=rows_per_step,

@@ -23,9 +23,13 @@ from dayzero.data.tokens import TokenRows, write_token_store
 from dayzero.engine import distributed
 from dayzero.engine.consolidate import write_model
 from dayzero.engine.export import TOLERANCE, largest_difference, reloaded_logits, streamed_logits
+from dayzero.engine.gathering import float32_logits, whole_weights
 from dayzero.engine.lora import save_adapter
 from dayzero.engine.model import ModelSource
+from dayzero.engine.packing import any_leak, require_causal
 from dayzero.engine.parallel_dims import ParallelDims
+from dayzero.engine.parallel_model import ParallelModel
+from dayzero.engine.passes import training_logits
 from dayzero.engine.tiny_copy import VOCAB_SIZE, tiny_configs
 from dayzero.engine.trained_weights import TrainedWeights
 from dayzero.engine.trainer import Trainer
@@ -119,27 +123,23 @@ class Subject:
             "optimizer": {"lr": 1e-3},
             "checkpoint": {"every": STEPS // 2, "keep_last": 2},
         }
-        trainer = Trainer(
+        model = ParallelModel(
             source=ModelSource(directory=self.directory),
-            tokenizer_directory=None,
             method=Method(name=method, lora=Lora(rank=4)),  # type: ignore[arg-type]
             train=Train(**{**settings, **train}),
             dims=ParallelDims(world_size=ranks, strategy="fsdp2", tp=tp, dp_shard=ranks // tp, dp_replicate=1),
             seed=SEED,
             device=distributed.local_device(),
-            directory=self.folder / name,
-            identity={"name": name},
         )
-        trainer.max_steps = STEPS
-        self.require_causal(trainer)
-        return trainer
+        self.require_causal(model)
+        return Trainer(model=model, directory=self.folder / name, identity={"name": name}, max_steps=STEPS)
 
-    def require_causal(self, trainer: Trainer) -> None:
+    def require_causal(self, model: ParallelModel) -> None:
         """What the train stage asks of every model, asked once. Raises `ConfigError`."""
         if not self.asked:
             self.asked = True
             try:
-                trainer.require_causal()
+                require_causal(model)
             except ConfigError as error:
                 self.refusal = error
         if self.refusal:
@@ -180,7 +180,8 @@ class Subject:
     def adapted(self) -> Trainer:
         """The model after two steps of LoRA."""
         trainer = self.trainer("lora", "lora")
-        self.adapted_before = {name: value.clone() for name, value in trainer.all_weights().items()}
+        before = whole_weights(trainer.model, frozen=True)
+        self.adapted_before = {name: value.clone() for name, value in before.items()}
         self.adapted_records = self.steps(trainer, 2)
         return trainer
 
@@ -239,7 +240,7 @@ def lora(subject: Subject) -> str:
     trainer = subject.adapted
     first = subject.adapted_records[0]
     require("loss", first["loss"], subject.reference[0], LOSS)
-    after = trainer.all_weights()
+    after = whole_weights(trainer.model, frozen=True)
     if distributed.rank() == 0:
         moved = {n for n, before in subject.adapted_before.items() if not torch.equal(before, after[n])}
         if frozen := sorted(n for n in moved if "lora_" not in n):
@@ -263,16 +264,16 @@ def export(subject: Subject) -> str:
 def _export(subject: Subject, trainer: Trainer, method: str) -> str:
     """What the train and export stages do, in their order."""
     probe = torch.cat(subject.documents)[:24].unsqueeze(0)
-    logits = trainer.float32_logits(probe, torch.arange(24).unsqueeze(0))
-    adapters = trainer.trained_weights() if method == "lora" else {}
+    logits = float32_logits(trainer.model, probe, torch.arange(24).unsqueeze(0))
+    adapters = whole_weights(trainer.model) if method == "lora" else {}
     if distributed.rank() != 0:
         return ""
     place = trainer.directory
     if method == "lora":
-        settings = trainer.weights.method.lora
-        save_adapter(place / "adapter", settings, adapters, str(subject.directory), trainer.weights.tied)
+        trained = trainer.model.weights
+        save_adapter(place / "adapter", trained.method.lora, adapters, str(subject.directory), trained.tied)
     write_json(place / "summary.json", {"checkpoint": f"checkpoints/step_{STEPS}"})
-    weights = TrainedWeights(trainer.source, None, trainer.method, SEED, place)
+    weights = TrainedWeights(trainer.model.source, None, trainer.model.method, SEED, place)
     streamed = streamed_logits(weights.model, weights.read, probe)
     if not (off := largest_difference(streamed, logits)) <= TOLERANCE:
         raise Differs(f"exported logits are off by {off:.2g}")
@@ -287,17 +288,18 @@ def _export(subject: Subject, trainer: Trainer, method: str) -> str:
 
 def packing(subject: Subject) -> str:
     """Documents of one row do not reach one another, or the probe says that they do."""
-    trainer = subject.trained
-    leak = trainer.packing_leak()
+    model = subject.trained.model
+    leak = any_leak(model)
     row = torch.cat(subject.documents).unsqueeze(0)
     positions = torch.cat([torch.arange(len(d)) for d in subject.documents]).unsqueeze(0)
     try:
-        packed = trainer.logits(row, positions)[0]
+        packed = training_logits(model, row, positions)[0]
     except Exception:
         if leak is None:
             raise
         return f"padded: leaks {leak:.1g}"
-    alone = [trainer.logits(d.unsqueeze(0), torch.arange(len(d)).unsqueeze(0))[0] for d in subject.documents]
+    places = [torch.arange(len(d)).unsqueeze(0) for d in subject.documents]
+    alone = [training_logits(model, d.unsqueeze(0), p)[0] for d, p in zip(subject.documents, places, strict=True)]
     off = ((packed - torch.cat(alone)).abs().max() / torch.cat(alone).abs().max()).item()
     if leak is None and not off <= LOSS:
         raise Differs(f"SILENT LEAK: packed logits are off by {off:.2g} and the probe found nothing")
@@ -324,7 +326,7 @@ def checkpointing(subject: Subject) -> str:
 
 def resume(subject: Subject) -> str:
     """Continued from the middle, training ends with the same weights to the bit."""
-    want = subject.trained.all_weights()
+    want = whole_weights(subject.trained.model, frozen=True)
     records = [record["loss"] for record in subject.trained.metrics.records]
     if distributed.rank() == 0:
         place = subject.folder / "resumed" / "checkpoints"
@@ -337,7 +339,7 @@ def resume(subject: Subject) -> str:
     if trainer.step != STEPS // 2:
         raise Differs(f"continued from step {trainer.step}")
     trainer.fit(lambda start: subject.batches(trainer, start), None)
-    got = trainer.all_weights()
+    got = whole_weights(trainer.model, frozen=True)
     if distributed.rank() == 0:
         losses = [record["loss"] for record in trainer.metrics.records][-(STEPS // 2) :]
         if losses != records[-(STEPS // 2) :]:

@@ -9,6 +9,8 @@ from unittest.mock import patch
 
 import torch
 from dayzero.engine import distributed
+from dayzero.engine.gathering import float32_logits, whole_weights
+from dayzero.engine.passes import training_logits
 from dayzero.engine.trainer import Trainer
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -31,17 +33,18 @@ def frozen(
     found: dict[str, Any] = {}
     row, places = torch.arange(1, 33).unsqueeze(0), torch.arange(32).unsqueeze(0)
     for way in ("kept", "masters"):
-        with patch("dayzero.engine.trainer.keep_frozen_in_bf16", **({} if way == "masters" else {"wraps": _real()})):
+        options = {} if way == "masters" else {"wraps": _real()}
+        with patch("dayzero.engine.parallel_model.keep_frozen_in_bf16", **options):
             trainer = make(job, folder / way)
             fit(job, trainer)
             frozen_ones = [p for p in trainer.module.parameters() if not p.requires_grad]
             found[way] = {
                 "losses": [r["loss"] for r in trainer.metrics.records],
                 "grad_norms": [r["grad_norm"] for r in trainer.metrics.records],
-                "weights": {name: tensor.clone() for name, tensor in trainer.trained_weights().items()},
-                "bf16": trainer.logits(row, places),
-                "float32": trainer.float32_logits(row, places),
-                "again": trainer.logits(row, places),
+                "weights": {name: tensor.clone() for name, tensor in whole_weights(trainer.model).items()},
+                "bf16": training_logits(trainer.model, row, places),
+                "float32": float32_logits(trainer.model, row, places),
+                "again": training_logits(trainer.model, row, places),
                 "dtypes": sorted({str(p.dtype) for p in frozen_ones}),
                 "sharded": sum(isinstance(p, DTensor) for p in frozen_ones) / len(frozen_ones),
             }

@@ -24,10 +24,14 @@ from dayzero.data.loader import Batch, TrainBatches, ValidationBatches
 from dayzero.data.mixing import Mix
 from dayzero.data.tokens import TokenRows
 from dayzero.engine import checkpoint_writer, distributed
+from dayzero.engine.gathering import float32_logits, whole_weights
 from dayzero.engine.megatron_fsdp import has_unequal_shards
 from dayzero.engine.model import ModelSource, build_model
 from dayzero.engine.optimizer import clip_grad_norm
+from dayzero.engine.packing import any_leak
 from dayzero.engine.parallel_dims import ParallelDims
+from dayzero.engine.parallel_model import ParallelModel
+from dayzero.engine.passes import training_logits
 from dayzero.engine.trainer import Trainer
 from torch.distributed.tensor import DTensor
 
@@ -188,20 +192,18 @@ def make_trainer(job: dict[str, Any], directory: Path) -> Trainer:
     sizes |= {name: job[name] for name in names if name in job}
     rows = distributed.world_size() // sizes.get("tp", 1) // sizes.get("cp", 1) // sizes.get("pp", 1)
     sizes["dp_shard"] = rows // sizes["dp_replicate"]
-    trainer = Trainer(
+    model = ParallelModel(
         source=source_of(job),
         teacher=teacher_of(job),
-        tokenizer_directory=None,
         method=method,
         train=train,
         dims=ParallelDims(world_size=distributed.world_size(), **sizes),
         seed=SEED,
         device=distributed.local_device(),
-        directory=directory,
-        identity=job.get("identity", {"job": "test"}),
     )
-    trainer.max_steps = batches_of(job, train, 0, 0, 1).num_steps
-    return trainer
+    max_steps = batches_of(job, train, 0, 0, 1).num_steps
+    identity = job.get("identity", {"job": "test"})
+    return Trainer(model=model, directory=directory, identity=identity, max_steps=max_steps)
 
 
 def share_of(trainer: Trainer) -> tuple[int, int]:
@@ -210,7 +212,7 @@ def share_of(trainer: Trainer) -> tuple[int, int]:
 
 
 def all_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in trainer.all_weights().items()}
+    return {name: tensor.clone() for name, tensor in whole_weights(trainer.model, frozen=True).items()}
 
 
 def averages(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -218,7 +220,7 @@ def averages(trainer: Trainer) -> dict[str, torch.Tensor]:
     if trainer.ema is None:
         return {}
     with trainer.ema.in_place():
-        return {name: tensor.clone() for name, tensor in trainer.trained_weights().items()}
+        return {name: tensor.clone() for name, tensor in whole_weights(trainer.model).items()}
 
 
 def replica_spread(trainer: Trainer) -> float:
@@ -226,7 +228,7 @@ def replica_spread(trainer: Trainer) -> float:
     pipeline hold different ones, but for tied ones."""
     if has_unequal_shards(trainer.module):
         return 0.0  # every row of a parameter is on one rank
-    names = {second: first for first, second in trainer.pipeline.copies} if trainer.pipeline else {}
+    names = trainer.model.names_of_copies
     mine: list[tuple[str, torch.Tensor]] = []
     for name, parameter in trainer.module.named_parameters():
         whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
@@ -399,7 +401,7 @@ def bad_step(job: dict[str, Any]) -> dict[str, Any]:
 
 def leak(job: dict[str, Any]) -> dict[str, Any]:
     """What the packing probe says of a freshly built model."""
-    return {"leak": make_trainer(job, Path(job["folder"])).packing_leak()}
+    return {"leak": any_leak(make_trainer(job, Path(job["folder"])).model)}
 
 
 def same_shape_again(job: dict[str, Any]) -> dict[str, Any]:
@@ -408,9 +410,10 @@ def same_shape_again(job: dict[str, Any]) -> dict[str, Any]:
     first, second = (batches_of(job, trainer.train, step, *share_of(trainer))[step].micro_batches for step in (0, 1))
     found = []
     for rows in (first, first, second, first):
-        assert trainer.pipeline is not None
-        loss = trainer._sum_over_tokens(trainer.pipeline.train(rows, 1e-3))
-        norm = clip_grad_norm(trainer.module.parameters(), 0.0, copies=trainer.copies, across=trainer.pipeline.group)
+        pipeline, copies = trainer.model.pipeline, trainer.model.copies
+        assert pipeline is not None
+        loss = trainer._sum_over_tokens(pipeline.train(rows, 1e-3))
+        norm = clip_grad_norm(trainer.module.parameters(), 0.0, copies=copies, across=pipeline.group)
         trainer.optimizer.zero_grad()
         found.append([loss, norm])
     return {"found": found}
@@ -423,11 +426,14 @@ def bf16_logits(job: dict[str, Any]) -> dict[str, Any]:
     trainer.fit(lambda start: batches_of(job, trainer.train, start, *share), None)
     row = torch.arange(1, 33).unsqueeze(0)
     places = torch.arange(32).unsqueeze(0)
-    found = {"bf16": trainer.logits(row, places), "float32": trainer.float32_logits(row, places)}
+    found = {
+        "bf16": training_logits(trainer.model, row, places),
+        "float32": float32_logits(trainer.model, row, places),
+    }
     weights = all_weights(trainer)
     if distributed.rank() == 0:
         source = source_of(job)
-        plain = build_model(source, source.config(), trainer.method, seed=SEED, meta=False).eval()
+        plain = build_model(source, source.config(), trainer.model.method, seed=SEED, meta=False).eval()
         found["untrained"] = plain(input_ids=row).logits.detach()
         plain.load_state_dict(weights, strict="fp8" not in job["train"])  # frozen weights in 8 bits are not in it
         found["plain"] = plain(input_ids=row).logits.detach()

@@ -21,7 +21,7 @@ from torch import nn
 
 from tests.tiny import ARCHITECTURES, write_rows
 
-NEEDS = "parallelism.strategy megatron_fsdp needs NVIDIA GPUs and the package megatron-fsdp: "
+NEEDS = "parallelism.strategy megatron_fsdp needs an NVIDIA GPU and the package megatron-fsdp, but "
 
 
 def machine(patch: pytest.MonkeyPatch, *, gpu: bool, cuda: str | None = "13.0", package: bool = True) -> None:
@@ -36,10 +36,10 @@ def test_what_the_machine_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None
     require_megatron_fsdp()
     no_gpu, no_package = "no NVIDIA GPU that torch can use", r"not installed \(pip install megatron-fsdp\)"
     for present, said in (
-        ({"gpu": False}, rf"{NEEDS}.*{no_gpu}; use fsdp2$"),
-        ({"gpu": True, "cuda": None}, rf"{NEEDS}.*{no_gpu}; use fsdp2$"),  # torch for AMD's GPUs
-        ({"gpu": True, "package": False}, rf"{NEEDS}the package is {no_package}; use fsdp2$"),
-        ({"gpu": False, "package": False}, rf"{NEEDS}.*{no_gpu} and .*{no_package}; use fsdp2$"),
+        ({"gpu": False}, rf"{NEEDS}.*{no_gpu}: use fsdp2$"),
+        ({"gpu": True, "cuda": None}, rf"{NEEDS}.*{no_gpu}: use fsdp2$"),  # torch for AMD's GPUs
+        ({"gpu": True, "package": False}, rf"{NEEDS}the package is {no_package}: use fsdp2$"),
+        ({"gpu": False, "package": False}, rf"{NEEDS}.*{no_gpu} and .*{no_package}: use fsdp2$"),
     ):
         machine(monkeypatch, **present)
         with pytest.raises(ConfigError, match=said):
@@ -140,7 +140,7 @@ def test_the_stage_refuses_tied_weights(
     write_json(tmp_path / "tokens/manifest.json", {"max_token_id": 127})
     run = settings(model={"architecture": ARCHITECTURES["llama"]})
     (tmp_path / "config.json").write_text(json.dumps(run.resolved()))
-    monkeypatch.setattr("dayzero.engine.megatron_fsdp.require_megatron_fsdp", lambda: None)
+    monkeypatch.setattr("dayzero.stages.training.checks.require_megatron_fsdp", lambda: None)
     arguments = ["--config", str(tmp_path / "config.json"), "--tokens", str(tmp_path / "tokens")]
     assert train.main([*arguments, "--output", str(tmp_path / "out")]) == 1
     assert "are one parameter, which Megatron-FSDP would train as two" in capsys.readouterr().err.splitlines()[-1]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from dayzero.config import Method, Train
 from dayzero.engine.model import ModelSource
+from dayzero.engine.packing import require_causal
 from dayzero.engine.parallel_dims import ParallelDims
-from dayzero.engine.trainer import Trainer
+from dayzero.engine.parallel_model import ParallelModel
 from dayzero.errors import ConfigError
 
 from tests.tiny import ARCHITECTURES
@@ -26,28 +26,25 @@ ENCODER = {
 }
 
 
-def trainer(architecture: dict[str, Any], folder: Path, precision: str) -> Trainer:
-    return Trainer(
+def model(architecture: dict[str, Any], precision: str) -> ParallelModel:
+    return ParallelModel(
         source=ModelSource(directory=None, architecture=architecture, random_weights=True),
-        tokenizer_directory=None,
         method=Method(name="pretrain"),
         train=Train(max_steps=1, precision=precision),  # type: ignore[arg-type]
         dims=ParallelDims(world_size=1, strategy="none"),
         seed=0,
         device=torch.device("cpu"),
-        directory=folder,
-        identity={},
     )
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_an_encoder_is_refused_and_the_same_as_a_decoder_is_not(precision: str, tmp_path: Path) -> None:
+def test_an_encoder_is_refused_and_the_same_as_a_decoder_is_not(precision: str) -> None:
     with pytest.raises(ConfigError, match=r"BertGenerationDecoder reads later tokens .*is_decoder"):
-        trainer(ENCODER, tmp_path, precision).require_causal()
-    trainer({**ENCODER, "is_decoder": True}, tmp_path, precision).require_causal()
+        require_causal(model(ENCODER, precision))
+    require_causal(model({**ENCODER, "is_decoder": True}, precision))
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral", "mamba", "gpt_oss", "opt"])
-def test_causal_models_pass(name: str, tmp_path: Path) -> None:
+def test_causal_models_pass(name: str) -> None:
     for precision in ("fp32", "bf16"):
-        trainer(ARCHITECTURES[name], tmp_path, precision).require_causal()
+        require_causal(model(ARCHITECTURES[name], precision))

@@ -233,7 +233,7 @@ def test_experts_that_the_model_does_not_have(
     [
         (
             {"method": {"name": "qlora"}},
-            "method.name qlora: needs an NVIDIA GPU, and none is here: use method.name lora",
+            "method.name qlora needs an NVIDIA GPU and the package bitsandbytes, but this machine has no NVIDIA GPU",
         ),
         (
             {"loss": "liger_fused"},
@@ -292,13 +292,13 @@ def test_a_teacher_with_another_tokenizer(
 @pytest.mark.parametrize(
     ("fields", "trained", "said"),
     [
-        ({}, {"kernels": "liger"}, "train.kernels liger needs an NVIDIA GPU, and torch sees none here; use auto"),
+        ({}, {"kernels": "liger"}, "train.kernels liger needs an NVIDIA GPU and the package liger-kernel, but "),
         ({}, {"attention": "varlen"}, "train.attention varlen trains on NVIDIA GPUs only"),
         ({}, {"fp8": {}}, "train.fp8 needs an NVIDIA GPU of compute capability 8.9 or later"),
         (
             {},
             {"fp8": {"backend": "transformer_engine"}},
-            "train.fp8.backend transformer_engine: this machine has no",
+            "train.fp8.backend transformer_engine needs an NVIDIA GPU and the package transformer-engine[pytorch], ",
         ),
         (
             {"intermediate_size": 40},

@@ -46,6 +46,24 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
+def speed(
+    num_tokens: int, seconds: float, data_seconds: float, world_size: int, flops: float, peak: float | None
+) -> dict[str, float | None]:
+    """The timing keys of metrics.jsonl; tokens a second and mfu count the wait for data.
+
+    `flops`: operations that the step needs on all ranks; `peak`: those a second that one device can do, if known.
+    """
+    whole = max(seconds + data_seconds, 1e-9)
+    rate = num_tokens / whole
+    return {
+        "tokens_per_second": rate,
+        "tokens_per_second_per_gpu": rate / world_size,
+        "mfu": flops / (whole * world_size * peak) if peak else None,
+        "step_seconds": seconds,
+        "data_seconds": data_seconds,
+    }
+
+
 def peak_memory_gib(device: torch.device) -> float:
     """Peak memory of this rank: allocated on its GPU, or resident on a CPU; GiB."""
     if device.type == "cuda":

@@ -13,9 +13,8 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 
 from dayzero.config import Method
-from dayzero.engine.float8 import frozen_float8, plain_weight
+from dayzero.engine.float8 import frozen_float8
 from dayzero.engine.quantized import Nf4Linear
-from dayzero.engine.sharded import local
 from dayzero.engine.weights import Weights
 from dayzero.errors import ConfigError
 from dayzero.pretrained import require_causal_lm
@@ -62,23 +61,6 @@ def build_model(
     if not meta:
         weights.load(model, model, torch.device("cpu"))
     return model
-
-
-def share_weights(module: nn.Module, owner: nn.Module) -> None:
-    """Let the meta-device `module` use the parameters and buffers of the equally sharded `owner`; nothing is copied."""
-    weights = {name: plain_weight(tensor) for name, tensor in owner.state_dict().items()}
-    module.load_state_dict(weights, assign=True)
-    for name, buffer in owner.named_buffers():  # also those that are not in a state dict
-        parent, _, leaf = name.rpartition(".")
-        module.get_submodule(parent)._buffers[leaf] = buffer
-
-
-def share_trained_weights(module: nn.Module, owner: nn.Module) -> None:
-    """Copy the trained parameters of the equally sharded `owner` into `module`, which has the frozen ones already."""
-    with torch.no_grad():
-        for name, parameter in owner.named_parameters():
-            if parameter.requires_grad:
-                local(module.get_parameter(name)).copy_(local(parameter))
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -2,13 +2,14 @@
 
 A model that sees the token it has to predict learns to copy it. Attention over position ids that restart is masked by
 transformers; state-space, convolution and compression layers carry what they saw into the next document. No table of
-architectures: the loaded model is tried.
+architectures: the loaded model is tried, as it is trained.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,8 +17,11 @@ from transformers import PreTrainedModel
 
 from dayzero.console import log
 from dayzero.engine.document_attention import DOCUMENTS, forget_documents
+from dayzero.engine.parallel_model import ParallelModel
+from dayzero.engine.passes import teacher_logits, training_logits
+from dayzero.engine.precision import computes_in_bf16
 from dayzero.engine.tiny_copy import VOCAB_SIZE, tiny_copy
-from dayzero.errors import one_line
+from dayzero.errors import ConfigError, one_line
 
 EDITED = {"fp32": 1e-5, "bf16": 1e-3}
 """Rounding, as a share of the largest logit, when only another document's tokens change: shapes and kernels stay the
@@ -27,6 +31,34 @@ were seen from 6e-4 upwards and noise up to 1.2e-7."""
 ALONE = {"fp32": 1e-4, "bf16": 0.1}
 """Rounding when the other document goes away: other shapes take other kernels. Finds models that keep documents apart
 from one another's tokens but not from one another's presence."""
+
+
+def require_causal(model: ParallelModel) -> None:
+    """Raise `ConfigError` where the model sees the tokens that it is to predict."""
+    moved = reads_ahead(partial(training_logits, model), model.vocab_size, _rounding(model))
+    if moved is not None:
+        name = type(model.weights.template).__name__
+        raise ConfigError(
+            f"model: {name} reads later tokens (changing them moves earlier logits by {moved:.2g}), so it would "
+            "learn to copy what it should predict: choose a model that reads from left to right, or, where its "
+            "config has is_decoder, set that"
+        )
+
+
+def any_leak(model: ParallelModel) -> float | None:
+    """How far packed documents reach into one another in this model, or in its teacher, see `packing_leak`; None if
+    they do not."""
+    precision = _rounding(model)
+    leak = packing_leak(partial(training_logits, model), model.vocab_size, precision)
+    if leak is None:
+        leak = architecture_leak(model.weights.template, model.attention)
+    if leak is None and model.distillation:
+        leak = packing_leak(partial(teacher_logits, model), model.vocab_size, precision)
+    return leak
+
+
+def _rounding(model: ParallelModel) -> str:
+    return "bf16" if computes_in_bf16(model.train.precision) else "fp32"
 
 
 def reads_ahead(logits: Callable[[Tensor, Tensor], Tensor], vocab_size: int, precision: str) -> float | None:
