@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,6 +39,19 @@ def shake(model: PreTrainedModel) -> None:
                 parameter.normal_(std=0.1)
 
 
+def loaded_by_peft(model: PreTrainedModel, method: Method, folder: Path) -> PeftModel:
+    """`model`'s adapter, written beside `folder/base` and loaded over it as a user does; it gives the same logits."""
+    save_adapter(folder / "adapter", method.lora, model.state_dict(), base_model=str(folder / "base"))
+    fresh = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    loaded = PeftModel.from_pretrained(fresh, str(folder / "adapter")).eval()
+    same_logits(loaded, model(input_ids=INPUT, use_cache=False).logits)
+    return loaded
+
+
+def same_logits(model: Any, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(model(input_ids=INPUT, use_cache=False).logits, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_what_peft_refuses_is_left_out_of_all_linear_and_the_adapter_names_the_rest(tmp_path: Path) -> None:
     plain("mamba").save_pretrained(tmp_path / "base")
     base = empty("mamba")
@@ -49,11 +63,7 @@ def test_what_peft_refuses_is_left_out_of_all_linear_and_the_adapter_names_the_r
     adapted = {n.rpartition(".lora_")[0].rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad}
     assert adapted == {"in_proj", "x_proj"}
     shake(model)
-    expected = model(input_ids=INPUT, use_cache=False).logits
-    save_adapter(tmp_path / "adapter", method.lora, model.state_dict(), base_model=str(tmp_path / "base"))
-    fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
-    loaded = PeftModel.from_pretrained(fresh, str(tmp_path / "adapter")).eval()
-    torch.testing.assert_close(loaded(input_ids=INPUT, use_cache=False).logits, expected, rtol=1e-5, atol=1e-5)
+    loaded_by_peft(model, method, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral", "opt"])
@@ -75,13 +85,8 @@ def test_fused_experts_that_peft_does_not_know_are_adapted(tmp_path: Path) -> No
     config = plain("gpt_oss").config
     model = build_model(ModelSource(directory=tmp_path / "base"), config, LORA, seed=0, meta=False).eval()
     shake(model)
-    expected = model(input_ids=INPUT, use_cache=False).logits
-    save_adapter(tmp_path / "adapter", method.lora, model.state_dict(), base_model=str(tmp_path / "base"))
-    fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
-    loaded = PeftModel.from_pretrained(fresh, str(tmp_path / "adapter")).eval()
-    torch.testing.assert_close(loaded(input_ids=INPUT, use_cache=False).logits, expected, rtol=1e-5, atol=1e-5)
-    merged = loaded.merge_and_unload()
-    torch.testing.assert_close(merged(input_ids=INPUT, use_cache=False).logits, expected, rtol=1e-5, atol=1e-5)
+    loaded = loaded_by_peft(model, method, tmp_path)
+    same_logits(loaded.merge_and_unload(), model(input_ids=INPUT, use_cache=False).logits)
     with_dropout = Method(name="lora", lora=Lora(rank=4, dropout=0.1))
     assert resolve_targets(empty("gpt_oss"), with_dropout) == with_dropout  # experts stay frozen
 
@@ -112,4 +117,4 @@ def test_modules_of_one_weight_have_one_adapter() -> None:
         weight.add_(first.up_proj.get_delta_weight("default"))
         for layer in (first.up_proj, second.up_proj):
             layer.lora_B["default"].weight.zero_()
-    torch.testing.assert_close(model(input_ids=INPUT, use_cache=False).logits, expected, rtol=1e-5, atol=1e-5)
+    same_logits(model, expected)

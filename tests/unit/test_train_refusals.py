@@ -143,6 +143,23 @@ def _last_line(capsys: pytest.CaptureFixture[str]) -> str:
     return printed.strip().splitlines()[-1]
 
 
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
+    """Runs the train stage on a config of these sections, with more arguments: its one line, having written nothing."""
+
+    def run(*arguments: str | Path, **sections: Any) -> str:
+        config, out = _config(tmp_path, **sections), tmp_path / "out"
+        given = ["--config", config, "--tokens", tokens, "--output", out, *arguments]
+        assert train.main([str(argument) for argument in given]) == 1
+        assert not out.exists()
+        return _last_line(capsys)
+
+    return run
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
@@ -151,55 +168,32 @@ def _last_line(capsys: pytest.CaptureFixture[str]) -> str:
         ({"model_type": "t5"}, "model_type 't5' is not a causal language model"),
     ],
 )
-def test_rows_that_do_not_fit_the_model(
-    changed: dict[str, Any], said: str, copy: Path, tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_rows_that_do_not_fit_the_model(changed: dict[str, Any], said: str, copy: Path, refused: Refused) -> None:
     write_json(copy / "config.json", {**read_json(copy / "config.json"), **changed})
-    config = _config(tmp_path, method={"name": "full"})
-    arguments = ["--config", config, "--model", str(copy), "--tokens", str(tokens), "--output", str(tmp_path / "out")]
-    assert train.main(arguments) == 1
-    last = _last_line(capsys)
+    last = refused("--model", copy, method={"name": "full"})
     assert last.startswith("train: error: ")
     assert said in last
-    assert not (tmp_path / "out").exists()
 
 
-def test_a_default_context_of_a_new_architecture(
-    tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_default_context_of_a_new_architecture(refused: Refused) -> None:
     fields = {**ARCHITECTURES["llama"], "max_position_embeddings": 16}
-    config = _config(tmp_path, method={"name": "pretrain"}, model={"architecture": fields})
-    assert train.main(["--config", config, "--tokens", str(tokens), "--output", str(tmp_path / "out")]) == 1
-    assert "tokenize.seq_len 1024: " in (last := _last_line(capsys))
+    last = refused(method={"name": "pretrain"}, model={"architecture": fields})
+    assert "tokenize.seq_len 1024: " in last
     assert "the model's context is 16" in last
 
 
 @pytest.mark.parametrize(
-    ("fields", "sizes", "said"),
+    ("sizes", "said"),
     [
-        ({}, {"pp": 5}, "parallelism.pp: pp 5 > 4 layers: use at most pp 4"),
-        (
-            {},
-            {"pp": 3, "pp_schedule": "interleaved"},
-            "pp 3 x 2 of interleaved = 6 stages > 4 layers: use at most pp 2",
-        ),
-        ({}, {"pp": 9}, "global_batch_size 8 / (local_batch_size 1 * dp 1) = 8 micro-batches < pp 9"),
+        ({"pp": 5}, "parallelism.pp: pp 5 > 4 layers: use at most pp 4"),
+        ({"pp": 3, "pp_schedule": "interleaved"}, "pp 3 x 2 of interleaved = 6 stages > 4 layers: use at most pp 2"),
+        ({"pp": 9}, "global_batch_size 8 / (local_batch_size 1 * dp 1) = 8 micro-batches < pp 9"),
     ],
 )
-def test_a_pipeline_that_does_not_fit(
-    fields: dict[str, Any],
-    sizes: dict[str, Any],
-    said: str,
-    tokens: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    model = {"architecture": {**ARCHITECTURES["llama"], **fields}}
+def test_a_pipeline_that_does_not_fit(sizes: dict[str, Any], said: str, refused: Refused) -> None:
+    model = {"architecture": ARCHITECTURES["llama"]}
     rows = {"max_steps": 2, "global_batch_size": 8, "local_batch_size": 1}
-    config = _config(tmp_path, method={"name": "pretrain"}, model=model, parallelism=sizes, train=rows)
-    assert train.main(["--config", config, "--tokens", str(tokens), "--output", str(tmp_path / "out")]) == 1
-    assert said in _last_line(capsys)
-    assert not (tmp_path / "out").exists()
+    assert said in refused(method={"name": "pretrain"}, model=model, parallelism=sizes, train=rows)
 
 
 @pytest.mark.parametrize(
@@ -213,18 +207,14 @@ def test_a_pipeline_that_does_not_fit(
     ],
 )  # fmt: skip
 def test_experts_that_the_model_does_not_have(
-    model: str, sections: dict[str, Any], said: str, tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: str, sections: dict[str, Any], said: str, refused: Refused
 ) -> None:
     sections = dict(sections)
     trained = {"max_steps": 2, "global_batch_size": 12, "local_batch_size": 2}
     if "router_aux_loss_coef" in sections:
         trained["router_aux_loss_coef"] = sections.pop("router_aux_loss_coef")
-    architecture = {"architecture": ARCHITECTURES[model]}
-    config = _config(tmp_path, method={"name": "pretrain"}, model=architecture, train=trained,
-                     tokenize={"seq_len": 128}, **sections)  # fmt: skip
-    assert train.main(["--config", config, "--tokens", str(tokens), "--output", str(tmp_path / "out")]) == 1
-    assert said in _last_line(capsys)
-    assert not (tmp_path / "out").exists()
+    sections |= {"method": {"name": "pretrain"}, "model": {"architecture": ARCHITECTURES[model]}}
+    assert said in refused(train=trained, tokenize={"seq_len": 128}, **sections)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -251,20 +241,15 @@ def test_experts_that_the_model_does_not_have(
     ],
 )
 def test_methods_and_losses_that_cannot_be_had(
-    sections: dict[str, Any], said: str, base: Path, tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    sections: dict[str, Any], said: str, base: Path, refused: Refused
 ) -> None:
     rows = {"max_steps": 2, "global_batch_size": 4, **({"loss": sections["loss"]} if "loss" in sections else {})}
-    config = _config(tmp_path, train=rows, **{name: value for name, value in sections.items() if name != "loss"})
-    arguments = ["--config", config, "--model", str(base), "--tokens", str(tokens), "--output", str(tmp_path / "out")]
-    assert train.main(arguments) == 1
-    assert said in _last_line(capsys)
-    assert not (tmp_path / "out").exists()
+    others = {name: value for name, value in sections.items() if name != "loss"}
+    assert said in refused("--model", base, train=rows, **others)
 
 
 @pytest.mark.parametrize("other", ["tokens", "vocabulary", "nothing"])
-def test_a_teacher_with_another_tokenizer(
-    other: str, copy: Path, tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_teacher_with_another_tokenizer(other: str, copy: Path, tmp_path: Path, refused: Refused) -> None:
     tiny_tokenizer(copy)
     teacher = shutil.copytree(copy, tmp_path / "teacher")
     write_json(teacher / "manifest.json", {"files": {}})
@@ -277,16 +262,13 @@ def test_a_teacher_with_another_tokenizer(
         AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields)).save_pretrained(teacher)
     if other == "nothing":
         (teacher / "manifest.json").unlink()
-    config = _config(tmp_path, method={"name": "kd", "kd": {"teacher": "big"}})
-    arguments = ["--config", config, "--model", str(copy), "--tokens", str(tokens), "--teacher", str(teacher)]
-    assert train.main([*arguments, "--output", str(tmp_path / "out")]) == 1
     said = {
         "tokens": "method.kd.teacher big: its tokenizer is another one",
         "vocabulary": "method.kd.teacher big: its vocabulary has 160 entries, the model's 128: use a teacher with",
         "nothing": "has no manifest.json: finish the stage that makes it first",
     }
-    assert said[other] in _last_line(capsys)
-    assert not (tmp_path / "out").exists()
+    method = {"name": "kd", "kd": {"teacher": "big"}}
+    assert said[other] in refused("--model", copy, "--teacher", teacher, method=method)
 
 
 @pytest.mark.parametrize(
@@ -309,19 +291,11 @@ def test_a_teacher_with_another_tokenizer(
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU says")
 def test_kernels_and_precisions_that_the_machine_or_the_model_does_not_have(
-    fields: dict[str, Any],
-    trained: dict[str, Any],
-    said: str,
-    tokens: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    fields: dict[str, Any], trained: dict[str, Any], said: str, refused: Refused
 ) -> None:
     model = {"architecture": {**ARCHITECTURES["llama"], **fields}}
     rows = {"max_steps": 2, "global_batch_size": 8, **trained}
-    config = _config(tmp_path, method={"name": "pretrain"}, model=model, train=rows)
-    assert train.main(["--config", config, "--tokens", str(tokens), "--output", str(tmp_path / "out")]) == 1
-    assert said in _last_line(capsys)
-    assert not (tmp_path / "out").exists()
+    assert said in refused(method={"name": "pretrain"}, model=model, train=rows)
 
 
 @pytest.mark.parametrize(
