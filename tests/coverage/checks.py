@@ -131,8 +131,9 @@ class Subject:
             seed=SEED,
             device=distributed.local_device(),
         )
+        trainer = Trainer(model=model, directory=self.folder / name, identity={"name": name}, max_steps=STEPS)
         self.require_causal(model)
-        return Trainer(model=model, directory=self.folder / name, identity={"name": name}, max_steps=STEPS)
+        return trainer
 
     def require_causal(self, model: ParallelModel) -> None:
         """What the train stage asks of every model, asked once. Raises `ConfigError`."""

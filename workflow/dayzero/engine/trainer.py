@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from dayzero.console import ProgressBar, log
 from dayzero.engine import checkpoint, distributed
@@ -66,14 +67,15 @@ class NonFiniteLoss(ValueError):
 class Trainer:
     """One rank's model, optimizer and step; built identically on every rank.
 
-    `identity` is what a checkpoint must agree with to be continued; `directory` holds `checkpoints/`.
+    `identity` is what a checkpoint must agree with to be continued; `directory` holds `checkpoints/`. It is made before
+    the model's first forward call, after which FSDP2 leaves gathered parameters in the place of the root's shards.
     """
 
     model: ParallelModel
     directory: Path
     identity: dict[str, Any]
-    max_steps: int
-    """Optimizer steps in all."""
+    max_steps: int = 0
+    """Optimizer steps in all; set before `fit`."""
     step: int = 0
     """Optimizer steps done."""
     validation_losses: dict[int, float] = field(default_factory=dict)
@@ -87,6 +89,8 @@ class Trainer:
         self.flops: StepFlops | None = (
             count_flops(model.weights.empty_model(quantized=False)) if self.peak_flops else None
         )
+        trained = [p for p in self.module.parameters() if p.requires_grad]
+        assert self.dims.strategy != "fsdp2" or all(isinstance(p, DTensor) for p in trained), "gathered parameters"
         self.optimizer = build_optimizer(self.module, self.train.optimizer, copies=model.copies)
         if has_unequal_shards(self.module):
             adapt_optimizer(self.optimizer)

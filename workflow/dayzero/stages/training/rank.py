@@ -67,6 +67,7 @@ def _train(run: RunConfig, args: argparse.Namespace, device: torch.device) -> No
         seed=run.seed,
         device=device,
     )
+    trainer = Trainer(model=model, directory=args.output, identity=identity(run, args))
     require_causal(model)
     leak = any_leak(model) if run.tokenize.packing else None
     if leak is not None:
@@ -98,14 +99,13 @@ def _train(run: RunConfig, args: argparse.Namespace, device: torch.device) -> No
     validation = None
     if (args.tokens / "validation").is_dir():
         validation = ValidationBatches(TokenRows(args.tokens / "validation", packed=leak is None), **share)
-    max_steps = batches().num_steps
+    trainer.max_steps = batches().num_steps
     log.info(
         "%s, %d of %d parameters trained, %d ranks (%s), %d rows, %d steps of %d rows",
         run.method.name, model.trainable_parameters, model.total_parameters, dims.world_size, dims.strategy,
-        len(rows), max_steps, run.train.global_batch_size,
+        len(rows), trainer.max_steps, run.train.global_batch_size,
     )  # fmt: skip
     log.info("attention %s%s", model.attention, ", Liger's kernels" if model.fused_kernels else "")
-    trainer = Trainer(model=model, directory=args.output, identity=identity(run, args), max_steps=max_steps)
     trainer.resume()
     trainer.fit(batches, (lambda: validation) if validation else None)
     done = min(trainer.step * run.train.global_batch_size, batches().num_samples)
