@@ -6,6 +6,7 @@ ROW ?= 0
 HOST ?= 127.0.0.1
 PORT ?= 8000
 PYTEST_ARGS ?=
+WORKERS ?= 2
 COVERAGE_ARGS ?=
 
 export PYTHON TORCH_INDEX_URL
@@ -13,6 +14,8 @@ export PYTHON TORCH_INDEX_URL
 BIN := .venv/bin
 RESULTS := results/$(EXPERIMENT)
 INSPECT = $(BIN)/python -m dayzero.stages.inspect_rows --experiment $(EXPERIMENT) --run $(RUN)
+# The tests of a file share what they start, so a file stays on one worker; a process has one thread, a worker one core.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder
 SNAKEMAKE = $(BIN)/snakemake --cores all --config experiment=$(EXPERIMENT) --
 
 .DEFAULT_GOAL := help
@@ -20,7 +23,7 @@ SNAKEMAKE = $(BIN)/snakemake --cores all --config experiment=$(EXPERIMENT) --
 
 help:
 	@echo "make demo             set up everything, run the default experiment from end to end, print its scores"
-	@echo "make test             every test (PYTEST_ARGS=... for pytest)"
+	@echo "make test             every test, in two workers (WORKERS=1 for one; PYTEST_ARGS=... for pytest)"
 	@echo "make test-full        every test and the whole matrix of meshes, methods and models"
 	@echo "make test-slurm       the tests on a private SLURM cluster, which must be installed"
 	@echo "make coverage         every architecture of the installed transformers through the engine: docs/model-coverage.md"
@@ -40,10 +43,10 @@ demo: env
 	@$(BIN)/python -m dayzero.reporting.table $(RESULTS)/report/results.csv
 
 test: env
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 test-full: env
-	$(BIN)/pytest -m "not slurm" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slurm" $(PYTEST_ARGS)
 
 test-slurm: env
 	@$(BIN)/python -m tests.slurm.cluster check

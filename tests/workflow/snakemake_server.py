@@ -8,6 +8,7 @@ import os
 import sys
 
 import dayzero.wiring  # noqa: F401 (the Snakefile imports it)
+import smart_open  # noqa: F401 (Snakemake imports it when it reads the Snakefile)
 import snakemake.cli
 
 
