@@ -15,7 +15,7 @@ import torch
 REPOSITORY = Path(__file__).parents[2]
 
 
-def run_ranks(world_size: int, jobs: list[dict[str, Any]], folder: Path, timeout: float = 600) -> dict[str, Any]:
+def run_ranks(world_size: int, jobs: list[dict[str, Any]], folder: Path, timeout: float = 840) -> dict[str, Any]:
     """Run `jobs` (see jobs.py) one after another on `world_size` ranks; results by the job's name.
 
     Raises AssertionError with the end of what each rank printed when one fails.

@@ -55,17 +55,18 @@ def copy_of(run: dict[str, Any], folder: Path, name: str, keep_until: int, **mor
 
 @pytest.fixture(scope="module")
 def runs(folder: Path) -> dict[str, dict[str, Any]]:
-    every: dict[str, Any] = {"train": {"checkpoint": {"every": 1, "keep_last": 20}, "ema": {"decay": 0.8}}}
-    slow = {"train": {**every["train"], "checkpoint": {"every": 3, "keep_last": 20}}}
-    waiting = {"train": {**every["train"], "checkpoint": {"every": 1, "keep_last": 20, "asynchronous": False}}}
+    def saved_every(steps: int, asynchronous: bool = True, **train: Any) -> dict[str, Any]:
+        checkpoint = {"every": steps, "keep_last": 20, "asynchronous": asynchronous}
+        return {"train": {"checkpoint": checkpoint, "ema": {"decay": 0.8}, **train}}
+
+    every = saved_every(5)
     plain = {**SETTINGS, "method_options": {"lora": {"rank": 3}}}  # on 4 ranks one has no row of some matrices
-    full = job("train", *CASE, folder, **SETTINGS, **every)
-    lora = job("train", "qwen3", "lora", "padded", folder, **LORA, **every)
-    ddp = job("train", "llama", "full", "padded", folder, strategy="ddp", dp_replicate=2, **every)
-    workers = {"train": {**every["train"], "num_data_workers": 2}}
-    loader = job("train", *CASE, folder, **SETTINGS, **workers)
-    late = job("train_with_late_writes", *CASE, folder, **SETTINGS, **slow)
-    sync = job("train", *CASE, folder, **SETTINGS, **waiting)
+    full = job("train", *CASE, folder, **SETTINGS, **saved_every(1))
+    lora = job("train", "qwen3", "lora", "padded", folder, **LORA, **saved_every(3))
+    ddp = job("train", "llama", "full", "padded", folder, strategy="ddp", dp_replicate=2, **saved_every(7))
+    loader = job("train", *CASE, folder, **SETTINGS, **saved_every(5, num_data_workers=2))
+    late = job("train_with_late_writes", *CASE, folder, **SETTINGS, **saved_every(3))
+    sync = job("train", *CASE, folder, **SETTINGS, **saved_every(5, asynchronous=False))
     plain_lora = job("train", "qwen3", "lora", "padded", folder, **plain, **every)
     tp = job("train", *CASE, folder, **SETTINGS, tp=2, **every)
     tp_lora = job("train", "qwen3", "lora", "padded", folder, **plain, tp=2, **every)
@@ -74,8 +75,8 @@ def runs(folder: Path) -> dict[str, dict[str, Any]]:
     named["moe"] = moe = job("train", "mixtral", "full", "packed", folder, **SETTINGS, ep=2, **every)
     named["mixed"] = mixed = job("train", *CASE, folder, **SETTINGS, mix=MIX, **every)
     for name, options in OPTIMIZERS.items():
-        trained = {**every["train"], "optimizer": {"lr": 3e-3, "weight_decay": 0.1, "eps": 1e-6, **options}}
-        named[name] = job("train", "qwen3", "full", "packed", folder, **SETTINGS, train=trained, optimizer=name)
+        trained = saved_every(5, optimizer={"lr": 3e-3, "weight_decay": 0.1, "eps": 1e-6, **options})
+        named[name] = job("train", "qwen3", "full", "packed", folder, **SETTINGS, **trained, optimizer=name)
     named["bad"] = job("bad_step", *CASE, folder, **SETTINGS)
     named["pipeline"] = pipeline = job("train", *CASE, folder, **SETTINGS, **V_PIPELINE, **every)
     named["bad-pipeline"] = job("bad_step", *CASE, folder, **SETTINGS, pp=2)
@@ -83,8 +84,9 @@ def runs(folder: Path) -> dict[str, dict[str, Any]]:
         named[fails] = job("failing_save", *CASE, folder, **SETTINGS, fails=fails)
     results = run_ranks(2, list(named.values()), folder / "first")
 
-    named["four"] = job("train", *CASE, folder, strategy="fsdp2", local_batch_size=1, **every)
-    named["four-lora"] = job("train", "qwen3", "lora", "padded", folder, **{**plain, "local_batch_size": 1}, **every)
+    often = saved_every(3)
+    named["four"] = job("train", *CASE, folder, strategy="fsdp2", local_batch_size=1, **often)
+    named["four-lora"] = job("train", "qwen3", "lora", "padded", folder, **{**plain, "local_batch_size": 1}, **often)
     on_4 = [copy_of(full, folder, "full-5-on-4", 5, local_batch_size=1), named["four"], named["four-lora"]]
     on_4.append(copy_of(moe, folder, "moe-5-on-4", 5, local_batch_size=1))
     results |= run_ranks(4, on_4, folder / "on-4")

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from dayzero.files import read_json
+from dayzero.serving.parity import _transformers, choose_prompts, judge
 
 from tests.exported import tiny_export
 from tests.workflow.project import Project, make_project
@@ -33,7 +35,7 @@ defaults:
     validate_every: 3
     checkpoint.every: 3
   evaluate: {tasks: [text_perplexity], batch_size: 8}
-  serving: {num_prompts: 2, max_new_tokens: 4}
+  serving: {num_prompts: 4, max_new_tokens: 8}
   resources:
     tokenize.threads: 1
     export.threads: 1
@@ -172,7 +174,30 @@ def test_a_mesh_gives_the_curve_of_one_process(done: Project, tmp_path: Path) ->
 
 def test_served_models_agree(done: Project) -> None:
     for run in ("base", "lora", "full", "pretrain"):
-        assert read_json(done.path / f"results/tiny/{run}/serve/parity.json")["verdict"] == "pass"
+        parity = read_json(done.path / f"results/tiny/{run}/serve/parity.json")
+        assert (parity["verdict"], parity["num_prompts"], parity["tokens_compared"]) == ("pass", 4, 32), run
+        assert parity["token_mismatches"] == 0, run
+        assert parity["max_logprob_difference"] < 1e-4, run
+        assert parity["max_token_logprob_difference"] < 1e-4, run
+
+
+def test_what_vllm_answered_is_not_what_other_weights_answer(done: Project, tmp_path: Path) -> None:
+    """Against weights that are a little off the same answers fail, against the model's own they pass."""
+    from transformers import LlamaForCausalLM
+
+    model = done.path / "results/tiny/base/model"
+    other = LlamaForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        other.model.layers[1].mlp.down_proj.weight.mul_(1.05)
+    other.save_pretrained(tmp_path / "other")
+    parity = read_json(done.path / "results/tiny/base/serve/parity.json")
+    used = read_json(done.path / "results/tiny/lora/train/summary.json")["provenance"]["identity"]["tokens"]["store"]
+    prompts = choose_prompts(done.path / "results/store/tokens" / used, 4, 256)
+    answers = [prompt["tokens"] for prompt in parity["prompts"]]
+    own, changed = (_transformers(path, prompts, answers, "float32") for path in (model, tmp_path / "other"))
+    served = [{**record, "tokens": answer} for record, answer in zip(own, answers, strict=True)]
+    assert judge(prompts, served, own, 1e-3)["verdict"] == "pass"
+    assert judge(prompts, served, changed, 1e-3)["verdict"] == "fail"
 
 
 def test_exported_models_load(done: Project) -> None:
