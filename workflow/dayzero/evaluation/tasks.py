@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,13 @@ def load_tasks(names: Sequence[str], tasks_dir: Path, data: Path, work_dir: Path
     """
     local = work_dir / "tasks"
     _fill(tasks_dir, local, {"data": str(data.resolve()), "cache": str((work_dir / "cache").resolve())})
-    manager = TaskManager(include_path=str(local), include_defaults=False)
-    local_names = list(manager.all_tasks)
-    if any(name not in local_names for name in names):
-        log.info("reading the index of lm-eval's built-in tasks")
-        manager = TaskManager(include_path=str(local))
+    local_manager = TaskManager(include_path=str(local), include_defaults=False)
+    local_names = list(local_manager.all_tasks)
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}}
     for name in names:
+        manager = local_manager if name in local_names else _built_in()
         if name not in manager.all_tasks:
-            raise _unknown(name, manager.all_tasks, local_names, tasks_dir)
+            raise _unknown(name, [*local_names, *manager.all_tasks], local_names, tasks_dir)
         if name in local_names:
             _check_files(name, manager.task_index[name].cfg or {}, data)
         try:
@@ -46,6 +45,12 @@ def load_tasks(names: Sequence[str], tasks_dir: Path, data: Path, work_dir: Path
             for task in part["tasks"].values():
                 _check_columns(name, task, data)
     return loaded
+
+
+@cache
+def _built_in() -> TaskManager:
+    log.info("reading the index of lm-eval's built-in tasks")
+    return TaskManager()
 
 
 def task_questions(task: Any) -> list[str]:
