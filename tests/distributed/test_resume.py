@@ -9,10 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from dayzero.data.mixing import Mix
@@ -35,6 +38,9 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adafactor": {"name": "adafactor", "lr": 1e-2},
     **({"adamw8bit": {"name": "adamw8bit"}} if HAS_TORCHAO else {}),
 }
+LONGEST = 400
+"""Seconds that a training of a minute may take where others keep the machine busy."""
+
 LORA: dict[str, Any] = {**SETTINGS, "method_options": {"lora": {"rank": 4, "dropout": 0.2}}}
 
 
@@ -237,8 +243,8 @@ def test_killed_while_saving_falls_back_to_the_previous_checkpoint(
 
 
 @pytest.fixture
-def stage(tmp_path: Path) -> dict[str, Any]:
-    """Inputs of the real train stage: a config for two ranks that saves only when asked to."""
+def stage(tmp_path: Path) -> Iterator[dict[str, Any]]:
+    """Inputs of the real train stage: a config for two ranks that saves only when asked to. Ends what a test left."""
     from dayzero.config import RunConfig
 
     tokens = tmp_path / "tokens"
@@ -259,7 +265,11 @@ def stage(tmp_path: Path) -> dict[str, Any]:
     )  # fmt: skip
     config = tmp_path / "config.json"
     config.write_text(json.dumps(run.resolved()))
-    return {"config": config, "tokens": tokens, "output": tmp_path / "train", "run": run, "log": tmp_path / "log.txt"}
+    yield {"config": config, "tokens": tokens, "output": tmp_path / "train", "run": run, "log": tmp_path / "log.txt"}
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if str(config) in process.cmdline():
+                process.kill()
 
 
 def start(stage: dict[str, Any], *more: str) -> subprocess.Popen[str]:
@@ -279,13 +289,13 @@ def stop_after(stage: dict[str, Any], steps: int, number: signal.Signals) -> int
     """Start the stage, send `number` once `steps` steps are recorded, and return the step it stopped at."""
     process = start(stage)
     live = stage["output"] / "checkpoints" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + LONGEST
     while not (live.exists() and live.read_text().count("\n") >= steps):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=LONGEST)
     assert process.returncode == 75, errors
     assert "start the stage again to continue" in errors.splitlines()[-1]
     assert not (stage["output"] / "summary.json").exists()
@@ -300,7 +310,7 @@ def test_the_stage_saves_when_asked_to_stop_and_continues(stage: dict[str, Any])
     second = stop_after(stage, first + 3, signal.SIGUSR1)
     for last in (second, None):
         process = start(stage)
-        _, errors = process.communicate(timeout=300)
+        _, errors = process.communicate(timeout=LONGEST)
         assert process.returncode == 0, errors
         if last:
             assert f"step_{last}" in stage["log"].read_text().rpartition("continuing from")[2]
@@ -315,18 +325,18 @@ def test_a_checkpoint_of_another_config_is_refused_with_the_differing_keys(stage
     short["train"]["max_steps"] = 2
     stage["config"].write_text(json.dumps(short))
     process = start(stage)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=LONGEST)
     assert process.returncode == 0, errors
     short["train"]["optimizer"]["lr"] = 5e-4
     short["train"]["local_batch_size"] = 8  # free to change: must not be named
     stage["config"].write_text(json.dumps(short))
     process = start(stage)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=LONGEST)
     assert process.returncode == 1
     assert "train.optimizer.lr 0.001 -> 0.0005" in errors.splitlines()[-1]
     assert "local_batch_size" not in errors
     process = start(stage, "--set-aside-other-checkpoints")
-    assert process.wait(timeout=120) == 0
+    assert process.wait(timeout=LONGEST) == 0
     assert (stage["output"] / "checkpoints.superseded" / "step_2").is_dir()
 
 
@@ -335,7 +345,7 @@ def test_a_world_size_that_torchrun_did_not_give_is_refused_on_all_ranks(stage: 
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", "-m",
          "dayzero.stages.train", "--config", str(stage["config"]), "--tokens", str(stage["tokens"]), "--output",
          str(stage["output"])],
-        cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
+        cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=LONGEST,
     )  # fmt: skip
     assert done.returncode == 1
     said = {line for line in done.stderr.splitlines() if line.startswith("train: ")}
