@@ -162,7 +162,7 @@ def test_writing_holds_two_tensors(tmp_path: Path) -> None:
     results = context.Queue()
     process = context.Process(target=_write_measured, args=(tmp_path / "base", tmp_path, results))
     process.start()
-    _, *peaks = (results.get(timeout=120) for _ in range(1 + len(STORED)))
+    _, *peaks = (results.get(timeout=400) for _ in range(1 + len(STORED)))
     process.join()
     for stored, peak in zip(STORED, peaks, strict=True):
         assert max(sizes) <= peak <= 2.2 * max(sizes) < 0.3 * sum(sizes), stored
