@@ -1,8 +1,9 @@
 """Starts ranks without paying for their imports each time: a fork of this process for every rank of every launch.
 
-A line of stdin is JSON: {"world_size", "folder", "timeout"}; the ranks run FOLDER/jobs.json (see jobs.py) in the
-environment that torchrun would give them, and what they print goes to FOLDER/rank_R.txt. The answer is a line that says
-how the first of them to fail ended, or an empty one.
+For machines without a GPU; elsewhere torchrun starts the ranks (see launch.py). A line of stdin is JSON: {"world_size",
+"folder", "timeout"}; the ranks run FOLDER/jobs.json (see jobs.py) in the environment that torchrun would give them, and
+what they print goes to FOLDER/rank_R.txt. The answer is a line that says how the first of them to fail ended, or an
+empty one.
 """
 
 from __future__ import annotations
