@@ -143,14 +143,17 @@ def test_a_head_size_vllm_lacks_is_one_line(tmp_path):
 
 
 @pytest.mark.end_to_end
-def test_the_server_answers_a_chat_request_and_ends_cleanly(tmp_path):
+@pytest.mark.parametrize("compiles", [False, pytest.param(True, marks=pytest.mark.full)])
+def test_the_server_answers_a_chat_request_and_ends_cleanly(tmp_path, compiles):
+    """vLLM compiles the model unless told not to, which takes longer than all else here."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": str(int(not compiles))}
     model = tiny_export(tmp_path / "lora" / "model")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "dayzero.stages.serve", "--model", str(model), "--port", str(port)]
     log = tmp_path / "log"
-    process = subprocess.Popen([*command, "--log", str(log)], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen([*command, "--log", str(log)], env=environment)
     try:
         while "ready. Ask it with" not in (log.read_text() if log.exists() else ""):
             with pytest.raises(subprocess.TimeoutExpired):  # it must not end by itself
