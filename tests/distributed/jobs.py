@@ -1,4 +1,4 @@
-"""What the ranks of a test do (see rank_server.py); by hand `torchrun -m tests.distributed.jobs FOLDER`.
+"""What the ranks of a test do: `python -m tests.distributed.jobs FOLDER` under torchrun.
 
 Shapes: B rows, T tokens, V vocabulary.
 """
@@ -459,14 +459,15 @@ def main(folder: Path) -> None:
     with distributed.process_group():
         for job in json.loads((folder / "jobs.json").read_text()):
             started, cpu = time.perf_counter(), time.process_time()
-            print(job["name"], end=" ", flush=True)
             if distributed.rank() == 0:
+                print(job["name"], end=" ", flush=True)
                 write_rows(Path(job["rows"]), packed=job["packed"], documents=job.get("documents", 40))
             distributed.barrier()
             with cuda_stand_in() if job.get("strategy") == "megatron_fsdp" else nullcontext():
                 results[job["name"]] = JOBS[job["run"]](job)
             distributed.barrier()
-            print(f"{time.perf_counter() - started:.2f} s, CPU {time.process_time() - cpu:.2f} s", flush=True)
+            if distributed.rank() == 0:
+                print(f"{time.perf_counter() - started:.2f} s, CPU {time.process_time() - cpu:.2f} s", flush=True)
         if distributed.rank() == 0:
             torch.save(results, folder / "results.pt")
 
