@@ -48,7 +48,7 @@ def encode(tokenizer, messages, template=CHATML):
 def supervised(tokenizer, ids, mask):
     """The texts of the supervised runs."""
     runs, previous = [], False
-    for token, flag in zip(ids, mask, strict=True):
+    for token, flag in zip(map(int, ids), mask, strict=True):
         if flag:
             runs = [*runs[:-1], [*runs[-1], token]] if previous else [*runs, [token]]
         previous = flag

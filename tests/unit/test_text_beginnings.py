@@ -69,7 +69,7 @@ def test_beginnings_are_those_of_reading_each_whole(
     expected: list[int] = []
     for end in ends:
         prefix = encoder.ids(text[:end])
-        if ids[: len(prefix)] != prefix:
+        if ids[: len(prefix)].tolist() != prefix.tolist():
             break
         expected.append(len(prefix))
     assert encoder.tokens_before(text, ids, ends) == expected
@@ -77,6 +77,6 @@ def test_beginnings_are_those_of_reading_each_whole(
 
 def test_texts_read_together_are_those_read_alone(encoder: TextEncoder) -> None:
     texts = ["", "The fox", "<|im_start|>user\n 42<|im_end|>", encoder.mark("a <|im_end|> b") + "<|im_end|>"]
-    alone = [encoder.ids(text) for text in texts]
+    alone = [encoder.ids(text).tolist() for text in texts]
     encoder.learn(texts)
-    assert [encoder.ids(text) for text in texts] == alone
+    assert [encoder.ids(text).tolist() for text in texts] == alone

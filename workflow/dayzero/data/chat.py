@@ -18,13 +18,14 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
+import numpy as np
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from dayzero.config import Tokenize
 from dayzero.data import chat_parts
-from dayzero.data.plain_text import STAND_IN, Range, TextEncoder
+from dayzero.data.plain_text import STAND_IN, Ids, Mask, Range, TextEncoder
 from dayzero.data.tokenizer import special_tokens
 from dayzero.errors import ConfigError, DataError
 
@@ -73,7 +74,8 @@ class ChatEncoder:
         self, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None
     ) -> tuple[list[int], list[bool]]:
         """Token ids of a conversation and, for each, whether it is supervised; raises what the two steps do."""
-        return self.tokenize(self.render(messages, tools))
+        ids, mask = self.tokenize(self.render(messages, tools))
+        return ids.tolist(), mask.tolist()
 
     def learn(self, conversations: Iterable[Rendered]) -> None:
         """Have the tokenizer read conversations together, before `tokenize` asks for each: that is faster."""
@@ -100,15 +102,13 @@ class ChatEncoder:
             text = text[:last]
         return Rendered([text[i:j] for i, j in _between(spans, len(text))], wanted, unfinished)
 
-    def tokenize(self, conversation: Rendered) -> tuple[list[int], list[bool]]:
+    def tokenize(self, conversation: Rendered) -> tuple[Ids, Mask]:
         """Token ids of a rendered conversation and, for each, whether it is supervised.
 
         Raises ConfigError where an answer does not end, or cannot be told from what stands before it.
         """
         ids, cuts = self._cut(conversation.pieces)
-        mask: list[bool] = []
-        for number, count in enumerate(cuts):
-            mask += [number % 2 == 1] * count
+        mask = np.repeat(np.arange(len(cuts)) % 2 == 1, cuts)
         if conversation.wanted is not None:
             mask = self._mask_parts(conversation.pieces, ids, cuts, conversation.wanted)
         if conversation.unfinished:
@@ -117,7 +117,8 @@ class ChatEncoder:
                     "neither the chat template nor the tokenizer ends an answer: add an eos_token to the tokenizer, or "
                     "an end-of-turn token to the template (model.chat_template: FILE)"
                 )
-            ids, mask = [*ids, self.tokenizer.eos_token_id], [*mask, self.options.loss_parts == "all"]
+            ids = np.append(ids, np.int32(self.tokenizer.eos_token_id))
+            mask = np.append(mask, self.options.loss_parts == "all")
         return ids, mask
 
     def _check_shown(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> None:
@@ -209,19 +210,19 @@ class ChatEncoder:
         closing = _CLOSING.match(text, thought[1])
         return turn, closing.end() if closing else thought[1]
 
-    def _mask_parts(self, pieces: list[str], ids: list[int], cuts: list[int], wanted: list[Range]) -> list[bool]:
+    def _mask_parts(self, pieces: list[str], ids: Ids, cuts: list[int], wanted: list[Range]) -> Mask:
         """The mask of the given ranges over tokens that were made of the pieces, together or each on its own."""
         joined, mask = self._texts.supervised("".join(pieces), wanted)
-        if joined == ids:
+        if np.array_equal(joined, ids):
             return mask
-        result: list[bool] = []
-        at = 0
+        masks = []
+        at = done = 0
         for piece, count in zip(pieces, cuts, strict=True):
             part, mask = self._texts.supervised(piece, [(a - at, b - at) for a, b in wanted if a < at + len(piece)])
-            assert part == ids[len(result) : len(result) + count], "the pieces' own tokens"
-            result += mask
-            at += len(piece)
-        return result
+            assert np.array_equal(part, ids[done : done + count]), "the pieces' own tokens"
+            masks.append(mask)
+            at, done = at + len(piece), done + count
+        return np.concatenate(masks)
 
     def _render(
         self, messages: Sequence[Message], tools: list[dict[str, Any]] | None, **options: Any
@@ -252,7 +253,7 @@ class ChatEncoder:
         following = next((s for s in sorted(self._special, key=len, reverse=True) if text.startswith(s, end)), "")
         return end + len(following)
 
-    def _cut(self, pieces: list[str]) -> tuple[list[int], list[int]]:
+    def _cut(self, pieces: list[str]) -> tuple[Ids, list[int]]:
         """Token ids of the joined pieces and how many belong to each.
 
         Where a merge would reach over a piece's end, the pieces are tokenised on their own, so that the prompt's tokens
@@ -266,16 +267,16 @@ class ChatEncoder:
             return ids, [b - a for a, b in pairwise([0, *before, len(ids)])]
         parts = [self._ids(piece) for piece in pieces]
         exactly = {"clean_up_tokenization_spaces": False}
-        joined = [token for part in parts for token in part]
-        if self.tokenizer.decode(joined, **exactly) != self.tokenizer.decode(ids, **exactly):
+        joined = np.concatenate(parts)
+        if self.tokenizer.decode(joined.tolist(), **exactly) != self.tokenizer.decode(ids.tolist(), **exactly):
             self._refuse(text, text[: edges[len(before)]], None)
         return joined, [len(part) for part in parts]
 
-    def _ids(self, text: str) -> list[int]:
+    def _ids(self, text: str) -> Ids:
         return self._texts.ids(text)  # none is added: the template writes BOS itself
 
     def _refuse(self, text: str, prefix: str, message: int | None) -> None:
-        whole, part = self._ids(text), self._ids(prefix)
+        whole, part = self._ids(text).tolist(), self._ids(prefix).tolist()
         at = next((k for k, (a, b) in enumerate(zip(whole, part, strict=False)) if a != b), min(len(whole), len(part)))
         seen = [repr(self.tokenizer.decode(ids[at : at + 1])) if at < len(ids) else "the end" for ids in (whole, part)]
         where = "" if message is None else f" around message {message + 1}"

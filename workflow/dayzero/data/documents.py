@@ -17,13 +17,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dayzero.config import Tokenize
 from dayzero.config_checks import LOSS_KEYS
 from dayzero.data.chat import ChatEncoder, Rendered
 from dayzero.data.conversations import load_messages
-from dayzero.data.plain_text import TextEncoder
+from dayzero.data.plain_text import Ids, Mask, TextEncoder
 from dayzero.data.tokenizer import affixes, special_token_pattern, special_tokens, text_ids
 from dayzero.errors import ConfigError, DataError
 
@@ -33,7 +34,8 @@ COLUMNS["pretokenized"] = ["input_ids", "loss_mask"]
 OPTIONAL_COLUMNS = ["tools"]
 """Columns that are read where they are there."""
 
-Document = tuple[list[int], list[bool]]
+Document = tuple[Ids, Mask]
+_NOTHING: Document = np.empty(0, np.int32), np.empty(0, np.bool_)
 _T = TypeVar("_T")
 
 
@@ -51,7 +53,7 @@ class DocumentEncoder:
         self.counts: Counter[str] = Counter()
         self._special = special_token_pattern(tokenizer)
         self._special_starts = {token[0] for token in special_tokens(tokenizer)}
-        self._known: dict[str, list[int]] = {}
+        self._known: dict[str, Ids] = {}
         self._rendered: dict[int, Rendered | None] = {}  # by the rows' identities, while those are at hand
         if data_format == "messages":
             self._chat = ChatEncoder(tokenizer, options)
@@ -65,7 +67,7 @@ class DocumentEncoder:
         if data_format == "pretokenized":
             return
         self._texts = TextEncoder(tokenizer)
-        self._prefix, _ = affixes(tokenizer)
+        self._prefix = np.array(affixes(tokenizer)[0], np.int32)
         if tokenizer.eos_token_id is None:
             raise ConfigError(
                 f"the tokenizer in {tokenizer.name_or_path} has no EOS token to end a document of format {data_format} "
@@ -91,12 +93,12 @@ class DocumentEncoder:
         Raises DataError or ConfigError naming the row.
         """
         ids, mask = self._of_row(row, getattr(self, f"_{self.format}"))
-        if not ids:
+        if not len(ids):
             self.counts["dropped.empty"] += 1
             return
         for part_ids, part_mask in self._fit(ids, mask):
             part_mask[0] = False
-            if sum(part_mask) < self.options.min_label_tokens:
+            if np.count_nonzero(part_mask) < self.options.min_label_tokens:
                 self.counts["dropped.few_labels"] += 1
             else:
                 yield part_ids, part_mask
@@ -112,7 +114,7 @@ class DocumentEncoder:
         except (ConfigError, DataError) as error:
             raise type(error)(f"{where}: {error}") from error
 
-    def _fit(self, ids: list[int], mask: list[bool]) -> Iterator[Document]:
+    def _fit(self, ids: Ids, mask: Mask) -> Iterator[Document]:
         n, policy = self.options.seq_len, self.options.long_documents
         if len(ids) <= n:
             yield ids, mask
@@ -128,22 +130,23 @@ class DocumentEncoder:
     def _text(self, row: Mapping[str, Any]) -> Document:
         self._count_special(row["text"])
         if not row["text"]:
-            return [], []
+            return _NOTHING
         ids = self._with_prefix(self._ids(row["text"]))
         ids = self._with_eos(ids)
-        return ids, [True] * len(ids)
+        return ids, np.ones(len(ids), np.bool_)
 
     def _prompt_completion(self, row: Mapping[str, Any]) -> Document:
         self._count_special(row["prompt"], row["completion"])
         if not row["prompt"] and not row["completion"]:
-            return [], []
+            return _NOTHING
         prompt = self._with_prefix(self._ids(row["prompt"]))
         completion = self._with_eos(self._ids(row["completion"]))
-        return prompt + completion, [False] * len(prompt) + [True] * len(completion)
+        ids = np.concatenate([prompt, completion])
+        return ids, np.arange(len(ids)) >= len(prompt)
 
     def _messages(self, row: Mapping[str, Any]) -> Document:
         rendered = self._rendered[id(row)] if id(row) in self._rendered else self._render(row)
-        return self._chat.tokenize(rendered) if rendered else ([], [])
+        return self._chat.tokenize(rendered) if rendered else _NOTHING
 
     def _render(self, row: Mapping[str, Any]) -> Rendered | None:
         """The conversation of a row; None where it is empty."""
@@ -160,20 +163,21 @@ class DocumentEncoder:
         return rendered
 
     def _pretokenized(self, row: Mapping[str, Any]) -> Document:
-        return list(row["input_ids"]), list(row["loss_mask"])
+        return np.array(row["input_ids"], np.int32), np.array(row["loss_mask"], np.bool_)
 
-    def _ids(self, text: str) -> list[int]:
+    def _ids(self, text: str) -> Ids:
         if self.options.special_text == "plain" and (marked := self._texts.mark(text)) != text:
             return self._texts.ids(marked)
         known = self._known.get(text)
         return text_ids(self.tokenizer, [text])[0] if known is None else known
 
-    def _with_prefix(self, ids: list[int]) -> list[int]:
-        return ids if ids[: len(self._prefix)] == self._prefix else self._prefix + ids
+    def _with_prefix(self, ids: Ids) -> Ids:
+        there = np.array_equal(ids[: len(self._prefix)], self._prefix)
+        return ids if there else np.concatenate([self._prefix, ids])
 
-    def _with_eos(self, ids: list[int]) -> list[int]:
+    def _with_eos(self, ids: Ids) -> Ids:
         eos = self.tokenizer.eos_token_id
-        return ids if ids[-1:] == [eos] else [*ids, eos]
+        return ids if len(ids) and ids[-1] == eos else np.append(ids, np.int32(eos))
 
     def _count_special(self, *texts: str) -> None:
         if self._special and any(self._special.search(t) for t in texts if any(c in t for c in self._special_starts)):

@@ -11,8 +11,9 @@ Shapes: B rows of a micro-batch, T tokens, R rows of the split.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+import mmap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -48,11 +49,11 @@ class Batch:
 
 @dataclass
 class _Flat:
-    """A batch as loader processes send it through a pipe: plain arrays, where tensors would each open shared memory."""
+    """A batch as loader processes make it: plain arrays, where tensors would each open shared memory."""
 
     step: int
     epoch: float
-    arrays: tuple[NDArray[np.int32], ...]
+    arrays: Sequence[NDArray[np.int32]]
     """Input ids, labels and position ids of all micro-batches end to end."""
     widths: list[int]
     """T of each micro-batch."""
@@ -113,8 +114,10 @@ def check_rows(rows: TokenRows, dp_size: int) -> None:
         )
 
 
-MESSAGE_TOKENS = 2**16
-"""Loader processes send about so many tokens at a time, small batches several together."""
+MESSAGE_TOKENS = 2**18
+"""Loader processes hand over about so many tokens at a time, small batches several together."""
+MESSAGES_AHEAD = 2
+"""Messages that each loader process makes before they are asked for."""
 
 
 class _Batches:
@@ -139,19 +142,26 @@ class _Batches:
     def __iter__(self) -> Iterator[Batch]:
         if not self.num_workers:
             return map(self.__getitem__, self.steps)
-        # A generator of its own: DataLoader would draw its workers' seed from torch's global one, which a resumed run
-        # would then find in another state.
         tokens = max(self.rows_per_step * self.rows.num_tokens // max(len(self.rows), 1), 1)
         together = max(MESSAGE_TOKENS // tokens, 1)
+        slots = _slots(
+            self.num_workers * MESSAGES_AHEAD + 1,  # those that are made or wait, and the one that is read
+            together * self.rows_per_step * self.padding(self.rows.longest()),
+        )
+        messages = [self.steps[i : i + together] for i in range(0, len(self.steps), together)]
+        # A generator of its own: DataLoader would draw its workers' seed from torch's global one, which a resumed run
+        # would then find in another state.
         workers = DataLoader(
-            _Worker(self),
+            _Worker(self, slots),
             batch_size=None,
-            sampler=[self.steps[i : i + together] for i in range(0, len(self.steps), together)],
+            sampler=[(number % len(slots), steps) for number, steps in enumerate(messages)],
             num_workers=self.num_workers,
+            prefetch_factor=MESSAGES_AHEAD,
+            multiprocessing_context="fork",  # the slots are the same memory in a copy of this process
             collate_fn=_identity,
             generator=torch.Generator().manual_seed(0),
         )
-        return (flat.batch() for message in workers for flat in message)
+        return _received(iter(workers), slots)
 
     def _make(self, step: int) -> _Flat:
         raise NotImplementedError
@@ -175,14 +185,42 @@ class _Batches:
         )
 
 
+def _slots(count: int, tokens: int) -> NDArray[np.int32]:
+    """Memory that loader processes share with this one, [count, 3, tokens]: what lies there need not go through a pipe,
+    which holds so little that reader and writer would wait for each other many times a message. What is never written
+    to takes no memory."""
+    return np.frombuffer(mmap.mmap(-1, count * 3 * tokens * 4), np.int32).reshape(count, 3, tokens)
+
+
 class _Worker(Dataset[list[_Flat]]):
-    """What a loader process is given: asked for some steps, it makes their batches."""
+    """What a loader process is given: asked for (a slot, some steps), it makes their batches, whose arrays it leaves in
+    the slot one after another."""
 
-    def __init__(self, batches: _Batches) -> None:
-        self.batches = batches
+    def __init__(self, batches: _Batches, slots: NDArray[np.int32]) -> None:
+        self.batches, self.slots = batches, slots
 
-    def __getitem__(self, steps: range) -> list[_Flat]:
-        return [self.batches._make(step) for step in steps]
+    def __getitem__(self, asked: tuple[int, range]) -> list[_Flat]:
+        slot, steps = asked
+        message = []
+        start = 0
+        for flat in map(self.batches._make, steps):
+            stop = start + len(flat.arrays[0])
+            for place, array in zip(self.slots[slot], flat.arrays, strict=True):
+                place[start:stop] = array
+            message.append(replace(flat, arrays=()))
+            start = stop
+        return message
+
+
+def _received(messages: Iterator[list[_Flat]], slots: NDArray[np.int32]) -> Iterator[Batch]:
+    """The batches of all messages. DataLoader has a slot written to again only when the message after it is asked for,
+    and then its batches have been copied."""
+    for number, message in enumerate(messages):
+        start = 0
+        for flat in message:
+            stop = start + flat.local_batch_size * sum(flat.widths)
+            yield replace(flat, arrays=slots[number % len(slots), :, start:stop]).batch()
+            start = stop
 
 
 class TrainBatches(_Batches):

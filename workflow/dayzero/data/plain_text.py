@@ -8,11 +8,12 @@ those words with a character that no text holds; `ids` then reads whole control 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from operator import itemgetter
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer, processors
 from transformers import PreTrainedTokenizerBase
 
@@ -23,6 +24,8 @@ BREAK, STAND_IN, OPEN, CLOSE = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
 """Noncharacters: Unicode keeps them for a program's own use (https://www.unicode.org/versions/latest, section 23.7)."""
 
 Range = tuple[int, int]
+Ids = NDArray[np.int32]
+Mask = NDArray[np.bool_]
 HEADS, LONGEST_HEAD = 1000, 200
 """Beginnings of turns that are remembered with their tokens, and the characters of the longest."""
 
@@ -40,8 +43,8 @@ class TextEncoder:
         self._twin: Tokenizer | None = None
         self._original: dict[int, int] = {}
         self._aliases: dict[str, str] = {}
-        self._known: dict[str, list[int]] = {}
-        self._heads: dict[str, list[int]] = {}
+        self._known: dict[str, Ids] = {}
+        self._heads: dict[str, Ids] = {}
         fast = isinstance(getattr(tokenizer, "backend_tokenizer", None), Tokenizer)
         self._control_ids: dict[str, int] = {}
         for token in special_tokens(tokenizer) if fast else ():
@@ -70,10 +73,10 @@ class TextEncoder:
             return {self.mark(k): self.mark_all(v) for k, v in value.items()}
         return [self.mark_all(v) for v in value] if isinstance(value, list) else value
 
-    def ids(self, text: str) -> list[int]:
+    def ids(self, text: str) -> Ids:
         """Token ids of a marked text, without any the tokenizer would add."""
         if BREAK in text:
-            return self._encode(self._aliased(text)[0])[0]
+            return np.array(self._encode(self._aliased(text)[0])[0], np.int32)
         known = self._known.get(text)
         return text_ids(self.tokenizer, [text])[0] if known is None else known
 
@@ -82,7 +85,7 @@ class TextEncoder:
         unmarked = list({text for text in texts if BREAK not in text})
         self._known = dict(zip(unmarked, text_ids(self.tokenizer, unmarked), strict=True))
 
-    def tokens_before(self, text: str, ids: list[int], ends: Sequence[int]) -> list[int]:
+    def tokens_before(self, text: str, ids: Ids, ends: Sequence[int]) -> list[int]:
         """How many of a marked text's `ids` are the tokens of its first characters, up to each of the `ends`.
 
         Only up to the first of the ends, which are ascending, where the text up to it on its own has other tokens.
@@ -95,31 +98,26 @@ class TextEncoder:
             last = bisect_right(spans, end, key=itemgetter(1)) - 1
             start, place = (spans[last][0], places[last]) if last >= 0 else (0, 0)
             head = self._head(text[start:end])
-            if ids[place : place + len(head)] != head:
+            if not np.array_equal(ids[place : place + len(head)], head):
                 break
             found.append(place + len(head))
         return found
 
-    def _controls(self, text: str, ids: list[int]) -> tuple[list[Range], list[int]]:
+    def _controls(self, text: str, ids: Ids) -> tuple[list[Range], list[int]]:
         """Where the control tokens stand in an unmarked text and in its ids; none where the two do not agree."""
         if self._pattern is None or not self._control_ids or BREAK in text:
             return [], []
-        spans: list[Range] = []
-        places, place = [], -1
-        counts: Counter[int] = Counter()
-        for match in self._pattern.finditer(text):
-            control = self._control_ids[match[0]]
-            try:
-                place = ids.index(control, place + 1)
-            except ValueError:
-                return [], []
-            counts[control] += 1
-            spans.append(match.span())
-            places.append(place)
-        agree = all(ids.count(control) == count for control, count in counts.items())
-        return (spans, places) if agree else ([], [])
+        matches = list(self._pattern.finditer(text))
+        written = [self._control_ids[match[0]] for match in matches]
+        is_written = np.zeros(len(ids), np.bool_)
+        for control in set(written):
+            is_written |= ids == control
+        places = np.flatnonzero(is_written)
+        if ids[places].tolist() != written:
+            return [], []
+        return [match.span() for match in matches], places.tolist()
 
-    def _head(self, text: str) -> list[int]:
+    def _head(self, text: str) -> Ids:
         """The ids of what a control token is followed by up to an answer, which is mostly the same."""
         if len(text) > LONGEST_HEAD:
             return self.ids(text)
@@ -129,7 +127,7 @@ class TextEncoder:
             self._heads[text] = self.ids(text)
         return self._heads[text]
 
-    def supervised(self, text: str, ranges: Sequence[Range]) -> tuple[list[int], list[bool]]:
+    def supervised(self, text: str, ranges: Sequence[Range]) -> tuple[Ids, Mask]:
         """Token ids of a marked text and for each whether it holds a character of one of the ranges."""
         aliased, places, starts = self._aliased(text)
         ids, offsets = self._encode(aliased)
@@ -140,7 +138,8 @@ class TextEncoder:
             return min(starts[k] + at - places[k], following)
 
         wanted = [(place(start), place(end)) for start, end in ranges]
-        return ids, [any(start < b and a < end for a, b in wanted) for start, end in offsets]
+        mask = [any(start < b and a < end for a, b in wanted) for start, end in offsets]
+        return np.array(ids, np.int32), np.array(mask, np.bool_)
 
     def _aliased(self, text: str) -> tuple[str, list[int], list[int]]:
         """The text without marks and with control tokens renamed; where its pieces began before, and begin now."""

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
+import threading
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -28,16 +30,17 @@ from dayzero.data.documents import COLUMNS, OPTIONAL_COLUMNS, DocumentEncoder
 from dayzero.data.histogram import LengthHistogram
 from dayzero.data.mixing import by_source
 from dayzero.data.packing import Documents, pack_stream
-from dayzero.data.stored_table import open_table, table_bytes
+from dayzero.data.stored_table import open_table, rows_of, table_bytes
 from dayzero.data.tokenizer import TokenizerSource, check_model_limits
 from dayzero.data.tokens import TokenWriter
 from dayzero.errors import DataError
 
 BYTES_PER_TASK, ROWS_PER_TASK = 2**17, 4096
 """Source rows a worker is handed at a time: about so many bytes, at most so many rows."""
-BYTES_PER_WORKER = 32 * 2**20
-"""Starting workers takes as long as tokenising some 10 MB, as transformers imports torch: less text than this is not
-worth one more."""
+BYTES_PER_WORKER = 2**20
+"""Less text than this is not worth one more process that is a copy of this one."""
+BYTES_PER_SERVED_WORKER = 32 * 2**20
+"""Nor less than this one that must import first (transformers imports torch, as long as tokenising some 10 MB takes)."""
 TASKS_AHEAD = 4
 """Tasks waiting for each worker; bounds the rows in memory."""
 
@@ -165,10 +168,10 @@ def _encode(
         raise DataError(f"{source}: unknown data format {data_format!r}: one of {', '.join(COLUMNS)}")
     file = _open(source, data_format)
     setup = tokenizer, data_format, options
-    rows = file.metadata.num_rows
-    num_workers = min(num_workers, 1 + table_bytes(file) // BYTES_PER_WORKER)
-    with ProgressBar(f"tokenize {name}", rows) as bar:
-        parts = _encode_here(file, setup) if num_workers <= 1 else _encode_in_processes(file, setup, num_workers)
+    each = BYTES_PER_WORKER if _can_be_copied() else BYTES_PER_SERVED_WORKER
+    num_workers = min(num_workers, 1 + table_bytes(file) // each)
+    parts = _encode_here(file, setup) if num_workers <= 1 else _encode_in_processes(file, setup, num_workers)
+    with ProgressBar(f"tokenize {name}", file.metadata.num_rows) as bar:  # after the processes: it may start a thread
         for part in parts:
             yield part
             bar.advance(part.source_rows)
@@ -199,16 +202,34 @@ def _encode_here(file: pq.ParquetFile, setup: tuple[TokenizerSource, str, Tokeni
 def _encode_in_processes(
     file: pq.ParquetFile, setup: tuple[TokenizerSource, str, Tokenize], num_workers: int
 ) -> Iterator[_Encoded]:
-    # Not forked from here, where threads run already (Arrow's), but from a server that has the imports done.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    """Starts the processes at once, the work with the first result asked for."""
     _start_worker(*setup)  # a tokenizer that cannot be used is found before any process starts
-    pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start_worker, initargs=setup)
+    if _can_be_copied():
+        pool = ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("fork"))
+        pool.submit(os.getpid).result()  # all processes start with the first task
+    else:
+        context = multiprocessing.get_context("forkserver")  # a process that has the imports done and one thread
+        context.set_forkserver_preload([__name__])
+        pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start_worker, initargs=setup)
+    return _results(pool, _tasks(file, setup[1]), TASKS_AHEAD * num_workers)
+
+
+def _can_be_copied() -> bool:
+    """Whether this process may be forked as it is, with its imports and its tokenizer: no thread of Python's that could
+    hold a lock runs beside this one. The libraries' threads (OpenBLAS's, jemalloc's) wait for work, and those libraries
+    allow for a fork; nothing is asked of Arrow's, which the first batch starts."""
+    return sys.platform == "linux" and threading.active_count() == 1
+
+
+def _results(
+    pool: ProcessPoolExecutor, tasks: Iterable[tuple[int, pa.RecordBatch]], ahead: int
+) -> Iterator[_Encoded]:
+    """The encoded tasks in their order, at most so many of them handed out `ahead`."""
     waiting: deque[Future[_Encoded]] = deque()
     try:
-        for task in _tasks(file, setup[1]):
+        for task in tasks:
             waiting.append(pool.submit(_encode_task, *task))
-            if len(waiting) >= TASKS_AHEAD * num_workers:
+            if len(waiting) >= ahead:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -233,20 +254,13 @@ def _encode_task(first: int, batch: pa.RecordBatch) -> _Encoded:
     """Encode rows `first`, `first + 1`, ... of the source."""
     assert _encoder is not None
     _encoder.counts.clear()
-    ids: list[int] = []
-    mask: list[bool] = []
-    lengths, document_ids = [], []
-    for index, (tokens, supervised) in _encoder.encode_rows(batch.to_pylist()):
-        ids += tokens
-        mask += supervised
-        lengths.append(len(tokens))
-        document_ids.append(first + index)
+    found = [(index, ids, mask) for index, (ids, mask) in _encoder.encode_rows(rows_of(batch))]
     return _Encoded(
         documents=Documents(
-            input_ids=np.array(ids, dtype=np.int32),
-            loss_mask=np.array(mask, dtype=np.bool_),
-            lengths=np.array(lengths, dtype=np.int64),
-            document_ids=np.array(document_ids, dtype=np.int64),
+            input_ids=np.concatenate([np.empty(0, np.int32), *(ids for _, ids, _ in found)]),
+            loss_mask=np.concatenate([np.empty(0, np.bool_), *(mask for _, _, mask in found)]),
+            lengths=np.array([len(ids) for _, ids, _ in found], np.int64),
+            document_ids=first + np.array([index for index, _, _ in found], np.int64),
         ),
         counts=Counter(_encoder.counts),
         source_rows=batch.num_rows,

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dayzero.config_checks import CONTEXT_LENGTHS
@@ -81,7 +83,7 @@ def special_token_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]
     return re.compile("|".join(map(re.escape, tokens))) if tokens else None
 
 
-def text_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+def text_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[NDArray[np.int32]]:
     """The token ids of each text without BOS or EOS: what `tokenizer(text, add_special_tokens=False)` gives.
 
     A tokenizer of the `tokenizers` library is asked directly, for all texts at once and without offsets, unless its
@@ -90,12 +92,12 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[l
     kind = type(tokenizer)
     usual = getattr(kind, "_encode_plus", None) is getattr(PreTrainedTokenizerFast, "_encode_plus", 0)
     if not (usual and kind.__call__ is PreTrainedTokenizerBase.__call__):
-        return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        return [np.array(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32) for text in texts]
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = tokenizer.split_special_tokens
-    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    return [np.array(e.ids, np.int32) for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def affixes(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
