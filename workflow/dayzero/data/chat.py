@@ -25,6 +25,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from dayzero.config import Tokenize
 from dayzero.data import chat_parts
+from dayzero.data.chat_shapes import Found, Shapes
 from dayzero.data.plain_text import STAND_IN, Ids, Mask, Range, TextEncoder
 from dayzero.data.tokenizer import special_tokens
 from dayzero.errors import ConfigError, DataError
@@ -69,6 +70,9 @@ class ChatEncoder:
         self._texts = TextEncoder(tokenizer)
         self._marking = self.options.special_text != "special"
         self._shown: set[str] = set()  # the parts of rows that the template is known to write
+        self._shapes = Shapes(
+            self.template, lambda messages: self._turns(messages, None, self._render(messages, None)[0])
+        )
 
     def encode(
         self, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None
@@ -141,18 +145,27 @@ class ChatEncoder:
             f"model.chat_template to a FILE that does, or remove {part} from the data"
         )
 
-    def _spans(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> tuple[str, list[Range]]:
+    def _spans(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> Found:
         """The rendered conversation and the character ranges of the turns that are supervised."""
+        if self.has_markers:
+            return self._turns(messages, tools, *self._render(messages, tools, return_assistant_tokens_mask=True))
+        text, _ = self._render(messages, tools)
+        known = self._shapes.find(messages, text) if not tools and self.options.loss_roles == ["assistant"] else None
+        return self._turns(messages, tools, text) if known is None else (text, known)
+
+    def _turns(
+        self, messages: list[Message], tools: list[dict[str, Any]] | None, text: str, blocks: Sequence[Range] = ()
+    ) -> Found:
+        """The conversation that was rendered as `text` and the ranges of its supervised turns: its generation `blocks`
+        where the template has some, else what stands between the renderings of two beginnings."""
         roles = self.options.loss_roles
         turns = [i for i, m in enumerate(messages) if m["role"] in roles]
         if self.options.loss_turns == "last":
             turns = turns[-1:]
-        text = self._render(messages, tools)[0]
         spans: list[Range] = []
         marked = [i for i in turns if messages[i]["role"] == "assistant"] if self.has_markers else []
         if marked:
-            text, spans = self._render(messages, tools, return_assistant_tokens_mask=True)
-            spans = sorted(spans)
+            spans = sorted(blocks)
             if self.options.loss_turns == "last":  # whatever comes after the blocks of the turns before
                 earlier = self._render(messages[: marked[0]], tools, return_assistant_tokens_mask=True)[1]
                 spans = spans[len(earlier) :]

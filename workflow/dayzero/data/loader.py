@@ -219,7 +219,7 @@ def _received(messages: Iterator[list[_Flat]], slots: NDArray[np.int32]) -> Iter
         start = 0
         for flat in message:
             stop = start + flat.local_batch_size * sum(flat.widths)
-            yield replace(flat, arrays=slots[number % len(slots), :, start:stop]).batch()
+            yield replace(flat, arrays=list(slots[number % len(slots), :, start:stop])).batch()
             start = stop
 
 

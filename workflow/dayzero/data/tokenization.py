@@ -40,7 +40,7 @@ BYTES_PER_TASK, ROWS_PER_TASK = 2**17, 4096
 BYTES_PER_WORKER = 2**20
 """Less text than this is not worth one more process that is a copy of this one."""
 BYTES_PER_SERVED_WORKER = 32 * 2**20
-"""Nor less than this one that must import first (transformers imports torch, as long as tokenising some 10 MB takes)."""
+"""Nor less than this one that must import first: transformers imports torch, which takes as long as some 10 MB."""
 TASKS_AHEAD = 4
 """Tasks waiting for each worker; bounds the rows in memory."""
 
@@ -221,9 +221,7 @@ def _can_be_copied() -> bool:
     return sys.platform == "linux" and threading.active_count() == 1
 
 
-def _results(
-    pool: ProcessPoolExecutor, tasks: Iterable[tuple[int, pa.RecordBatch]], ahead: int
-) -> Iterator[_Encoded]:
+def _results(pool: ProcessPoolExecutor, tasks: Iterable[tuple[int, pa.RecordBatch]], ahead: int) -> Iterator[_Encoded]:
     """The encoded tasks in their order, at most so many of them handed out `ahead`."""
     waiting: deque[Future[_Encoded]] = deque()
     try:
