@@ -37,6 +37,12 @@ LOOKS = {
     "trimmed, then looked into": ANY.replace("BODY", "{% set c = m.content | trim %}{{ c }}{{ '!' if 'fox' in c }}"),
     "left": ANY.replace("BODY", "{{ m.content.lstrip() }}"),
     "joined, then looked into": ANY.replace("BODY", "{% set c = m.content ~ '' %}{{ c }}{{ '!' if 'fox' in c }}"),
+    "macro": "{% macro f(x) %}{{ x }}{% endmacro %}" + ANY.replace("BODY", "{{ f(m.content) }}"),
+    "set block": ANY.replace("BODY", "{% set c %}{{ m.content }}{% endset %}{{ c }}{{ '!' if 'fox' in c }}"),
+    "found in another": ANY.replace("BODY", "{{ m.content }}{{ '!' if m.content in 'The fox' }}"),
+    "formatted": ANY.replace("BODY", "{% set c = '%s' % m.content %}{{ c }}{{ '!' if 'fox' in c }}"),
+    "formatted by a method": ANY.replace("BODY", "{% set c = '{}'.format(m.content) %}{{ c }}{{ '!' if 'fox' in c }}"),
+    "words": ANY.replace("BODY", "{{ m.content }}{{ m.content | wordcount }}"),
     "only at the end": ANY.replace("BODY", "{{ 'x' if loop.last and 'fox' in m.content else m.content }}"),
 }
 WORDS = st.lists(st.sampled_from(["The", " ", "\n", "fox", "</think>", "☃", '"', "<|im_end|>"]), max_size=4).map(

@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NoReturn
 
+from jinja2 import Environment, nodes
+from jinja2.exceptions import TemplateSyntaxError
+
 from dayzero.data.plain_text import STAND_IN, Range
 from dayzero.errors import ConfigError, DataError
 
@@ -27,8 +30,10 @@ SHAPES = 1000
 """Shapes that are remembered; conversations of further ones are left to the caller."""
 # White space, quotes and letters that whatever changes a text would change. Only trimming is understood.
 _SEAL = re.compile(rf"( \n)?{STAND_IN}\"\\É(\d+)é{STAND_IN}(\n )?")
-_UNSEALS = re.compile(r"~|\b(join|format|replace)\b|['\"]\s*%[^}]")
-"""Ways to write a text into another one which is then looked into."""
+_FILTERS = ("trim", "tojson", "string", "length", "list", "items", "default", "d", "first", "last", "map")
+_FILTERS += ("selectattr", "rejectattr")
+_METHODS = ("strip", "get", "items", "keys", "values")
+"""What a template may call: none of it gives away a text without its seal, but for tojson, which breaks it."""
 
 
 class _LookedIntoError(Exception):
@@ -122,7 +127,7 @@ class Shapes:
     def __init__(self, template: str, spans: Callable[[list[Message]], Found]) -> None:
         self._spans = spans
         self._known: dict[tuple[tuple[str, bool], ...], _Layout | None] = {}
-        self._places = SHAPES if not _UNSEALS.search(template) else 0
+        self._places = SHAPES if _keeps_seals(template) else 0
 
     def find(self, messages: Sequence[Message], text: str) -> list[Range] | None:
         """The turns of a conversation that was rendered as `text`; None where its shape does not tell."""
@@ -146,3 +151,25 @@ class Shapes:
             return _Layout.of(self._spans(sealed))
         except (_LookedIntoError, ConfigError, DataError):
             return None
+
+
+def _keeps_seals(template: str) -> bool:
+    """Whether the template makes no copy of a text that may be looked into unseen, as joining by `~` would."""
+    try:
+        tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)  # noqa: S701 (never rendered)
+    except TemplateSyntaxError:
+        return False  # rendering it says more
+
+    def is_const(node: nodes.Node, kind: type) -> bool:
+        return isinstance(node, nodes.Const) and isinstance(node.value, kind)
+
+    return not (
+        any(tree.find_all((nodes.Concat, nodes.Macro, nodes.CallBlock, nodes.AssignBlock)))
+        or any(filtered.name not in _FILTERS for filtered in tree.find_all(nodes.Filter))
+        or any(
+            isinstance(call.node, nodes.Getattr) and call.node.attr not in _METHODS
+            for call in tree.find_all(nodes.Call)
+        )
+        or any(not is_const(remainder.right, int) for remainder in tree.find_all(nodes.Mod))
+        or any(test.op in ("in", "notin") and is_const(test.expr, str) for test in tree.find_all(nodes.Operand))
+    )
