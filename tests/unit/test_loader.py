@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from dayzero.data import loader
 from dayzero.data.loader import Padding, TrainBatches, ValidationBatches, steps_of
 from dayzero.data.tokens import FILL, IGNORE, TokenRows, write_token_store
 from dayzero.errors import ConfigError, DataError
@@ -156,6 +157,15 @@ def test_resumed_equals_uninterrupted_and_workers_change_nothing(store):
     for a, b in zip(whole[3:], batches(store, start_step=3, num_workers=2), strict=True):
         same(a, b)
     assert torch.equal(torch.get_rng_state(), state), "loading must not move the global random state"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_many_messages_of_workers_do_not_write_over_each_other(store, workers, monkeypatch):
+    monkeypatch.setattr(loader, "MESSAGE_TOKENS", 1)  # a message for each step, through few slots
+    reference = list(batches(store, max_steps=40))
+    kept = list(batches(store, max_steps=40, num_workers=workers))
+    for a, b in zip(reference, kept, strict=True):
+        same(a, b)
 
 
 @pytest.mark.parametrize("stops", [[3], [1, 4, 6]])

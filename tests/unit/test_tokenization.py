@@ -9,6 +9,7 @@ import pytest
 from dayzero.config import Tokenize
 from dayzero.data import tokenization
 from dayzero.data.documents import DocumentEncoder
+from dayzero.data.stored_table import rows_of
 from dayzero.data.tokenization import tokenize_split
 from dayzero.data.tokenizer import TokenizerSource, text_ids
 from dayzero.data.tokens import IGNORE, TokenRows
@@ -215,8 +216,32 @@ def test_without_packing_a_row_is_a_document_in_file_order(tmp_path, path):
     assert rows.source_rows(range(50)) == list(range(50))
 
 
-def test_any_number_of_workers_gives_the_same_bytes(tmp_path, path, monkeypatch):
-    monkeypatch.setattr(tokenization, "BYTES_PER_WORKER", 10_000)
+def test_rows_read_by_column_are_those_that_arrow_gives():
+    messages = [
+        [{"role": "user", "content": "a", "name": None}, {"role": "assistant", "content": "☃", "name": "b"}],
+        None,
+        [],
+        [{"role": "user", "content": None, "name": None}],
+    ]
+    ids = [[1, 2], [], None, [3]]
+    odd = [[1, None], [], None, [2]]
+    mask = [[True, False], [], [True], None]
+    table = pa.table({"id": list("abcd"), "messages": messages, "input_ids": ids, "loss_mask": mask, "odd": odd})
+    nothing = pa.array([[{}], [], [{}, {}], [{}]], pa.list_(pa.struct([])))
+    nobody = pa.array([[{"role": "user"}, None], [], None, []], pa.list_(pa.struct([("role", pa.string())])))
+    batch = pa.RecordBatch.from_arrays(
+        [*table.to_batches()[0].columns, nothing, nobody], [*table.column_names, "nothing", "nobody"]
+    )
+    for part in (batch, batch.slice(1), batch.slice(2, 1), batch.slice(0, 0)):
+        found = [{k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in row.items()} for row in rows_of(part)]
+        assert found == part.to_pylist()
+
+
+@pytest.mark.parametrize("copied", [True, False], ids=["copies of this process", "processes of a server"])
+def test_any_number_of_workers_gives_the_same_bytes(tmp_path, path, monkeypatch, copied):
+    monkeypatch.setattr(tokenization, "_can_be_copied", lambda: copied)
+    for name in ("BYTES_PER_WORKER", "BYTES_PER_SERVED_WORKER"):
+        monkeypatch.setattr(tokenization, name, 10_000)
     monkeypatch.setattr(tokenization, "BYTES_PER_TASK", 5_000)
     source = parquet(tmp_path / "train.parquet", text=sentences(350))
     asked = []
@@ -232,7 +257,8 @@ def test_any_number_of_workers_gives_the_same_bytes(tmp_path, path, monkeypatch)
 
 
 def test_a_workers_error_reaches_the_user_with_the_row(tmp_path, path, monkeypatch):
-    monkeypatch.setattr(tokenization, "BYTES_PER_WORKER", 100)
+    for name in ("BYTES_PER_WORKER", "BYTES_PER_SERVED_WORKER"):
+        monkeypatch.setattr(tokenization, name, 100)
     source = parquet(tmp_path / "train.parquet", text=["fox", *[None] * 40])
     for workers in (1, 2):
         with pytest.raises(DataError, match=r"row rows\.jsonl:2: no value in column text"):

@@ -41,7 +41,7 @@ def _values(column: pa.Array) -> list[Any]:
     flat: Any
     if values.null_count:
         return column.to_pylist()
-    if pa.types.is_struct(values.type):
+    if pa.types.is_struct(values.type) and values.type.num_fields:
         fields = [values.field(i).to_pylist() for i in range(values.type.num_fields)]
         names = [field.name for field in values.type]
         flat = [dict(zip(names, row, strict=True)) for row in zip(*fields, strict=True)]

@@ -217,7 +217,7 @@ def _encode_in_processes(
 def _can_be_copied() -> bool:
     """Whether this process may be forked as it is, with its imports and its tokenizer: no thread of Python's that could
     hold a lock runs beside this one. The libraries' threads (OpenBLAS's, jemalloc's) wait for work, and those libraries
-    allow for a fork; nothing is asked of Arrow's, which the first batch starts."""
+    allow for a fork."""
     return sys.platform == "linux" and threading.active_count() == 1
 
 
