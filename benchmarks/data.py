@@ -8,8 +8,11 @@ several times over; the best counts, in seconds of wall time and of CPU time of 
 compare on a machine that others use too: `of raw` divides raw's by a way's, and two processes can be at most twice the
 ratio of CPU seconds faster than one. Ours includes loading the tokenizer, in every process, and starting the processes;
 what one process takes without loading is told apart. Of conversations, raw is given the text that the template makes,
-ours makes it, to find what is supervised several times a row: so its cost is told apart too. The peer's conversations
-have no masks. TRL is measured where it can be imported; it is no dependency: `pip install --no-deps --target DIR trl`,
+ours makes it and finds what is supervised: so its cost is told apart too. The peer's conversations have no masks.
+
+`--chunks` leaves all that out and compares, a hundred rows at a time, what the raw tokenizer and one of our processes
+take for them, each in turn and many times over: the sum of the least CPU times is what no other work on the machine
+disturbed. TRL is measured where it can be imported; it is no dependency: `pip install --no-deps --target DIR trl`,
 then PYTHONPATH=DIR.
 """
 
@@ -35,8 +38,10 @@ import pyarrow.parquet as pq
 import torch
 from dayzero.config import Tokenize
 from dayzero.data.chat import ChatEncoder
+from dayzero.data.documents import DocumentEncoder
 from dayzero.data.loader import TrainBatches
 from dayzero.data.packing import best_fit_rows
+from dayzero.data.stored_table import open_table, rows_of
 from dayzero.data.tokenization import tokenize_split
 from dayzero.data.tokenizer import TokenizerSource
 from dayzero.data.tokens import TokenRows
@@ -54,16 +59,19 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=20_000)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--chunks", action="store_true", help="only compare the encoding of a hundred rows at a time")
     args = parser.parse_args()
     datasets.disable_progress_bars()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         texts = mixed_documents(args.text, args.documents)
-        tokenise_and_pack(args, Work("text", texts, Path(folder) / "text"))
-        load(args, Path(folder) / "text")
+        compare = in_chunks if args.chunks else tokenise_and_pack
+        compare(args, Work("text", texts, Path(folder) / "text"))
+        if not args.chunks:
+            load(args, Path(folder) / "text")
         tokenizer = TokenizerSource(args.tokenizer).load()
         if tokenizer.chat_template:
-            tokenise_and_pack(args, Work("messages", conversations(texts), Path(folder) / "messages"))
+            compare(args, Work("messages", conversations(texts), Path(folder) / "messages"))
 
 
 @dataclass
@@ -202,6 +210,45 @@ def tokenise_and_pack(args: argparse.Namespace, work: Work) -> None:
     print(
         f"rows: {made:,} in one pass, {fewest:,} by the offline best-fit-decreasing: {100 * made / fewest - 100:+.3f} %"
     )
+
+
+def in_chunks(args: argparse.Namespace, work: Work) -> None:
+    """Print what the raw tokenizer and ours take for the same rows, a hundred at a time."""
+    tokenizer = TokenizerSource(args.tokenizer).load()
+    backend = TokenizerSource(args.tokenizer).load().backend_tokenizer
+    encoder = DocumentEncoder(tokenizer, work.format, Tokenize(seq_len=args.seq_len, long_documents="split"))
+    texts = work.rendered(tokenizer)
+    seconds = dict.fromkeys(("encode_batch", "dayzero", "of it, reading and rendering"), 0.0)
+    tokens = done = 0
+    for batch in open_table(work.file).iter_batches(100, use_threads=False):
+        part = texts[done : done + len(batch)]
+        done += len(batch)
+
+        def raw(part: list[str] = part) -> int:
+            return sum(len(encoding.ids) for encoding in backend.encode_batch(part, add_special_tokens=False))
+
+        def ours(batch: pa.RecordBatch = batch) -> int:
+            found = [document for _, document in encoder.encode_rows(rows_of(batch))]
+            masks = np.concatenate([mask for _, mask in found])
+            return len(np.concatenate([ids for ids, _ in found])) if masks.any() else 0
+
+        def render(batch: pa.RecordBatch = batch) -> int:
+            rows = rows_of(batch)
+            return sum(encoder._render(row) is not None for row in rows) if work.format == "messages" else len(rows)
+
+        least = dict.fromkeys(seconds, float("inf"))
+        for _ in range(args.repeat):
+            for name, way in zip(seconds, (raw, ours, render), strict=True):
+                before = time.thread_time()
+                made = way()
+                least[name] = min(least[name], time.thread_time() - before)
+                tokens += made if name == "encode_batch" else 0
+        seconds = {name: seconds[name] + least[name] for name in seconds}
+    base = seconds["encode_batch"]
+    print(f"\n{len(texts):,} rows of format {work.format}, {tokens // args.repeat:,} tokens, least of {args.repeat}")
+    for name, spent in seconds.items():
+        print(f"{name:32} {spent:8.3f} CPU s, {1e-3 * tokens / args.repeat / spent:10.0f} k tokens a CPU second")
+    print(f"of raw: {100 * base / seconds['dayzero']:.0f} %", flush=True)
 
 
 def load(args: argparse.Namespace, folder: Path) -> None:
