@@ -30,8 +30,23 @@ SHAPES = 1000
 """Shapes that are remembered; conversations of further ones are left to the caller."""
 # White space, quotes and letters that whatever changes a text would change. Only trimming is understood.
 _SEAL = re.compile(rf"( \n)?{STAND_IN}\"\\É(\d+)é{STAND_IN}(\n )?")
-_FILTERS = ("trim", "tojson", "string", "length", "list", "items", "default", "d", "first", "last", "map")
-_FILTERS += ("selectattr", "rejectattr")
+_FILTERS = frozenset(
+    [
+        "trim",
+        "tojson",
+        "string",
+        "length",
+        "list",
+        "items",
+        "default",
+        "d",
+        "first",
+        "last",
+        "map",
+        "selectattr",
+        "rejectattr",
+    ]
+)
 _METHODS = ("strip", "get", "items", "keys", "values")
 """What a template may call: none of it gives away a text without its seal, but for tojson, which breaks it."""
 
