@@ -62,8 +62,8 @@ ReturnToService=2
 MinJobAge=600
 KillWait=8
 OverTimeLimit=0
-SlurmctldTimeout=30
-SlurmdTimeout=12
+SlurmctldTimeout=60
+SlurmdTimeout=60
 GresTypes=gpu
 {nodes}
 PartitionName=cpu Nodes=node1,node2 Default=YES MaxTime=60 State=UP
@@ -92,7 +92,7 @@ class Cluster:
         return {**clean, "PATH": f"{self.root}/bin{os.pathsep}{os.environ['PATH']}"}
 
     def up(self) -> Cluster:
-        """Start whatever does not run. Raises RuntimeError with the daemons' last lines when it takes over 20 s."""
+        """Start whatever does not run. Raises RuntimeError with the daemons' last lines when it takes too long."""
         for folder in ("etc", "bin", "state", "log", "run", "spool/node1", "spool/node2"):
             (self.root / folder).mkdir(parents=True, exist_ok=True)
         self.root.chmod(0o755)
@@ -109,7 +109,7 @@ class Cluster:
         """Cancel all jobs and end every daemon; what does not end in 5 s is killed."""
         if self._alive("slurmctld"):
             self.call("scancel", f"--user={getuser()}", check=False)
-            self._wait(lambda: not self.call("squeue", "-h", check=False).strip(), 15)
+            self._wait(lambda: not self.call("squeue", "-h", check=False).strip(), 30)
         for name in (*(f"slurmd-{node}" for node in NODES), "slurmctld", "munged"):
             if not self._alive(name):
                 continue
@@ -137,7 +137,7 @@ class Cluster:
         self._start(f"slurmd-{node}")
         self.wait_for_node(node, {"idle", "mixed", "allocated"})
 
-    def wait_for_node(self, node: str, states: set[str], seconds: float = 40) -> None:
+    def wait_for_node(self, node: str, states: set[str], seconds: float = 90) -> None:
         """Wait until SLURM says that the node is in one of `states`."""
 
         def there() -> bool:
@@ -148,9 +148,9 @@ class Cluster:
             raise RuntimeError(f"{node} is not {states} after {seconds} s\n{logs}")
 
     def call(self, *command: str, check: bool = True) -> str:
-        """What one of the cluster's commands prints, within 20 s."""
+        """What one of the cluster's commands prints, within 60 s."""
         done = subprocess.run(
-            [f"{self.root}/bin/{command[0]}", *command[1:]], text=True, capture_output=True, timeout=20
+            [f"{self.root}/bin/{command[0]}", *command[1:]], text=True, capture_output=True, timeout=60
         )
         assert not check or done.returncode == 0, (command, done.stderr)
         return done.stdout
@@ -194,10 +194,10 @@ class Cluster:
         else:
             command = ["slurmd", "-f", conf, "-N", name.removeprefix("slurmd-")]
         environment = {**self.environment, "PATH": f"{SYSTEM_PATH}:{os.environ['PATH']}"}
-        done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=20)
+        done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=60)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
-        self._wait(lambda: self._alive(name), 10)
+        self._wait(lambda: self._alive(name), 30)
 
     def _pid(self, name: str) -> int:
         return int((self.root / f"run/{name}.pid").read_text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from tests.exported import tiny_export
 from tests.slurm.cluster import NODES, Cluster, missing
 from tests.workflow.project import ROOT, make_project
 
+HERE = Path(__file__).parent
 FAULT = "parallelism: {dp_shard: 2}, resources.train: {nodes: 2, gpu: auto}"
 EXPERIMENT = f"""
 description: a tiny model on two virtual nodes
@@ -43,7 +45,7 @@ defaults:
   resources:
     check_data: {{mem_mb: 1500}}
     tokenize: {{threads: 1, mem_mb: 1500}}
-    train: {{threads: 2, mem_mb: 3000, runtime: 30, stop_before: 45}}
+    train: {{threads: 2, mem_mb: 3000, runtime: 30, stop_before: 120}}
     export: {{threads: 1, mem_mb: 1500}}
     evaluate: {{threads: 1, mem_mb: 2500}}
     verify_serving: {{threads: 1}}
@@ -66,11 +68,12 @@ class Site:
 
     @property
     def environment(self) -> dict[str, str]:
-        return {**self.cluster.environment, "PYTHONPATH": str(ROOT / "workflow"), "OMP_NUM_THREADS": "1"}
+        path = f"{HERE / 'hold'}{os.pathsep}{ROOT / 'workflow'}"
+        return {**self.cluster.environment, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         """Snakemake with the SLURM profile, in the background; what it prints is in printed.txt."""
-        command = [sys.executable, str(Path(__file__).with_name("polling.py")), "--profile", "slurm"]
+        command = [sys.executable, str(HERE / "polling.py"), "--profile", "slurm"]
         command += ["--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "1"]
         command += ["--latency-wait", "10", *arguments]
         with open(self.path / "printed.txt", "w") as output:
@@ -78,7 +81,7 @@ class Site:
                 command, cwd=self.path, env=self.environment, text=True, stdout=output, stderr=subprocess.STDOUT
             )
 
-    def finish(self, process: subprocess.Popen[str], seconds: float = 240) -> tuple[int, str]:
+    def finish(self, process: subprocess.Popen[str], seconds: float = 600) -> tuple[int, str]:
         """Exit code and what was printed; too long is a failure."""
         try:
             code = process.wait(seconds)
@@ -87,7 +90,7 @@ class Site:
             raise AssertionError(f"not done in {seconds} s\n{self.printed()}\n{self.cluster.jobs()}") from None
         return code, self.printed()
 
-    def run(self, *arguments: str, seconds: float = 240) -> str:
+    def run(self, *arguments: str, seconds: float = 600) -> str:
         """Snakemake to its end, which must be a good one."""
         code, printed = self.finish(self.start(*arguments), seconds)
         assert code == 0, printed + self.job_logs()
@@ -114,7 +117,7 @@ class Site:
         """Loss and gradient norm of every step of a finished run."""
         return [(r["loss"], r["grad_norm"]) for r in read_lines(self.folder(run) / "metrics.jsonl")]
 
-    def wait(self, condition: Callable[[], Any], what: str, seconds: float = 120) -> Any:
+    def wait(self, condition: Callable[[], Any], what: str, seconds: float = 300) -> Any:
         """Until `condition` holds; its value."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
@@ -123,26 +126,41 @@ class Site:
             time.sleep(0.02)
         raise AssertionError(f"{what}: not in {seconds} s\n{self.printed()}{self.job_logs()}\n{self.cluster.jobs()}")
 
-    def hold(self, run: str, step: int) -> list[psutil.Process]:
-        """Stop every rank of a run (SIGSTOP) as soon as it has done `step` steps, so that what comes meets it there."""
-        self.wait(lambda: len(self.steps(run)) >= step, f"{run} at step {step}")
-        ranks = self.ranks(run)
-        assert ranks, f"{run} ended too early"
-        for rank in ranks:
-            rank.send_signal(signal.SIGSTOP)
+    def hold(self, run: str, step: int, world_size: int = 2) -> list[psutil.Process]:
+        """All ranks of a run that has just been started, once they have stopped themselves (SIGSTOP) after `step`.
+
+        Only this start of the run is held: when it goes on, or starts again, nothing stops it.
+        """
+        order = self.folder(run).with_name("hold")
+        order.parent.mkdir(parents=True, exist_ok=True)
+        order.write_text(str(step))
+
+        def held() -> list[psutil.Process]:
+            stopped = [rank for rank in self.ranks(run) if rank.status() == psutil.STATUS_STOPPED]
+            return stopped if len(stopped) == world_size else []
+
+        ranks = self.wait(held, f"{world_size} ranks of {run} held at step {step}")
+        order.unlink()
+        assert len(self.steps(run)) == step
         return ranks
 
     def ranks(self, run: str) -> list[psutil.Process]:
-        """The training processes of a run."""
-        found = []
+        """The training processes of a run on this site's cluster."""
+        found: dict[int, psutil.Process] = {}
+        parents: dict[int, int] = {}
         for process in psutil.process_iter():
             try:
-                command = process.cmdline()
-                if f"results/tiny/{run}/train" in command and "TORCHELASTIC_RUN_ID" in process.environ():
-                    found.append(process)
+                command, environment = process.cmdline(), process.environ()
+                if (
+                    {"dayzero.stages.train", str(self.folder(run).relative_to(self.path))} <= {*command}
+                    and "TORCHELASTIC_RUN_ID" in environment
+                    and process.cwd() == str(self.path)
+                ):
+                    found[process.pid], parents[process.pid] = process, process.ppid()
             except (psutil.Error, OSError):
                 continue
-        return found
+        # what a rank has forked has the rank's command line and environment until it becomes another program
+        return [process for pid, process in found.items() if parents[pid] not in found]
 
     def job_of(self, run: str) -> str:
         """The job that trains a run now."""

@@ -11,7 +11,7 @@ from dayzero.files import read_json
 from tests.slurm.conftest import Site
 from tests.workflow.project import ROOT
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
 
 def submit(site: Site, folder: Path, world_size: int, nodes: int, mode: str, *asked: str) -> str:
@@ -24,7 +24,7 @@ def submit(site: Site, folder: Path, world_size: int, nodes: int, mode: str, *as
 
 
 def said(site: Site, folder: Path) -> dict[str, object]:
-    site.wait((folder / "said.json").exists, "the launcher's last word", 120)
+    site.wait((folder / "said.json").exists, "the launcher's last word")
     return read_json(folder / "said.json")
 
 

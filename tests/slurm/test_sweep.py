@@ -12,7 +12,7 @@ import pytest
 from tests.slurm.conftest import Site
 from tests.workflow.project import ROOT, STAND_IN, TINY, make_project
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
 RUNS = [f"s{i}" for i in range(8)]
 SWEEP = TINY[: TINY.index("runs:")].replace("{max_steps: 2,", "{max_steps: 2, ") + (
@@ -36,7 +36,7 @@ def sweep(site: Site, tmp_path: Path) -> StandIns:
 
 
 def test_eight_small_runs_of_which_one_fails(sweep: StandIns) -> None:
-    code, printed = sweep.finish(sweep.start("--retries", "0", "--until", "train"), seconds=280)
+    code, printed = sweep.finish(sweep.start("--retries", "0", "--until", "train"))
     assert code != 0
     trained = {run for run in RUNS if (sweep.path / sweep.summary_file(run)).exists()}
     assert trained == {*RUNS} - {"s3"}, printed
@@ -45,7 +45,7 @@ def test_eight_small_runs_of_which_one_fails(sweep: StandIns) -> None:
 
 
 def test_an_array_is_refused(sweep: StandIns) -> None:
-    code, printed = sweep.finish(sweep.start("--slurm-array-jobs", "train"), seconds=60)
+    code, printed = sweep.finish(sweep.start("--slurm-array-jobs", "train"))
     assert code != 0
     assert "slurm-array-jobs train: a job that fails in an array removes the results" in printed
 

@@ -26,12 +26,12 @@ def rank(folder: Path, mode: str) -> None:
     (folder / f"rank{number}").write_text(os.environ["LOCAL_RANK"] + " " + os.environ["SLURMD_NODENAME"])
     with errors_reported(number):
         if mode == "fail" and number == 2:
-            end = time.monotonic() + 60  # the others would be ended before they say who they are
+            end = time.monotonic() + 200  # the others would be ended before they say who they are
             while len(list(folder.glob("rank[0-9]"))) < 4 and time.monotonic() < end:
                 time.sleep(0.1)
             raise ValueError("the third rank's mistake")
         if mode in ("fail", "wait"):
-            end = time.monotonic() + 60
+            end = time.monotonic() + 200
             while not asked and time.monotonic() < end:
                 time.sleep(0.1)
             sys.exit(EXIT_INTERRUPTED if asked else 1)
