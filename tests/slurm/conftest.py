@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from getpass import getuser
 from pathlib import Path
 from tempfile import mkdtemp
@@ -65,6 +65,7 @@ class Site:
 
     path: Path
     cluster: Cluster
+    started: list[subprocess.Popen[str]] = field(default_factory=list)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -77,9 +78,11 @@ class Site:
         command += ["--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "1"]
         command += ["--latency-wait", "10", *arguments]
         with open(self.path / "printed.txt", "w") as output:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 command, cwd=self.path, env=self.environment, text=True, stdout=output, stderr=subprocess.STDOUT
             )
+        self.started.append(process)
+        return process
 
     def finish(self, process: subprocess.Popen[str], seconds: float = 600) -> tuple[int, str]:
         """Exit code and what was printed; too long is a failure."""
@@ -117,7 +120,7 @@ class Site:
         """Loss and gradient norm of every step of a finished run."""
         return [(r["loss"], r["grad_norm"]) for r in read_lines(self.folder(run) / "metrics.jsonl")]
 
-    def wait(self, condition: Callable[[], Any], what: str, seconds: float = 300) -> Any:
+    def wait(self, condition: Callable[[], Any], what: str, seconds: float = 400) -> Any:
         """Until `condition` holds; its value."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
@@ -196,9 +199,13 @@ def site(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Site:
 
 @pytest.fixture(autouse=True)
 def nothing_left(site: Site) -> Iterator[None]:
-    """After each test no job is in the queue and both nodes are up."""
+    """After each test, a failed one too, no Snakemake runs, no job is in the queue and both nodes are up."""
     yield
+    for process in site.started:
+        process.kill()
+        process.wait()
+    site.started.clear()
     site.cluster.call("scancel", f"--user={getuser()}", check=False)
-    site.wait(lambda: not site.cluster.call("squeue", "-h").strip(), "an empty queue", 30)
+    site.wait(lambda: not site.cluster.call("squeue", "-h").strip(), "an empty queue", 120)
     site.cluster.up()
     assert len(NODES) == 2

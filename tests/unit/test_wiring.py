@@ -12,6 +12,7 @@ from dayzero import store
 from dayzero.config import RunConfig
 from dayzero.errors import ConfigError
 from dayzero.experiment import Experiment
+from dayzero.snakemake_resources import by_run
 from dayzero.wiring import Wiring
 
 LLAMA = {"model_type": "llama"}
@@ -52,6 +53,20 @@ def test_runs_share_the_store() -> None:
     assert it.tokens(it.run("a")) == it.tokens(it.run("b")) != it.tokens(it.run("c"))
     assert it.data(it.run("a")) == it.data(it.run("c"))
     assert len(it.results("store")) == 5  # data; tokens and model of m; those of n
+
+
+def test_a_rule_is_given_a_value_where_runs_differ_by_their_names_alone() -> None:
+    model = {"source": "hf:org/m"}
+    same = wiring(train={"model": model}, b={"model": model, "seed": 1})  # a run may be named as a folder is
+    assert by_run(same, same.tokens_manifest) == same.tokens_manifest("b")
+    assert by_run(same, same.trained) == ["results/exp/{run}/train/summary.json"]
+    assert by_run(same, same.trained_arguments) == ["--train", "results/exp/{run}/train"]
+    mixed = wiring(a={"model": model}, b={"model": model, "method": {"name": "none"}}, c={"model": {"source": "hf:n"}})
+    for function in (mixed.trained, mixed.start, mixed.tokens_manifest):
+        asked = by_run(mixed, function)
+        assert [asked(SimpleNamespace(run=name)) for name in "abc"] == [function(name) for name in "abc"]
+    braces = wiring(a={"model": {**model, "chat_template": "{run}.jinja"}})  # a file's name, no pattern
+    assert by_run(braces, braces.chat_template_of_run)(SimpleNamespace(run="a")) == ["{run}.jinja"]
 
 
 def test_a_stage_s_config_is_whole_but_for_what_it_must_not_read() -> None:

@@ -91,6 +91,26 @@ def settled(wiring: Wiring, function: Callable[..., Any]) -> Any:
     return values[0] if all(value == values[0] for value in values) else function
 
 
+def by_run(wiring: Wiring, function: Callable[[str], Any]) -> Any:
+    """What a rule asks of its run by name, as an input or a parameter: the value itself, with {run} for the name, where
+    all runs' values differ in nothing else, and a function of the wildcards where they do."""
+    values = {name: function(name) for name in wiring.runs}
+    first = next(iter(values))
+    pattern = _replaced(values[first], f"/{first}/", "/{run}/")
+    plain = not any("{" in text for value in values.values() for text in _texts(value))
+    if plain and all(_replaced(pattern, "{run}", name) == value for name, value in values.items()):
+        return pattern
+    return lambda wildcards: function(wildcards.run)
+
+
+def _texts(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value
+
+
+def _replaced(value: str | list[str], old: str, new: str) -> str | list[str]:
+    return value.replace(old, new) if isinstance(value, str) else [text.replace(old, new) for text in value]
+
+
 def _functions(wiring: Wiring, site: Site, stage: str) -> dict[str, Callable[..., Any]]:
     resources: dict[str, Callable[..., Any]] = {
         "mem_mb": lambda wildcards: wiring.resources(stage, wildcards).mem_mb,

@@ -26,6 +26,7 @@ class Wiring:
         self.store, self.experiment = f"{results}/store", f"{results}/{experiment.name}"
         self._of_key: dict[str, RunConfig] = {}
         self._keys: dict[tuple[str, int], str] = {}
+        self._files_of_tasks: dict[tuple[str, ...], list[str]] = {}
         for run in self.runs.values():
             kinds = ["data", "tokens"]
             kinds += ["model"] if run.model.source else []
@@ -115,6 +116,12 @@ class Wiring:
         return f"{self.store}/models/{self._key('model', run)}"
 
     # what a run's stages read
+    def data_manifest(self, name: str) -> str:
+        return f"{self.data(self.run(name))}/manifest.json"
+
+    def tokens_manifest(self, name: str) -> str:
+        return f"{self.tokens(self.run(name))}/manifest.json"
+
     def start(self, name: str) -> list[str]:
         """The manifests of the model and tokenizer a run starts from."""
         return [f"{directory}/manifest.json" for directory in dict.fromkeys(self._start(name).values())]
@@ -174,6 +181,9 @@ class Wiring:
         """The file with the run's own chat template, if it has one."""
         return _local_files(run.model.chat_template)
 
+    def chat_template_of_run(self, name: str) -> list[str]:
+        return self.chat_template(self.run(name))
+
     def task_files(self, name: str) -> list[str]:
         """The files of config/tasks that define a run's tasks: their own, and what such files share."""
         return self._task_files(self.run(name))
@@ -183,10 +193,12 @@ class Wiring:
         return self._task_files(self.of_key(key))
 
     def _task_files(self, run: RunConfig) -> list[str]:
-        evaluate = run.evaluate
-        own = [self.tasks / f"{task}.yaml" for task in evaluate.tasks + evaluate.extra_tasks]
-        shared = [*self.tasks.glob("_*"), *self.tasks.glob("*.py")]
-        return [str(path) for path in own + sorted(shared) if path.is_file()]
+        tasks = (*run.evaluate.tasks, *run.evaluate.extra_tasks)
+        if tasks not in self._files_of_tasks:
+            own = [self.tasks / f"{task}.yaml" for task in tasks]
+            shared = [*self.tasks.glob("_*"), *self.tasks.glob("*.py")]
+            self._files_of_tasks[tasks] = [str(path) for path in own + sorted(shared) if path.is_file()]
+        return self._files_of_tasks[tasks]
 
     def config(self, name: str, stage: str) -> str:
         """The part of a run's config that `stage` is given, as JSON text."""

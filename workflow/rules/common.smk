@@ -14,6 +14,7 @@ from dayzero.files import check_folder, check_writable
 from dayzero.slurm_site import check_site
 from dayzero.snakemake_resources import (
     Site,
+    by_run,
     job_resources,
     job_threads,
     launch_arguments,

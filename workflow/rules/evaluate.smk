@@ -1,8 +1,8 @@
 rule evaluate:
     input:
         model=f"{RUN}/model/manifest.json",
-        data=lambda w: f"{WIRING.data(WIRING.run(w.run))}/manifest.json",
-        tasks=lambda w: WIRING.task_files(w.run),
+        data=by_run(WIRING, WIRING.data_manifest),
+        tasks=by_run(WIRING, WIRING.task_files),
     output:
         results=report(
             f"{RUN}/eval/results.json",
@@ -32,7 +32,7 @@ rule evaluate:
 rule verify_serving:
     input:
         model=f"{RUN}/model/manifest.json",
-        tokens=lambda w: f"{WIRING.tokens(WIRING.run(w.run))}/manifest.json",
+        tokens=by_run(WIRING, WIRING.tokens_manifest),
     output:
         parity=report(
             f"{RUN}/serve/parity.json",

@@ -1,8 +1,8 @@
 rule export:
     input:
-        start=lambda w: WIRING.start(w.run),
-        train=lambda w: WIRING.trained(w.run),
-        chat_template=lambda w: WIRING.chat_template(WIRING.run(w.run)),
+        start=by_run(WIRING, WIRING.start),
+        train=by_run(WIRING, WIRING.trained),
+        chat_template=by_run(WIRING, WIRING.chat_template_of_run),
     output:
         manifest=f"{RUN}/model/manifest.json",
     log:
@@ -14,8 +14,8 @@ rule export:
         **job_resources(WIRING, SITE, "export"),
     params:
         config=lambda w: WIRING.config(w.run, "export"),
-        start=lambda w: WIRING.start_arguments(w.run),
-        train=lambda w: WIRING.trained_arguments(w.run),
+        start=by_run(WIRING, WIRING.start_arguments),
+        train=by_run(WIRING, WIRING.trained_arguments),
         directory=subpath(output.manifest, parent=True),
     shell:
         "python -m dayzero.stages.export --config {params.config:q} {params.start:q} {params.train:q}"

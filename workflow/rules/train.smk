@@ -1,8 +1,8 @@
 rule train:
     input:
-        tokens=lambda w: f"{WIRING.tokens(WIRING.run(w.run))}/manifest.json",
-        start=lambda w: WIRING.start(w.run),
-        teacher=lambda w: WIRING.teacher(w.run),
+        tokens=by_run(WIRING, WIRING.tokens_manifest),
+        start=by_run(WIRING, WIRING.start),
+        teacher=by_run(WIRING, WIRING.teacher),
     output:
         metrics=report(
             f"{RUN}/train/metrics.jsonl",
@@ -26,8 +26,8 @@ rule train:
         launch=launch_arguments(WIRING),  # not a parameter: it changes no result, so it reruns nothing
     params:
         config=lambda w: WIRING.config(w.run, "train"),
-        start=lambda w: WIRING.start_arguments(w.run),
-        teacher=lambda w: WIRING.teacher_arguments(w.run),
+        start=by_run(WIRING, WIRING.start_arguments),
+        teacher=by_run(WIRING, WIRING.teacher_arguments),
         tokens=subpath(input.tokens, parent=True),
         directory=subpath(output.summary, parent=True),
     shell:
