@@ -49,7 +49,7 @@ def check_site(wiring: Wiring, site: Site, account: str, executor_settings: Any)
             problems.append(f"{key} = {name!r} ({PROFILE}): no such partition; {hint}")
     problems += _too_much(wiring, site, there)
     if arrays := getattr(executor_settings, "array_jobs", None):
-        # snakemake-executor-plugin-slurm 2.8.0 starts every task of an array as the Snakemake of its first job, and that
+        # snakemake-executor-plugin-slurm 2.8.0 starts every task of an array as the Snakemake of its first job, which
         # starts the task's own: when a task fails, the first job's outputs are removed as those of a failed job (seen)
         problems.append(
             f"slurm-array-jobs {arrays}: a job that fails in an array removes the results of the array's first job: "
