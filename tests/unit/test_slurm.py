@@ -14,7 +14,8 @@ import pytest
 from dayzero import slurm
 from dayzero.config import RunConfig
 from dayzero.config_checks import impossible
-from dayzero.engine.launch_nodes import check_world, rendezvous_port
+from dayzero.engine.launch import RankFailed
+from dayzero.engine.launch_nodes import NodeSettings, check_world, rendezvous_port, run_on_nodes
 from dayzero.engine.node import check_shared, clock_warning, use_interface
 from dayzero.errors import ConfigError
 from dayzero.experiment import Experiment
@@ -29,6 +30,32 @@ SHOWN = (
     "TimeLimit=1-02:03:04 StartTime=2026-11-22T21:54:53 Partition=gpu NodeList=node[1-2] BatchHost=node1 NumNodes=2 "
     "NumCPUs=8 NumTasks=4 "
 )
+
+
+SRUN = """#!/bin/sh
+while [ "$1" != --meeting ]; do shift; done
+cd "$2"
+touch stopped-0
+{rank_fails} && echo '{{"time": 1, "line": "a mistake", "traceback": "t"}}' > 3.json
+echo '{{"time": 2, "line": "node2: the connection to the store has failed", "traceback": "t"}}' > 1-node.json
+exit 1
+"""
+
+
+@pytest.mark.parametrize("rank_fails", [False, True])
+def test_a_node_that_lost_its_rendezvous_to_a_stop_has_not_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank_fails: bool
+) -> None:
+    """The first node stopped as asked and left before the second one's launcher: that one finds nobody there."""
+    (tmp_path / "srun").write_text(SRUN.format(rank_fails=str(rank_fails).lower()))
+    (tmp_path / "srun").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    job, settings, folder = Job(job_id="7", num_nodes=2, nodes="node[1-2]"), NodeSettings(nodes=2), tmp_path / "train"
+    if rank_fails:
+        with pytest.raises(RankFailed, match="rank 3: a mistake"):
+            run_on_nodes("m", [], 4, job, settings, folder=folder, logs=tmp_path / "logs")
+    else:
+        assert run_on_nodes("m", [], 4, job, settings, folder=folder, logs=tmp_path / "logs") is False
 
 
 def test_a_job_as_slurm_shows_it() -> None:

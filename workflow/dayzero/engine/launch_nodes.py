@@ -114,13 +114,15 @@ def run_on_nodes(
         stopped = list(meeting.glob("stopped-*"))
         if code == 0:
             return not stopped
+        if stopped and not any(path.stem.isdigit() for path in meeting.glob("*.json")):
+            # no rank failed: the others were ended while they stopped too, or the first node, which stopped before
+            # them, took the rendezvous along, and their launchers could only say so
+            return False
         if found := first_report(meeting):
             rank, report = found
             who = f"rank {rank}" if rank.isdigit() else "a node"
             log.error("%s failed first; the ranks' output is in %s\n%s", who, logs, report["traceback"].rstrip())
             raise RankFailed(f"{who}: {report['line']}")
-        if stopped:
-            return False  # the other nodes were ended while they stopped too
         said = next((line.partition(NODE_ERROR)[2] for line in printed if NODE_ERROR in line), None)
         raise RankFailed(said or f"srun ended with code {code}: {printed[-1] if printed else 'it said nothing'}")
     finally:
