@@ -25,12 +25,12 @@ from tests.workflow.project import ROOT, make_project
 
 HERE = Path(__file__).parent
 FAULT = "parallelism: {dp_shard: 2}, resources.train: {nodes: 2, gpu: auto}"
-EXPERIMENT = f"""
+DEFAULTS = """
 description: a tiny model on two virtual nodes
 defaults:
   model.source: local/llama
-  data: {{source: local/rows.jsonl, format: text, validation_size: 8, test_size: 8}}
-  tokenize: {{seq_len: 64}}
+  data: {source: local/rows.jsonl, format: text, validation_size: 8, test_size: 8}
+  tokenize: {seq_len: 64}
   method.lora.rank: 4
   train:
     max_steps: 24
@@ -40,21 +40,25 @@ defaults:
     optimizer.lr: 1.0e-2
     validate_every: 0
     checkpoint.every: 5
-  evaluate: {{tasks: [text_perplexity], batch_size: 8}}
-  serving: {{num_prompts: 2, max_new_tokens: 4}}
+  evaluate: {tasks: [text_perplexity], batch_size: 8}
+  serving: {num_prompts: 2, max_new_tokens: 4}
   resources:
-    check_data: {{mem_mb: 1500}}
-    tokenize: {{threads: 1, mem_mb: 1500}}
-    train: {{threads: 2, mem_mb: 3000, runtime: 30, stop_before: 120}}
-    export: {{threads: 1, mem_mb: 1500}}
-    evaluate: {{threads: 1, mem_mb: 2500}}
-    verify_serving: {{threads: 1}}
+    check_data: {mem_mb: 1500}
+    tokenize: {threads: 1, mem_mb: 1500}
+    train: {threads: 2, mem_mb: 3000, runtime: 30, stop_before: 120}
+    export: {threads: 1, mem_mb: 1500}
+    evaluate: {threads: 1, mem_mb: 2500}
+    verify_serving: {threads: 1}
 runs:
-  wide: {{train.max_steps: 4, parallelism: {{dp_shard: 2, tp: 2}}, resources.train: {{nodes: 2, gpu: auto}}}}
-  reference: {{{FAULT}}}
+"""
+WHOLE = f"""{DEFAULTS}  wide:
+    {{train.max_steps: 4, parallelism: {{dp_shard: 2, tp: 2}}, resources.train: {{nodes: 2, gpu: auto}}}}
+"""
+EXPERIMENT = f"""{DEFAULTS}  reference: {{{FAULT}}}
   limited: {{{FAULT}}}
   lost: {{{FAULT}}}
   cancelled: {{{FAULT}}}
+  preempted: {{{FAULT}}}
   orphaned: {{{FAULT}}}
 """
 
@@ -191,6 +195,7 @@ def cluster() -> Iterator[Cluster]:
 def site(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Site:
     """One project for all tests: they share its data, tokens and model, each has a run of its own."""
     project = make_project(tmp_path_factory.mktemp("site"), EXPERIMENT)
+    (project.path / "config/experiments/whole.yaml").write_text(WHOLE)
     tiny_export(project.path / "local/llama", num_key_value_heads=2, tie_word_embeddings=True)
     rows = [{"text": f"Row {i}: {i} + {i + 1} is {2 * i + 1}, and the fox jumps {i} times."} for i in range(80)]
     (project.path / "local/rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -22,12 +22,14 @@ SWEEP = TINY[: TINY.index("runs:")].replace("{max_steps: 2,", "{max_steps: 2, ")
 
 
 class StandIns(Site):
-    """A site whose jobs are stand-ins; the training of s3 fails."""
+    """A site whose jobs are stand-ins; the training of the run `fails` fails."""
+
+    fails = "s3"
 
     @property
     def environment(self) -> dict[str, str]:
         path = f"{STAND_IN}{os.pathsep}{ROOT / 'workflow'}"
-        return {**super().environment, "PYTHONPATH": path, "STAND_IN_FAILS": "results/tiny/s3/train"}
+        return {**super().environment, "PYTHONPATH": path, "STAND_IN_FAILS": f"results/tiny/{self.fails}/train"}
 
 
 @pytest.fixture
@@ -42,6 +44,18 @@ def test_eight_small_runs_of_which_one_fails(sweep: StandIns) -> None:
     assert trained == {*RUNS} - {"s3"}, printed
     table = printed[printed.index("1 failed") :]
     assert all(word in table for word in ("s3", "train", "made to fail"))
+
+
+def test_small_runs_share_an_allocation(sweep: StandIns) -> None:
+    """Eight trainings, four to a job."""
+    sweep.fails = "none"
+    profile = sweep.path / "profiles/slurm/config.yaml"
+    profile.write_text(profile.read_text().replace("small_runs: false", "small_runs: true"))
+    sweep.run("--until", "tokenize", "check_data")
+    before = sweep.cluster.jobs()
+    sweep.run("--groups", "train=small", "--group-components", "small=4", "--until", "train")
+    assert all((sweep.path / sweep.summary_file(run)).exists() for run in RUNS)
+    assert len(sweep.cluster.jobs().keys() - before.keys()) == 2
 
 
 def test_an_array_is_refused(sweep: StandIns) -> None:

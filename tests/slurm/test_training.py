@@ -57,20 +57,24 @@ def curve(site: Site) -> list[tuple[float, float]]:
 
 
 def test_end_to_end_over_two_nodes(site: Site) -> None:
-    """Every stage up to the scores; training on 2 nodes x 2 processes with their GPUs."""
-    site.run("results/tiny/wide/eval/results.json", seconds=400)
-    summary = read_json(site.folder("wide") / "summary.json")
+    """Every stage to the report; training on 2 nodes x 2 processes with their GPUs."""
+    site.run("--config", "experiment=whole")
+    run = site.path / "results/whole/wide"
+    summary = read_json(run / "train/summary.json")
     (attempt,) = summary["attempts"]
     assert (summary["world_size"], attempt["num_nodes"], attempt["gpus"], attempt["requeues"]) == (4, 2, 4, 0)
     job = summary["provenance"]["slurm"]
     assert (job["job_id"], job["nodes"], job["gpus"]) == (attempt["job_id"], "node[1-2]", 4)
     assert job["gpu_hours"] > 0
-    logs = site.folder("wide").parent / "logs/ranks"
-    assert {p.name for p in logs.iterdir()} == {f"rank_{i}.log" for i in range(4)}
-    assert not list(site.folder("wide").glob(".launch-*"))
-    assert not (site.folder("wide") / "lock.json").exists()
-    scores = read_json(site.folder("wide").parent / "eval/results.json")
-    assert scores["provenance"]["slurm"]["job_id"] != attempt["job_id"]
+    assert {p.name for p in (run / "logs/ranks").iterdir()} == {f"rank_{i}.log" for i in range(4)}
+    assert not list((run / "train").glob(".launch-*"))
+    assert not (run / "train/lock.json").exists()
+    scores, parity = read_json(run / "eval/results.json"), read_json(run / "serve/parity.json")
+    jobs = {stage["provenance"]["slurm"]["job_id"] for stage in (summary, scores, parity)}
+    assert len(jobs) == 3
+    assert parity["verdict"] == "pass"
+    report = (site.path / "results/whole/report/index.html").read_text()
+    assert all(shown in report for shown in ("node[1-2]", *jobs))
 
 
 def test_the_time_limit_stops_with_a_checkpoint_and_the_job_goes_on(site: Site, curve: list) -> None:  # type: ignore[type-arg]
@@ -92,6 +96,21 @@ def test_the_time_limit_stops_with_a_checkpoint_and_the_job_goes_on(site: Site, 
     assert first["to_step"] == second["from_step"]
     assert 8 <= second["from_step"] < 24  # the ranks are woken a moment before they are signalled
     assert site.curve("limited") == curve
+
+
+def test_a_preempted_job_goes_on(site: Site, curve: list) -> None:  # type: ignore[type-arg]
+    """A job of a partition that goes first takes its GPUs: it is signalled, has a grace time, and is put back."""
+    process = site.start(site.summary_file("preempted"))
+    site.hold("preempted", 9)
+    job = site.job_of("preempted")
+    urgent = ("--partition=urgent", "--nodes=2", "--gres=gpu:2", "--mem=100", "--output=/dev/null", "--wrap=sleep 3")
+    site.cluster.call("sbatch", *urgent)
+    site.wait(lambda: restarts(site, job) >= 1, "the job back in the queue", 120)
+    code, printed = site.finish(process)
+    assert code == 0, printed + site.job_logs()
+    assert outcomes(site, "preempted") == ["stopped", "training"]
+    assert read_json(site.folder("preempted") / "summary.json")["attempts"][1]["from_step"] >= 9
+    assert site.curve("preempted") == curve
 
 
 def test_a_lost_node(site: Site, curve: list) -> None:  # type: ignore[type-arg]
