@@ -37,6 +37,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "trainer padded": {"trainer": "transformers"},
     "trainer packed": {"trainer": "transformers", "packed": True},
     "trainer packed, 2 documents at a time": {"trainer": "transformers", "packed": True, "local_batch_size": 2},
+    "trainer packed, 2 documents at a time, compiled": {
+        "trainer": "transformers", "packed": True, "local_batch_size": 2, "compile": True,
+    },
     "trainer": {"trainer": "transformers"},
     "trainer liger": {"trainer": "transformers", "liger": True},
     "plain loop": {"trainer": "loop"},
@@ -121,6 +124,7 @@ def _arguments(task: Task, setting: dict[str, Any], folder: str) -> dict[str, An
         "use_cpu": not torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
         "use_liger_kernel": setting.get("liger", False),
+        "torch_compile": setting.get("compile", False),
     }
     if "gradient_checkpointing" in setting:
         arguments["gradient_checkpointing"] = setting["gradient_checkpointing"]

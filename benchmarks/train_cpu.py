@@ -28,7 +28,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / 
 
 from benchmarks.workload import ROOT, Measured, Task, measure
 
-OURS = ["dayzero"]
+OURS = ["dayzero", "dayzero compiled"]
 PEERS = [
     "trl defaults",
     "trl packed",
@@ -36,6 +36,7 @@ PEERS = [
     "trainer padded",
     "trainer packed",
     "trainer packed, 2 documents at a time",
+    "trainer packed, 2 documents at a time, compiled",
 ]
 
 
