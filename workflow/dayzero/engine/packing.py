@@ -32,6 +32,13 @@ ALONE = {"fp32": 1e-4, "bf16": 0.1}
 """Rounding when the other document goes away: other shapes take other kernels. Finds models that keep documents apart
 from one another's tokens but not from one another's presence."""
 
+OWN_ROUNDING = 10
+"""Times that a token's own rounding is allowed besides. A trained model has tokens whose logits amplify it: one in 59
+of SmolLM2-135M's over tp 3 moved by 4e-4, all others by 1e-6 to 1e-5."""
+
+COPIES = 4
+"""Rows of the same document whose logits show that rounding."""
+
 
 def require_causal(model: ParallelModel) -> None:
     """Raise `ConfigError` where the model sees the tokens that it is to predict."""
@@ -92,10 +99,14 @@ def packing_leak(logits: Callable[[Tensor, Tensor], Tensor], vocab_size: int, pr
     packed = logits(torch.cat(documents, dim=1), positions)
     edited = logits(torch.cat([*others, *documents[2:]], dim=1), positions)
     alone = torch.cat([logits(d, p) for d, p in zip(documents, places, strict=True)], dim=1)
+    # rows of a batch do not see one another, but sums over ranks and kernels round them differently
+    rows = [logits(d.expand(COPIES, -1), p.expand(COPIES, -1)) for d, p in zip(documents, places, strict=True)]
     scale = alone.abs().max().clamp(min=1e-6)
     after = sum(LENGTHS[:2])
     moved_by_edit = ((packed - edited)[:, after:].abs().max() / scale).item()
-    moved_by_removal = ((packed - alone).abs().max() / scale).item()
+    own_rounding = (torch.cat(rows, dim=1) - alone).abs().amax(dim=(0, 2)) / scale  # [T]
+    moved = (packed - alone).abs().amax(dim=(0, 2)) / scale
+    moved_by_removal = (moved - OWN_ROUNDING * own_rounding).max().item()
     if math.isnan(moved_by_edit + moved_by_removal):
         return None  # broken weights: the first step says so
     if moved_by_edit <= EDITED[precision] and moved_by_removal <= ALONE[precision]:
