@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from dayzero.files import write_json
 
 from tests.coverage import table
 from tests.coverage.architectures import architectures
+from tests.distributed.launch import start_ranks
 
 REPOSITORY = Path(__file__).parents[2]
 RESULTS = REPOSITORY / "results" / "coverage"
@@ -91,16 +91,7 @@ def walk(results: Path, names: list[str], stamp: str, deadline: float) -> None:
         write_json(results / "todo.json", names)
         log = results / "ranks.log"
         with log.open("w") as output:
-            process = subprocess.Popen(
-                [
-                    *[sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"],
-                    *["-m", "tests.coverage.worker", str(results)],
-                ],
-                cwd=REPOSITORY,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
+            process = start_ranks(RANKS, "tests.coverage.worker", results, output)
         names, why = _watch(process, results, names, stamp, deadline)
         if names and why:
             note_death(results, names[0], why, log, stamp)

@@ -7,11 +7,26 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 REPOSITORY = Path(__file__).parents[2]
+
+
+def start_ranks(world_size: int, module: str, folder: Path, printed: IO[str]) -> subprocess.Popen[bytes]:
+    """Start `python -m module folder` on `world_size` ranks, offline and one thread each; what they print goes to
+    `printed`."""
+    return subprocess.Popen(
+        [
+            *[sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"],
+            *["-m", module, str(folder)],
+        ],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        stdout=printed,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def run_ranks(world_size: int, jobs: list[dict[str, Any]], folder: Path, timeout: float = 840) -> dict[str, Any]:
@@ -25,16 +40,10 @@ def run_ranks(world_size: int, jobs: list[dict[str, Any]], folder: Path, timeout
     (folder / "jobs.json").write_text(json.dumps(jobs))
     printed = folder / "ranks.txt"
     with printed.open("w") as output:
-        done = subprocess.run(
-            [
-                *[sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"],
-                *["-m", "tests.distributed.jobs", str(folder)],
-            ],
-            cwd=REPOSITORY,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            timeout=timeout,
-        )
-    assert done.returncode == 0, printed.read_text()[-8000:]
+        process = start_ranks(world_size, "tests.distributed.jobs", folder, output)
+        try:
+            code = process.wait(timeout)
+        finally:
+            process.kill()
+    assert code == 0, printed.read_text()[-8000:]
     return torch.load(folder / "results.pt", weights_only=True)

@@ -265,7 +265,10 @@ def stage(tmp_path: Path) -> Iterator[dict[str, Any]]:
     )  # fmt: skip
     config = tmp_path / "config.json"
     config.write_text(json.dumps(run.resolved()))
-    yield {"config": config, "tokens": tokens, "output": tmp_path / "train", "run": run, "log": tmp_path / "log.txt"}
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    files = {"config": config, "tokens": tokens, "output": tmp_path / "train", "log": tmp_path / "log.txt"}
+    yield {**files, "run": run, "temporary": temporary}
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
             if str(config) in process.cmdline():
@@ -276,8 +279,8 @@ def start(stage: dict[str, Any], *more: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "dayzero.stages.train", "--config", str(stage["config"]), "--tokens",
          str(stage["tokens"]), "--output", str(stage["output"]), "--log", str(stage["log"]), *more],
-        cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "2"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True,
+        cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "2", "TMPDIR": str(stage["temporary"])},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
@@ -318,6 +321,7 @@ def test_the_stage_saves_when_asked_to_stop_and_continues(stage: dict[str, Any])
             shutil.rmtree(stage["output"])  # then once more, never interrupted
     assert len(resumed) == 60
     assert losses(stage) == resumed
+    assert not list(stage["temporary"].iterdir())  # as torchrun would leave there, once a training
 
 
 def test_a_checkpoint_of_another_config_is_refused_with_the_differing_keys(stage: dict[str, Any]) -> None:

@@ -62,12 +62,14 @@ def run_torchrun(
     # what the whole job may use (Snakemake sets the variable to a rule's threads) is shared among the ranks
     cores = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
     os.environ["OMP_NUM_THREADS"] = str(max(1, cores // processes))
-    with tempfile.TemporaryDirectory(prefix="dayzero-errors-") as own, signals_passed_on() as asked:
+    with tempfile.TemporaryDirectory(prefix="dayzero-torchrun-") as own, signals_passed_on() as asked:
         folder = errors or Path(own)
         os.environ[_ERRORS] = str(folder)
         try:
             # torchrun's parser would take arguments of ours that begin like its own
-            options = parse_args([*rendezvous, f"--nproc-per-node={processes}", "-m", module])
+            # it would make its folder of logs in the machine's own temporary folder and leave it there
+            logs = f"--log-dir={own}/torchrun"
+            options = parse_args([*rendezvous, f"--nproc-per-node={processes}", logs, "-m", module])
             options.training_script_args = arguments
             # torchrun's handler of the other signals kills ranks after 30 s, perhaps in the middle of a checkpoint
             options.signals_to_handle = "SIGHUP,SIGQUIT"
