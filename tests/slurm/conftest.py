@@ -60,6 +60,8 @@ EXPERIMENT = f"""{DEFAULTS}  reference: {{{FAULT}}}
   cancelled: {{{FAULT}}}
   preempted: {{{FAULT}}}
   orphaned: {{{FAULT}}}
+  first: {{{FAULT}}}
+  second: {{{FAULT}}}
 """
 
 

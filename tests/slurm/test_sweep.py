@@ -58,10 +58,32 @@ def test_small_runs_share_an_allocation(sweep: StandIns) -> None:
     assert len(sweep.cluster.jobs().keys() - before.keys()) == 2
 
 
-def test_an_array_is_refused(sweep: StandIns) -> None:
-    code, printed = sweep.finish(sweep.start("--slurm-array-jobs", "train"))
+def test_an_array_of_eight_small_runs_of_which_one_fails(sweep: StandIns) -> None:
+    """Its other tasks keep their results, and the first task is not judged by the others' ends."""
+    sweep.run("--until", "tokenize", "check_data")
+    before = sweep.cluster.jobs()
+    code, printed = sweep.finish(
+        sweep.start("--retries", "0", "--slurm-array-jobs", "train", "--slurm-array-limit", "30", "--until", "train")
+    )
     assert code != 0
-    assert "slurm-array-jobs train: a job that fails in an array removes the results" in printed
+    trained = {run for run in RUNS if (sweep.path / sweep.summary_file(run)).exists()}
+    assert trained == {*RUNS} - {"s3"}, printed
+    for run in trained:  # each task has trained its own run
+        assert f"results/tiny/{run}/train" in (sweep.path / f"results/tiny/{run}/logs/train.log").read_text()
+    table = printed[printed.index("1 failed") :]
+    assert all(word in table for word in ("s3", "train", "made to fail"))
+    tasks = sorted(sweep.cluster.jobs().keys() - before.keys())
+    assert len(tasks) == 8
+    assert {task.partition("_")[2] for task in tasks} == {str(i) for i in range(1, 9)}
+    assert len({task.partition("_")[0] for task in tasks}) == 1
+
+
+def test_runs_that_differ_make_no_array(sweep: StandIns) -> None:
+    more = ["--config", "set=runs.s5.resources.train.mem_mb=700"]
+    code, printed = sweep.finish(sweep.start("--slurm-array-jobs", "train", "--slurm-array-limit", "30", *more))
+    assert code != 0
+    assert "runs s0 and s5 ask for different resources.train" in printed
+    assert "submitted" not in printed
 
 
 @pytest.mark.parametrize(

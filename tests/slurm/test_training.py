@@ -132,6 +132,28 @@ def test_a_lost_node(site: Site, curve: list) -> None:  # type: ignore[type-arg]
     assert site.curve("lost") == curve
 
 
+def test_a_stopped_task_of_an_array_goes_on_alone(site: Site, curve: list) -> None:  # type: ignore[type-arg]
+    """Two runs are the tasks of one array."""
+    summaries = [site.summary_file("first"), site.summary_file("second")]
+    process = site.start("--slurm-array-jobs", "train", "--slurm-array-limit", "30", *summaries)
+    ranks = site.hold("second", 7)
+    job = site.job_of("second")
+    lines = site.cluster.call(
+        "scontrol", "show", "job", "-o", job
+    ).splitlines()  # the last task's id is the array's too
+    (task,) = [parse_job(line).array_task for line in lines if line.startswith(f"JobId={job} ")]
+    site.cluster.call("scancel", "--signal=USR1", task)
+    go_on(ranks)
+    code, printed = site.finish(process)
+    assert code == 0, printed + site.job_logs()
+    assert outcomes(site, "first") == ["training"]
+    assert outcomes(site, "second") == ["stopped", "training"]
+    first, second = (read_json(site.folder(run) / "summary.json")["attempts"][-1] for run in ("first", "second"))
+    assert (first["requeues"], second["requeues"]) == (0, 1)
+    assert first["job_id"] != second["job_id"] == job
+    assert site.curve("first") == site.curve("second") == curve
+
+
 def test_a_cancelled_job_and_a_rerun(site: Site, curve: list) -> None:  # type: ignore[type-arg]
     process = site.start("--retries", "0", site.summary_file("cancelled"))
     ranks = site.hold("cancelled", 8)

@@ -39,6 +39,7 @@ QUEUE = """\
 13|PENDING||{here}|rule_verify_serving_wildcards_b|Priority
 14|RUNNING|node7|/elsewhere|rule_train_wildcards_b|None
 15|RUNNING|node7|{here}|(null)|None
+16_2|RUNNING|node7|{here}|rule_export_wildcards_a|None
 """
 
 

@@ -25,6 +25,8 @@ class Job:
     """One job as `scontrol show job` tells it."""
 
     job_id: str
+    array_task: str = ""
+    """ARRAY_TASK of a task of an array; the id of one of them is the whole array's too."""
     state: str = ""
     nodes: str = ""
     """SLURM's short list of them, e.g. node[1-4]."""
@@ -50,7 +52,7 @@ def current_job() -> Job | None:
     if not job_id:
         return None
     try:
-        return parse_job(_call("scontrol", "show", "job", "-o", job_id))
+        return _shown(job_id)
     except SlurmError:
         return Job(job_id=job_id, nodes=os.environ.get("SLURM_JOB_NODELIST", ""))
 
@@ -58,6 +60,11 @@ def current_job() -> Job | None:
 def in_job_step() -> bool:
     """Whether srun started this process, so that it may not start steps over all of the job's nodes."""
     return "SLURM_JOB_ID" in os.environ and "SLURM_STEP_ID" in os.environ
+
+
+def _shown(job_id: str) -> Job:
+    lines = _call("scontrol", "show", "job", "-o", job_id).splitlines()
+    return parse_job(next((line for line in lines if line.startswith(f"JobId={job_id} ")), "".join(lines[:1])))
 
 
 def parse_job(text: str) -> Job:
@@ -73,6 +80,7 @@ def parse_job(text: str) -> Job:
     nodes = int(known("NumNodes").partition("-")[0] or 1)
     return Job(
         job_id=fields["JobId"],
+        array_task=f"{fields['ArrayJobId']}_{fields['ArrayTaskId']}" if "ArrayTaskId" in fields else "",
         state=known("JobState"),
         nodes=known("NodeList"),
         num_nodes=nodes,
@@ -120,20 +128,21 @@ def job_states(job_ids: Iterable[str]) -> dict[str, str] | None:
     if not wanted:
         return {}
     try:
-        lines = _call("squeue", "--noheader", "--states=all", "--format=%i|%T").splitlines()
+        lines = _call("squeue", "--noheader", "--states=all", "--format=%i|%A|%T").splitlines()
     except SlurmError:
         return None
-    found = dict(line.strip().partition("|")[::2] for line in lines)
+    # a task of an array goes by two ids: 7_3, and one of its own
+    found = {job_id: state for *ids, state in (line.strip().split("|") for line in lines) for job_id in ids}
     return {job_id: found[job_id] for job_id in wanted if job_id in found}
 
 
 def put_back(job_id: str) -> str | None:
     """Put a running job back into the queue under the same id, which ends its processes; else the reason why not."""
     try:
-        state = parse_job(_call("scontrol", "show", "job", "-o", job_id)).state
-        if state != "RUNNING":  # cancelled or preempted: what becomes of it is settled already
-            return f"it is {state}"
-        _call("scontrol", "requeue", job_id)
+        job = _shown(job_id)
+        if job.state != "RUNNING":  # cancelled or preempted: what becomes of it is settled already
+            return f"it is {job.state}"
+        _call("scontrol", "requeue", job.array_task or job_id)
     except SlurmError as error:
         return str(error)
     return None

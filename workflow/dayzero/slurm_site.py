@@ -12,7 +12,8 @@ from typing import Any
 from dayzero.config_errors import nearest
 from dayzero.errors import ConfigError
 from dayzero.slurm import SECONDS, parse_time
-from dayzero.snakemake_resources import Site
+from dayzero.slurm_arrays import array_problems
+from dayzero.snakemake_resources import Run, Site
 from dayzero.wiring import Wiring
 
 PROFILE = "default-resources of profiles/slurm/config.yaml"
@@ -48,13 +49,7 @@ def check_site(wiring: Wiring, site: Site, account: str, executor_settings: Any)
             hint = f"did you mean {near}?" if near else f"there are {', '.join(there)}"
             problems.append(f"{key} = {name!r} ({PROFILE}): no such partition; {hint}")
     problems += _too_much(wiring, site, there)
-    if arrays := getattr(executor_settings, "array_jobs", None):
-        # snakemake-executor-plugin-slurm 2.8.0 starts every task of an array as the Snakemake of its first job, which
-        # starts the task's own: when a task fails, the first job's outputs are removed as those of a failed job (seen)
-        problems.append(
-            f"slurm-array-jobs {arrays}: a job that fails in an array removes the results of the array's first job: "
-            "leave it out; groups let several small runs share an allocation (profiles/README.md)"
-        )
+    problems += array_problems(wiring, site, executor_settings)
     if account and (problem := account_problem(account)):
         problems.append(problem)
     if problems:
@@ -67,7 +62,7 @@ def _too_much(wiring: Wiring, site: Site, there: dict[str, Partition]) -> list[s
     """Runs that ask for more than a node, or the partition, has."""
     problems = []
     for name, run in wiring.runs.items():
-        wildcards = _Run(name)
+        wildcards = Run(name)
         stages = [stage for stage in ("train", "evaluate", "verify_serving", "export")]
         for stage in stages if run.method.name != "none" else stages[1:]:
             gpus, nodes = wiring.gpus(stage, wildcards), wiring.nodes(stage, wildcards)
@@ -91,11 +86,6 @@ def _too_much(wiring: Wiring, site: Site, there: dict[str, Partition]) -> list[s
                     f"{partition.limit / 60:.0f}: lower it (training goes on in a new job by itself)"
                 )
     return problems
-
-
-@dataclass(frozen=True)
-class _Run:
-    run: str
 
 
 def partitions() -> dict[str, Partition]:

@@ -78,7 +78,9 @@ def launch_arguments(wiring: Wiring) -> Any:
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
+    """The wildcards of a rule with a job for each run."""
+
     run: str
 
 
@@ -87,7 +89,7 @@ def settled(wiring: Wiring, function: Callable[..., Any]) -> Any:
     times for each of thousands of jobs."""
     if function.__code__.co_argcount > 1:
         return function
-    values = [function(_Run(name)) for name in wiring.runs]
+    values = [function(Run(name)) for name in wiring.runs]
     return values[0] if all(value == values[0] for value in values) else function
 
 

@@ -85,6 +85,8 @@ def parse_queue(text: str, folder: Path) -> dict[tuple[str, str], Queued]:
     for line in text.splitlines():
         job_id, state, node, directory, comment, reason = (line.strip().split("|") + [""] * 6)[:6]
         found = re.fullmatch(r"rule_(\w+?)_wildcards_(.+)", comment)
+        if "_" in job_id:  # all tasks of an array have the comment of its first
+            continue
         if found and Path(directory).resolve() == folder.resolve():
             jobs[found[1], found[2]] = Queued(job_id, state, node, reason)
     return jobs
@@ -111,7 +113,8 @@ def run_status(run: RunConfig, folder: Path, jobs: dict[tuple[str, str], Queued]
     if stage != "train":
         facts.pop("seconds_left", None)
     node = (job.node if job else "") or (str(lock["nodes"] or lock["host"]) if lock else "")
-    return RunStatus(run=run.run, stage=stage, job_id=job.job_id if job else "", node=node, state=state, **facts)
+    job_id = job.job_id if job else str((lock and lock["job_id"]) or "")
+    return RunStatus(run=run.run, stage=stage, job_id=job_id, node=node, state=state, **facts)
 
 
 def _progress(run: RunConfig, metrics: list[dict[str, Any]]) -> dict[str, Any]:

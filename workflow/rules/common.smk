@@ -11,6 +11,7 @@ from dayzero.errors import ConfigError
 from dayzero.experiment import experiment_path, load_experiment
 from dayzero.failures import print_failures
 from dayzero.files import check_folder, check_writable
+from dayzero.slurm_arrays import become_task
 from dayzero.slurm_site import check_site
 from dayzero.snakemake_resources import (
     Site,
@@ -21,6 +22,11 @@ from dayzero.snakemake_resources import (
     named,
 )
 from dayzero.store import RUN_NAME
+
+try:
+    become_task(sys.argv)
+except ConfigError as error:
+    raise WorkflowError(str(error)) from None
 
 # jobs run the `python` that runs Snakemake; a conda environment, where one is activated, still comes first
 os.environ.update(

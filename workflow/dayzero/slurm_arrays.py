@@ -1,0 +1,99 @@
+"""Job arrays: several runs' jobs under one SLURM id, each task with an id of its own.
+
+snakemake-executor-plugin-slurm starts every task of an array as the Snakemake of the array's first job, with the
+commands of the others as an argument. That process would start a task's own Snakemake and then judge the first job by
+its end (remove the first job's outputs when the task fails), and with the resource `mpi` it would run the first job
+again. So it becomes the task's own Snakemake instead, before it has read a rule.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dayzero.errors import ConfigError
+from dayzero.files import canonical_json
+from dayzero.snakemake_resources import Run, Site
+from dayzero.wiring import Wiring
+
+OPTION = "--slurm-jobstep-array-execs"
+BECOME = "DAYZERO_ARRAY_TASK"
+"""Environment variable: the array task whose own Snakemake this process belongs to."""
+
+STAGES = ("train", "export", "evaluate", "verify_serving")
+"""The rules that have a job for each run."""
+LONGEST = 30
+"""Most tasks of an array: their commands are one argument, of 2 to 4 KiB each, and Linux allows one of 128 KiB."""
+
+
+def task_command(argv: Sequence[str], environment: Mapping[str, str]) -> str | None:
+    """The command of this array task's own job, for a shell; None in any other process.
+
+    `argv` is this process's command line, as the array's batch script wrote it. Raises ConfigError where it is a task's
+    but the commands are missing: the first job would be run in its place.
+    """
+    task, first = environment.get("SLURM_ARRAY_TASK_ID"), environment.get("SLURM_ARRAY_TASK_MIN")
+    job_step = "slurm-jobstep" in argv
+    if not job_step or task is None or task == first or environment.get(BECOME) == _name(environment):
+        return None
+    given = next((text.partition("=")[2] for text in argv if text.startswith(f"{OPTION}=")), None)
+    if given is None:
+        raise ConfigError(
+            f"task {task} of the array was not told its job: lower --slurm-array-limit; if no array was asked for, "
+            "start snakemake outside of an array's task, or unset SLURM_ARRAY_TASK_ID first"
+        )
+    from snakemake_executor_plugin_slurm_jobstep import parse_array_execs
+
+    return zlib.decompress(bytes.fromhex(parse_array_execs(given)[task])).decode()
+
+
+def become_task(argv: Sequence[str]) -> None:
+    """Replace this process by the array task's own Snakemake, where it is another's. Raises ConfigError."""
+    if command := task_command(argv, os.environ):
+        os.environ[BECOME] = _name(os.environ)
+        os.execvp("sh", ["sh", "-c", command])  # noqa: S606 (a shell command that Snakemake has quoted)
+
+
+def _name(environment: Mapping[str, str]) -> str:
+    return f"{environment.get('SLURM_ARRAY_JOB_ID')}_{environment['SLURM_ARRAY_TASK_ID']}"
+
+
+def array_problems(wiring: Wiring, site: Site, settings: Any) -> list[str]:
+    """What speaks against the arrays that are asked for; `settings` are the executor's."""
+    asked = getattr(settings, "array_jobs", None)
+    if not asked:
+        return []
+    rules = [name.strip() for name in str(asked).replace(";", ",").split(",")]
+    problems = []
+    for rule in rules:
+        if rule not in STAGES:
+            problems.append(f"slurm-array-jobs {rule}: arrays are for the rules with a job a run: {', '.join(STAGES)}")
+            continue
+        if rule == "train" and site.runs_are_small:
+            problems.append("slurm-array-jobs train: leave it out, or set small_runs to false: an array has no groups")
+        asking: dict[Any, str] = {}
+        for name in [name for name in wiring.runs if rule != "train" or wiring.trained(name)]:
+            asking.setdefault(_what_it_asks(wiring, rule, name), name)
+        if len(asking) > 1:
+            one, other = list(asking.values())[:2]
+            problems.append(
+                f"slurm-array-jobs {rule}: all tasks of an array get what its first asks for, but runs {one} and "
+                f"{other} ask for different resources.{rule}, GPUs or nodes: make them alike, or leave {rule} out"
+            )
+    limit = int(getattr(settings, "array_limit", 0))
+    if getattr(settings, "pass_command_as_script", False):
+        problems.append("slurm-pass-command-as-script: an array's tasks are not told their jobs that way: leave it out")
+    if not problems and limit > LONGEST:
+        problems.append(
+            f"slurm-array-limit {limit}: the command line of a longer array does not fit, at most {LONGEST} jobs do: "
+            f"add --slurm-array-limit {LONGEST} (more runs make several arrays)"
+        )
+    return problems
+
+
+def _what_it_asks(wiring: Wiring, rule: str, name: str) -> Any:
+    run = Run(name)
+    asked = wiring.resources(rule, run).model_dump(mode="json")
+    return canonical_json([asked, wiring.gpus(rule, run), wiring.processes(run) if rule == "train" else 1])
