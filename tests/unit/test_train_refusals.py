@@ -196,6 +196,16 @@ def test_a_pipeline_that_does_not_fit(sizes: dict[str, Any], said: str, refused:
     assert said in refused(method={"name": "pretrain"}, model=model, parallelism=sizes, train=rows)
 
 
+def test_heads_that_ulysses_cannot_split(refused: Refused) -> None:
+    last = refused(
+        method={"name": "pretrain"},
+        model={"architecture": ARCHITECTURES["llama"]},
+        parallelism={"cp": 3, "cp_method": "ulysses"},
+    )
+    # said before a rank is started
+    assert last.startswith("train: error: parallelism.cp 3: ulysses splits num_attention_heads 4 / 3 = 1.333: use a ")
+
+
 @pytest.mark.parametrize(
     ("model", "sections", "said"),
     [

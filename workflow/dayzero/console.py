@@ -42,6 +42,8 @@ def setup_logging(stage: str, log_file: str | Path | None = None) -> None:
         log.addHandler(to_file)
         logging.getLogger().addHandler(to_file)  # the libraries' warnings belong in the file too
     logging.captureWarnings(True)
+    # torchao still registers enums as constants, which torch 2.13 calls deprecated: not for a user to mend
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
 
 class ProgressBar:

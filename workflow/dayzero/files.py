@@ -83,6 +83,7 @@ def check_writable(directory: str | Path) -> None:
         Path(directory).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=directory).close()
     except OSError as error:
+        error.filename = str(directory)  # not that of the file tried there
         raise ConfigError(one_line(error)) from error
 
 

@@ -62,10 +62,13 @@ _state: _State | None = None
 
 
 def use_context_parallel(model: PreTrainedModel, cp: int, method: str) -> None:
-    """Let `model` attend through this module.
+    """Let `model` attend through this module. Raises as `check_context_parallel` does."""
+    check_context_parallel(model, cp, method)
+    model.set_attn_implementation(NAME)
 
-    Raises `ConfigError` where the model's attention cannot be replaced, or ulysses cannot split its heads.
-    """
+
+def check_context_parallel(model: PreTrainedModel, cp: int, method: str) -> None:
+    """Raise `ConfigError` where the model's attention cannot be replaced, or ulysses cannot split its heads."""
     if not getattr(model, "_supports_attention_backend", False):
         raise ConfigError(
             f"parallelism.cp {cp}: the attention of {type(model).__name__} cannot be replaced: use dp_shard or tp"
@@ -76,7 +79,6 @@ def use_context_parallel(model: PreTrainedModel, cp: int, method: str) -> None:
             f"parallelism.cp {cp}: ulysses splits num_attention_heads {heads} / {cp} = {heads / cp:.4g}: "
             f"use a divisor of {heads}, or cp_method ring or allgather"
         )
-    model.set_attn_implementation(NAME)
 
 
 class ContextParallel:

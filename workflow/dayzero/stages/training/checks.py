@@ -14,6 +14,7 @@ from dayzero.data.loader import check_rows
 from dayzero.data.model_files import context_length
 from dayzero.data.tokenizer import check_same_tokens
 from dayzero.data.tokens import TokenRows
+from dayzero.engine.context_parallel import check_context_parallel
 from dayzero.engine.distillation import check_vocabularies
 from dayzero.engine.expert_parallel import check_expert_parallel
 from dayzero.engine.float8 import convert_to_float8, require_float8
@@ -58,6 +59,7 @@ def check_all(run: RunConfig, args: argparse.Namespace) -> None:
         or dims.pp > 1
         or dims.ep > 1
         or dims.tp > 1
+        or dims.cp > 1
         or dims.strategy == "megatron_fsdp"
     )
     if asks_the_model:
@@ -101,12 +103,16 @@ def _check_model(run: RunConfig, args: argparse.Namespace, dims: ParallelDims) -
     if of_teacher := teacher_source(run, args):
         teacher = build_model(of_teacher, of_teacher.config(), Method(name="none"), 0, meta=True)
         check_vocabularies(model, teacher, str(run.method.kd.teacher))
+        if dims.cp > 1:
+            check_context_parallel(teacher, dims.cp, dims.cp_method)
         if dims.tp > 1:
             tensor_parallel_plan(teacher, dims.tp, sequence_parallel=dims.sequence_parallel)
     if dims.strategy == "megatron_fsdp":
         check_megatron_fsdp(model)
     if run.train.fp8:
         convert_to_float8(model, run.train.fp8)
+    if dims.cp > 1:
+        check_context_parallel(model, dims.cp, dims.cp_method)
     if dims.ep > 1:
         check_expert_parallel(model, dims.ep)
     if dims.pp > 1:
