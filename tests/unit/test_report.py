@@ -16,7 +16,7 @@ from dayzero.reporting import table as terminal
 from dayzero.reporting.collect import read_runs
 from dayzero.reporting.facts import data_tables, differences_table, stage_seconds
 from dayzero.reporting.latex import escape, latex_table
-from dayzero.reporting.plots import PLOTS
+from dayzero.reporting.plots import PLOTS, scores_plot
 from dayzero.reporting.scores import score_table, tidy_scores
 from dayzero.stages.report import main
 
@@ -130,6 +130,21 @@ def test_first_table_compares_runs_on_the_same_items_and_marks_the_best(demo: tu
     assert page.index('id="scores"') < page.index('id="runs"') < page.index('id="plots"')
     assert re.search(r'<td class="number best">0\.417 <span class="stderr">±&nbsp;0\.045', page)
     assert "given the same items" in page
+
+
+def test_a_panel_of_the_scores_has_the_tasks_of_its_metric_alone(demo: tuple[list[Path], Path]) -> None:
+    runs = read_runs(demo[0])
+    scores = tidy_scores("demo", runs)
+    scores = scores[(scores["metric"] != "answer_nll") | (scores["task"] == "tool_calls")]
+    panels = {a.get_title().split()[0]: a for a in scores_plot(runs, scores).axes if a.axison}
+    assert panels.keys() == {*scores["metric"]}
+    for metric, panel in panels.items():
+        own = scores[scores["metric"] == metric]["task"].unique()
+        assert len(panel.get_yticks()) == len(own)
+        names = [label.get_text().replace("\n", "") for label in panel.get_yticklabels()]
+        assert names in ([*own], [])  # none beside a panel of the same tasks
+        assert len(panel.containers) == scores[scores["metric"] == metric]["run"].nunique()
+    assert {len(panel.get_yticks()) for panel in panels.values()} == {1, 2}
 
 
 def test_scores_on_other_items_are_shown_as_not_comparable(tmp_path: Path) -> None:

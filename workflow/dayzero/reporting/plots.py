@@ -55,45 +55,54 @@ def loss_plot(runs: Sequence[Run], scores: pd.DataFrame) -> Figure:
 
 
 def scores_plot(runs: Sequence[Run], scores: pd.DataFrame) -> Figure:
-    """One panel a metric: tasks down, runs as marks with one standard error to each side."""
+    """One panel a metric, metrics of the same tasks side by side: tasks down, runs as marks with one standard error to
+    each side."""
     scored = scores[scores["task"].notna()]
-    metrics = list(dict.fromkeys(scored["metric"]))
-    if not metrics:
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for metric, of_metric in scored.groupby("metric", sort=False):
+        groups.setdefault(tuple(dict.fromkeys(of_metric["task"])), []).append(str(metric))
+    if not groups:
         return _nothing(_figure(1.6)[1], "No run was evaluated")
-    tasks = list(dict.fromkeys(scored["task"]))
-    columns = 1 if len(metrics) == 1 else 2
-    rows = -(-len(metrics) // columns)
-    height = 0.45 + rows * (0.75 + len(tasks) * max(0.45, 0.14 * len(runs)))
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    panels = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    columns = 2 if scored["metric"].nunique() > 1 else 1
+    rows = [
+        (tasks, metrics[i : i + columns]) for tasks, metrics in groups.items() for i in range(0, len(metrics), columns)
+    ]
+    heights = [0.75 + len(tasks) * max(0.45, 0.14 * len(runs)) for tasks, _ in rows]
+    figure = Figure(figsize=(WIDTH, 0.45 + sum(heights)), layout="constrained")
+    panels = figure.subplots(len(rows), columns, sharey="row", squeeze=False, height_ratios=heights)
     names = [run.name for run in runs]
-    step = 0.6 / max(1, len(names) - 1) if len(names) > 1 else 0.0
-    for panel, metric in zip(panels.flat, metrics, strict=False):
-        of_metric = scored[scored["metric"] == metric]
-        for index, name in enumerate(names):
-            colour, marker, _ = series_style(index)
-            of_run = of_metric[of_metric["run"] == name]
-            if of_run.empty:
-                continue
-            places = [tasks.index(task) + (index - (len(names) - 1) / 2) * step for task in of_run["task"]]
-            stderr = of_run["stderr"].astype(float).fillna(0)
-            panel.errorbar(
-                of_run["value"], places, xerr=stderr, fmt=marker, color=colour, capsize=2.5, elinewidth=1.2, label=name
-            )
-        better = of_metric["higher_is_better"].dropna()
-        arrow = "" if better.empty else " ↑" if better.iloc[0] else " ↓"
-        panel.set_title(_short(metric) + arrow)
-        panel.set_yticks(range(len(tasks)), [_wrap(task) for task in tasks])
-        panel.set_ylim(len(tasks) - 0.45, -0.55)
-        panel.grid(visible=False, axis="y")
-        panel.tick_params(axis="y", length=0)
-        panel.margins(x=0.08)
-    for panel in panels.flat[len(metrics) :]:
-        panel.set_axis_off()
+    for (tasks, metrics), row in zip(rows, panels, strict=True):
+        for panel, metric in zip(row, metrics, strict=False):
+            _scores_of(panel, scored[scored["metric"] == metric], tasks, names)
+        for panel in row[len(metrics) :]:
+            panel.set_axis_off()
     seen = [index for index, name in enumerate(names) if name in set(scored["run"])]
     handles = [Line2D([], [], color=series_style(i)[0], marker=series_style(i)[1], linestyle="") for i in seen]
     _legend(figure, handles, [names[i] for i in seen])
     return figure
+
+
+def _scores_of(panel: Axes, of_metric: pd.DataFrame, tasks: Sequence[str], names: Sequence[str]) -> None:
+    """Draw one metric's values: a line of the panel a task, a mark a run."""
+    step = 0.6 / max(1, len(names) - 1) if len(names) > 1 else 0.0
+    for index, name in enumerate(names):
+        colour, marker, _ = series_style(index)
+        of_run = of_metric[of_metric["run"] == name]
+        if of_run.empty:
+            continue
+        places = [tasks.index(task) + (index - (len(names) - 1) / 2) * step for task in of_run["task"]]
+        stderr = of_run["stderr"].astype(float).fillna(0)
+        panel.errorbar(
+            of_run["value"], places, xerr=stderr, fmt=marker, color=colour, capsize=2.5, elinewidth=1.2, label=name
+        )
+    better = of_metric["higher_is_better"].dropna()
+    arrow = "" if better.empty else " ↑" if better.iloc[0] else " ↓"
+    panel.set_title(_short(str(of_metric["metric"].iloc[0])) + arrow)
+    panel.set_yticks(range(len(tasks)), [_wrap(task) for task in tasks])
+    panel.set_ylim(len(tasks) - 0.45, -0.55)
+    panel.grid(visible=False, axis="y")
+    panel.tick_params(axis="y", length=0)
+    panel.margins(x=0.08)
 
 
 def throughput_plot(runs: Sequence[Run], scores: pd.DataFrame) -> Figure:
