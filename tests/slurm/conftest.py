@@ -60,6 +60,7 @@ EXPERIMENT = f"""{DEFAULTS}  reference: {{{FAULT}}}
   cancelled: {{{FAULT}}}
   preempted: {{{FAULT}}}
   orphaned: {{{FAULT}}}
+  filled: {{{FAULT}}}
   first: {{{FAULT}}}
   second: {{{FAULT}}}
 """

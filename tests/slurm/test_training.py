@@ -11,7 +11,9 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 
 import psutil
 import pytest
@@ -54,6 +56,20 @@ def curve(site: Site) -> list[tuple[float, float]]:
     )
     assert done.returncode == 0, done.stderr
     return site.curve("reference")
+
+
+@pytest.fixture
+def small_disk(site: Site) -> Iterator[Path]:
+    """A file system of 20 MiB, on which the run `filled` trains. It takes the superuser's rights to make one."""
+    folder = site.folder("filled")
+    folder.mkdir(parents=True)
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", folder], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"cannot mount a small disk: {made.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
 
 
 def test_end_to_end_over_two_nodes(site: Site) -> None:
@@ -152,6 +168,24 @@ def test_a_stopped_task_of_an_array_goes_on_alone(site: Site, curve: list) -> No
     assert (first["requeues"], second["requeues"]) == (0, 1)
     assert first["job_id"] != second["job_id"] == job
     assert site.curve("first") == site.curve("second") == curve
+
+
+def test_a_full_disk(site: Site, curve: list, small_disk: Path) -> None:  # type: ignore[type-arg]
+    """The next checkpoint cannot be written: one line says so, and with room again training goes on from the last."""
+    process = site.start("--retries", "0", site.summary_file("filled"))
+    ranks = site.hold("filled", 7)
+    filler = small_disk / "filler"
+    with suppress(OSError), filler.open("wb") as file:
+        while True:
+            file.write(b"\0" * 4096)
+    go_on(ranks)
+    code, printed = site.finish(process)
+    assert code != 0, printed
+    assert "no space left on the disk of" in " ".join(printed.split()), printed
+    filler.unlink()
+    site.run(site.summary_file("filled"))
+    assert read_json(small_disk / "summary.json")["attempts"][-1]["from_step"] == 5
+    assert site.curve("filled") == curve
 
 
 def test_a_cancelled_job_and_a_rerun(site: Site, curve: list) -> None:  # type: ignore[type-arg]

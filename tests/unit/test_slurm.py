@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import time
 from dataclasses import replace
@@ -14,7 +16,7 @@ import pytest
 from dayzero import slurm
 from dayzero.config import RunConfig
 from dayzero.config_checks import impossible
-from dayzero.engine.launch import RankFailed
+from dayzero.engine.launch import RankFailed, errors_reported, first_report, leave_report
 from dayzero.engine.launch_nodes import NodeSettings, check_world, rendezvous_port, run_on_nodes
 from dayzero.engine.node import check_shared, clock_warning, use_interface
 from dayzero.errors import ConfigError
@@ -245,6 +247,23 @@ def test_a_limit_below_a_checkpoint_interval(tmp_path: Path, caplog: pytest.LogC
     finally:
         log.propagate = False
     assert "time limit of 60 s is shorter than the 200 s between two checkpoints" in caplog.text
+
+
+def test_an_error_that_cannot_be_left_where_all_nodes_see_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DAYZERO_ERROR_DIR", f"{tmp_path / 'full'}{os.pathsep}{tmp_path}")
+    with pytest.raises(ValueError, match="no"), errors_reported(3):
+        raise ValueError("no")
+    rank, report = first_report(tmp_path / "full", tmp_path) or ("", {})
+    assert (rank, report["line"]) == ("3", "no")
+    assert "in test_an_error" in report["traceback"]
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        leave_report(tmp_path, "4", "no", "")
+    assert [p.name for p in tmp_path.iterdir()] == ["3.json"]
 
 
 SINFO = (

@@ -63,8 +63,8 @@ def run_torchrun(
     cores = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
     os.environ["OMP_NUM_THREADS"] = str(max(1, cores // processes))
     with tempfile.TemporaryDirectory(prefix="dayzero-torchrun-") as own, signals_passed_on() as asked:
-        folder = errors or Path(own)
-        os.environ[_ERRORS] = str(folder)
+        folders = [errors, Path(own)] if errors else [Path(own)]
+        os.environ[_ERRORS] = os.pathsep.join(map(str, folders))
         try:
             # torchrun's parser would take arguments of ours that begin like its own
             # it would make its folder of logs in the machine's own temporary folder and leave it there
@@ -76,9 +76,9 @@ def run_torchrun(
             run(options)
         except ChildFailedError as failed:
             codes = {rank: failure.exitcode for rank, failure in failed.failures.items()}
-            if EXIT_INTERRUPTED in codes.values() or (asked and not _reports(folder) and _by_a_stop(codes)):
+            if EXIT_INTERRUPTED in codes.values() or (asked and not first_report(*folders) and _by_a_stop(codes)):
                 return False
-            raise RankFailed(_first_error(folder, codes)) from None
+            raise RankFailed(_first_error(folders, codes)) from None
     return True
 
 
@@ -104,20 +104,31 @@ def errors_reported(rank: int) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if folder := os.environ.get(_ERRORS):
-            report = {"time": time.time(), "line": one_line(error), "traceback": traceback.format_exc()}
-            with suppress(OSError):  # the disk may be what failed
-                (Path(folder) / f"{rank}.json").write_text(json.dumps(report))
+        for folder in os.environ.get(_ERRORS, "").split(os.pathsep):
+            with suppress(OSError):  # the disk may be what failed: then in this machine's own temporary folder
+                leave_report(Path(folder), str(rank), one_line(error), traceback.format_exc())
+                break
         raise
 
 
-def first_report(folder: Path) -> tuple[str, dict[str, Any]] | None:
-    """The rank that failed first and what it left in `folder`: time, line, traceback."""
-    return min(_reports(folder), key=lambda item: item[1]["time"], default=None)
+def leave_report(folder: Path, name: str, line: str, text: str) -> None:
+    """Leave an error, with its traceback `text`, where `first_report` finds it; a whole report or none.
+
+    Raises OSError where it cannot be written.
+    """
+    file = folder / f"{name}.json"
+    partial = file.with_suffix(".tmp")
+    try:
+        partial.write_text(json.dumps({"time": time.time(), "line": line, "traceback": text}))
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
-def _reports(folder: Path) -> list[tuple[str, dict[str, Any]]]:
-    return [(p.stem, json.loads(p.read_text())) for p in folder.glob("[0-9]*.json")]
+def first_report(*folders: Path) -> tuple[str, dict[str, Any]] | None:
+    """The rank that failed first and what it left in one of `folders`: time, line, traceback."""
+    reports = [(p.stem, json.loads(p.read_text())) for folder in folders for p in folder.glob("[0-9]*.json")]
+    return min(reports, key=lambda item: item[1]["time"], default=None)
 
 
 def _by_a_stop(codes: dict[int, int]) -> bool:
@@ -125,8 +136,8 @@ def _by_a_stop(codes: dict[int, int]) -> bool:
     return all(-code in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT) for code in codes.values())
 
 
-def _first_error(folder: Path, codes: dict[int, int]) -> str:
-    if found := first_report(folder):
+def _first_error(folders: list[Path], codes: dict[int, int]) -> str:
+    if found := first_report(*folders):
         name, first = found
         log.debug(first["traceback"])
         return f"rank {name}: {first['line']}"

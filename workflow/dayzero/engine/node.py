@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 
 from dayzero.console import log, setup_logging
-from dayzero.engine.launch import RANK_LOGS, RankFailed, first_report, run_torchrun
+from dayzero.engine.launch import RANK_LOGS, RankFailed, first_report, leave_report, run_torchrun
 from dayzero.engine.launch_nodes import NODE_ERROR
 from dayzero.errors import ConfigError, one_line
 
@@ -59,13 +59,11 @@ def main(argv: list[str] | None = None) -> int:
         if not run_torchrun(module, arguments, args.processes, rendezvous=rendezvous, errors=args.meeting):
             (args.meeting / f"stopped-{number}").touch()
     except RankFailed as error:
-        if first_report(args.meeting) is None:  # killed, so the rank itself could not say it
-            _leave_report(args.meeting, number, f"{name}: {error}", "")
+        if first_report(args.meeting) is None:  # killed, or on a full disk, so the rank itself could not say it there
+            _say(args.meeting, number, f"{name}: {error}")
         return 1
     except Exception as error:
-        if args.meeting.is_dir():
-            _leave_report(args.meeting, number, f"{name}: {one_line(error)}", traceback.format_exc())
-        print(f"{NODE_ERROR}{one_line(error)}", file=sys.stderr, flush=True)
+        _say(args.meeting, number, f"{name}: {one_line(error)}", traceback.format_exc())
         return 1
     return 0
 
@@ -107,9 +105,12 @@ def use_interface(interface: str, name: str) -> None:
     os.environ["NCCL_SOCKET_IFNAME"] = os.environ["GLOO_SOCKET_IFNAME"] = interface
 
 
-def _leave_report(meeting: Path, number: str, line: str, text: str) -> None:
-    rank = f"{int(number)}-node"
-    (meeting / f"{rank}.json").write_text(json.dumps({"time": time.time(), "line": line, "traceback": text or line}))
+def _say(meeting: Path, number: str, line: str, text: str = "") -> None:
+    """Leave this node's error for the first node; where no file can be written, on the line that srun passes on."""
+    try:
+        leave_report(meeting, f"{int(number)}-node", line, text or line)
+    except OSError:
+        print(f"{NODE_ERROR}{line}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
