@@ -21,6 +21,7 @@ from dayzero.files import read_json
 from dayzero.slurm import parse_job
 
 from tests.slurm.conftest import Site
+from tests.small_disk import mounted
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
@@ -60,16 +61,9 @@ def curve(site: Site) -> list[tuple[float, float]]:
 
 @pytest.fixture
 def small_disk(site: Site) -> Iterator[Path]:
-    """A file system of 20 MiB, on which the run `filled` trains. It takes the superuser's rights to make one."""
-    folder = site.folder("filled")
-    folder.mkdir(parents=True)
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", folder], capture_output=True, text=True)
-    if made.returncode:
-        pytest.skip(f"cannot mount a small disk: {made.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", folder], check=True)
+    """A file system of 20 MiB, on which the run `filled` trains."""
+    with mounted(site.folder("filled"), "20m") as disk:
+        yield disk
 
 
 def test_end_to_end_over_two_nodes(site: Site) -> None:

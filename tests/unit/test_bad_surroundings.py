@@ -17,6 +17,8 @@ from dayzero.files import check_writable
 from dayzero.stages import fetch_data, fetch_model, tokenize, train_tokenizer
 from pydantic import ValidationError
 
+from tests.small_disk import mounted
+
 DATA = '{"data": {"source": "rows.jsonl", "format": "text", "validation_size": 0}}'
 
 
@@ -30,16 +32,9 @@ def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 64 KiB. It takes the superuser's rights to make one."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True, text=True)
-    if made.returncode:
-        pytest.skip(f"cannot mount a small disk: {made.stderr.strip()}")
-    try:
+    """A file system of 64 KiB."""
+    with mounted(tmp_path / "disk", "64k") as disk:
         yield disk
-    finally:
-        subprocess.run(["umount", "-l", disk], check=True)
 
 
 def _run(stage: str, *arguments: str | Path) -> tuple[int, str]:

@@ -249,6 +249,14 @@ def test_a_limit_below_a_checkpoint_interval(tmp_path: Path, caplog: pytest.LogC
     assert "time limit of 60 s is shorter than the 200 s between two checkpoints" in caplog.text
 
 
+def test_a_rank_that_was_started_by_hand_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DAYZERO_ERROR_DIR", raising=False)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="no"), errors_reported(3):
+        raise ValueError("no")
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_error_that_cannot_be_left_where_all_nodes_see_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DAYZERO_ERROR_DIR", f"{tmp_path / 'full'}{os.pathsep}{tmp_path}")
     with pytest.raises(ValueError, match="no"), errors_reported(3):

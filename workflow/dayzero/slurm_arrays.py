@@ -73,9 +73,10 @@ def array_problems(wiring: Wiring, site: Site, settings: Any) -> list[str]:
             continue
         if rule == "train" and site.runs_are_small:
             problems.append("slurm-array-jobs train: leave it out, or set small_runs to false: an array has no groups")
-        asking: dict[Any, str] = {}
-        for name in [name for name in wiring.runs if rule != "train" or wiring.trained(name)]:
-            asking.setdefault(_what_it_asks(wiring, rule, name), name)
+        asking: dict[str, str] = {}
+        for name in wiring.runs:
+            if rule != "train" or wiring.trained(name):
+                asking.setdefault(_what_it_asks(wiring, rule, name), name)
         if len(asking) > 1:
             one, other = list(asking.values())[:2]
             problems.append(
@@ -93,7 +94,7 @@ def array_problems(wiring: Wiring, site: Site, settings: Any) -> list[str]:
     return problems
 
 
-def _what_it_asks(wiring: Wiring, rule: str, name: str) -> Any:
+def _what_it_asks(wiring: Wiring, rule: str, name: str) -> str:
     run = Run(name)
     asked = wiring.resources(rule, run).model_dump(mode="json")
     return canonical_json([asked, wiring.gpus(rule, run), wiring.processes(run) if rule == "train" else 1])

@@ -66,9 +66,9 @@ def run_torchrun(
         folders = [errors, Path(own)] if errors else [Path(own)]
         os.environ[_ERRORS] = os.pathsep.join(map(str, folders))
         try:
-            # torchrun's parser would take arguments of ours that begin like its own
-            # it would make its folder of logs in the machine's own temporary folder and leave it there
+            # torchrun would make a folder of logs in the machine's temporary folder and leave it there
             logs = f"--log-dir={own}/torchrun"
+            # its parser would take arguments of ours that begin like its own
             options = parse_args([*rendezvous, f"--nproc-per-node={processes}", logs, "-m", module])
             options.training_script_args = arguments
             # torchrun's handler of the other signals kills ranks after 30 s, perhaps in the middle of a checkpoint
@@ -104,7 +104,7 @@ def errors_reported(rank: int) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        for folder in os.environ.get(_ERRORS, "").split(os.pathsep):
+        for folder in filter(None, os.environ.get(_ERRORS, "").split(os.pathsep)):
             with suppress(OSError):  # the disk may be what failed: then in this machine's own temporary folder
                 leave_report(Path(folder), str(rank), one_line(error), traceback.format_exc())
                 break
