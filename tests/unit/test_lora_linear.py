@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
-from dayzero.config import Lora
+from dayzero.config import Fp8, Lora
+from dayzero.engine.float8 import convert_to_float8, frozen_float8
 from dayzero.engine.lora import inject_lora
 from dayzero.engine.lora_linear import FusedLoraLinear, fuse_lora
 from peft import LoraConfig, inject_adapter_in_model
@@ -45,6 +47,25 @@ def test_equals_peft_in_value_and_gradient(name: str) -> None:
     assert set(found) == set(expected_gradients) != set()
     for n, gradient in found.items():
         torch.testing.assert_close(gradient, expected_gradients[n], rtol=1e-9, atol=1e-10, msg=n)
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
+def test_equals_peft_around_weights_in_8_bits(recipe: Any) -> None:
+    source = adapted("qwen3", Lora(rank=3, alpha=7.0))
+    peft = copy.deepcopy(source)
+    convert_to_float8(peft, Fp8(recipe=recipe, emulate=True))
+    for name, module in frozen_float8(peft).items():
+        module.quantize(source.get_submodule(name).weight)
+    fused = copy.deepcopy(peft)
+    assert fuse_lora(fused) == len(frozen_float8(fused)) > 20
+    expected, expected_gradients = gradients(peft)
+    logits, found = gradients(fused)
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    assert set(found) == set(expected_gradients) != set()
+    for n, gradient in found.items():  # each rounds its own gradients to 8 bits
+        assert (gradient - expected_gradients[n]).norm() <= 1e-2 * expected_gradients[n].norm(), n
+    plain, _ = gradients(source)
+    assert (plain - logits).norm() > 1e-3 * plain.norm()
 
 
 def test_in_bfloat16_it_is_no_further_from_the_truth_than_peft() -> None:

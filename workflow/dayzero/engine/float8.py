@@ -145,20 +145,29 @@ class _FrozenProduct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, emulate: bool) -> Tensor:
         ctx.save_for_backward(weight, scale)
         ctx.emulate = emulate
-        codes, x_scale = to_float8(x, WEIGHT, by_row=scale.ndim > 0)
-        return product(codes, x_scale, weight.t(), scale.t() if scale.ndim else scale, x.dtype, emulate)
+        return through_frozen(x, weight, scale, emulate)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         weight, scale = ctx.saved_tensors
-        (gradient,) = gradients
-        if scale.ndim:
-            # summed over outputs, each of which has a scale: they go into the gradient before it is rounded
-            codes, grad_scale = to_float8(gradient * scale.t(), WEIGHT, by_row=True)
-            scale = torch.ones(1, weight.shape[1], device=weight.device)
-        else:
-            codes, grad_scale = to_float8(gradient, torch.float8_e5m2, by_row=False)
-        return product(codes, grad_scale, weight, scale, gradient.dtype, ctx.emulate), None, None, None
+        return gradient_through_frozen(gradients[0], weight, scale, ctx.emulate), None, None, None
+
+
+def through_frozen(x: Tensor, weight: Tensor, scale: Tensor, emulate: bool) -> Tensor:
+    """x [N, I] -> x W' [N, O], for the codes `weight` [O, I] and their scale (one, or [O, 1])."""
+    codes, x_scale = to_float8(x, WEIGHT, by_row=scale.ndim > 0)
+    return product(codes, x_scale, weight.t(), scale.t() if scale.ndim else scale, x.dtype, emulate)
+
+
+def gradient_through_frozen(gradient: Tensor, weight: Tensor, scale: Tensor, emulate: bool) -> Tensor:
+    """The gradient of `through_frozen`'s output [N, O] -> that of its x [N, I]."""
+    if scale.ndim:
+        # summed over outputs, each of which has a scale: they go into the gradient before it is rounded
+        codes, grad_scale = to_float8(gradient * scale.t(), WEIGHT, by_row=True)
+        scale = torch.ones(1, weight.shape[1], device=weight.device)
+    else:
+        codes, grad_scale = to_float8(gradient, torch.float8_e5m2, by_row=False)
+    return product(codes, grad_scale, weight, scale, gradient.dtype, emulate)
 
 
 def to_float8(x: Tensor, dtype: torch.dtype, *, by_row: bool) -> tuple[Tensor, Tensor]:

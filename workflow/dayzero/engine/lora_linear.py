@@ -2,7 +2,8 @@
 
 PEFT computes x W', then x A', then that times B', multiplies by the scale and adds: three tensors as large as the
 output, and as many again backwards. Here the adapter's product is added into the output where it is made (a matrix
-product can do that), the scale goes onto the small matrix between A and B, and the two gradients of x are one.
+product can do that), the scale goes onto the small matrix between A and B, and the two gradients of x are one. A frozen
+weight may be kept in 8 bits (see `float8.py`); the adapter is computed in x's own dtype then too.
 
 Shapes: N tokens, I width in, O width out, R rank.
 """
@@ -16,38 +17,55 @@ import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
+from dayzero.engine.float8 import FrozenFloat8Linear, gradient_through_frozen, through_frozen
 from dayzero.engine.lora import ADAPTER
 
 
 class _LinearWithAdapter(torch.autograd.Function):
-    """x [..., I] -> x W' + b + scale (x A') B', for a frozen W [O, I] and b [O]; A [R, I], B [O, R]."""
+    """x [N, I] -> x W' + b + scale (x A') B', for a frozen W [O, I] and b [O]; A [R, I], B [O, R].
+
+    `weight_scale`: of a W in 8 bits, whose products `emulate` says how to make; None where W is of x's dtype.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])  # [N, I]
-        out = F.linear(x, weight)  # no view, as it were with the bias: some models write into it
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        weight_scale: Tensor | None,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        emulate: bool,
+    ) -> Tensor:
+        if weight_scale is None:
+            out = F.linear(x, weight)
+        else:
+            out = through_frozen(x, weight, weight_scale, emulate)
         if bias is not None:
             out += bias
-        between = F.linear(flat, a) * scale  # [N, R]
-        out.view(-1, out.shape[-1]).addmm_(between, b.t())
-        ctx.save_for_backward(flat, weight, a, b, between)
-        ctx.scale = scale
+        between = F.linear(x, a) * scale  # [N, R]
+        out.addmm_(between, b.t())
+        ctx.save_for_backward(x, weight, weight_scale, a, b, between)
+        ctx.scale, ctx.emulate = scale, emulate
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        flat, weight, a, b, between = ctx.saved_tensors
-        (gradient,) = gradients
-        shape = gradient.shape[:-1]
-        gradient = gradient.reshape(-1, gradient.shape[-1])  # [N, O]
+        x, weight, weight_scale, a, b, between = ctx.saved_tensors
+        (gradient,) = gradients  # [N, O]
         of_between = (gradient @ b) * ctx.scale  # [N, R]
         of_x = None
         if ctx.needs_input_grad[0]:
-            of_x = gradient @ weight  # [N, I]
-            of_x = of_x.addmm_(of_between, a).view(*shape, -1)
-        of_a = of_between.t() @ flat if ctx.needs_input_grad[3] else None
-        of_b = gradient.t() @ between if ctx.needs_input_grad[4] else None
-        return of_x, None, None, of_a, of_b, None
+            if weight_scale is None:
+                of_x = gradient @ weight  # [N, I]
+            else:
+                of_x = gradient_through_frozen(gradient, weight, weight_scale, ctx.emulate)
+            of_x.addmm_(of_between, a)
+        of_a = of_between.t() @ x if ctx.needs_input_grad[4] else None
+        of_b = gradient.t() @ between if ctx.needs_input_grad[5] else None
+        return of_x, None, None, None, of_a, of_b, None, None
 
 
 class FusedLoraLinear(LoraLinear):
@@ -56,11 +74,16 @@ class FusedLoraLinear(LoraLinear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., I] -> [..., O]."""
         base, a, b = self.base_layer, self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
-        same = x.dtype == base.weight.dtype == a.dtype == b.dtype
+        in_float8 = isinstance(base, FrozenFloat8Linear)
+        same = x.dtype == a.dtype == b.dtype and (in_float8 or base.weight.dtype == x.dtype)
         same = same and not torch.is_autocast_enabled(x.device.type)
         if args or kwargs or not same or self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
-        return _LinearWithAdapter.apply(x, base.weight, base.bias, a, b, self.scaling[ADAPTER])
+        frozen = (base.weight_float8, base.weight_scale) if in_float8 else (base.weight, None)
+        # flattened out here: some models write into what they get, which autograd forbids for a Function's own views
+        flat, scale = x.reshape(-1, x.shape[-1]), self.scaling[ADAPTER]
+        out = _LinearWithAdapter.apply(flat, *frozen, base.bias, a, b, scale, in_float8 and base.emulate)
+        return out.view(*x.shape[:-1], -1)
 
 
 def fuse_lora(model: nn.Module) -> int:
@@ -78,12 +101,11 @@ def fuse_lora(model: nn.Module) -> int:
 
 
 def _is_plain(module: LoraLinear) -> bool:
-    """Whether it is x W' + b with one adapter and no more: no dropout, DoRA, adapter bias or quantised weight."""
+    """Whether it is x W' + b with one adapter and no more: no dropout, DoRA, adapter bias or packed weight."""
     base = module.base_layer
     parts = (module.lora_A, module.lora_B)
     return (
-        type(base) is nn.Linear
-        and type(base.weight) is nn.Parameter
+        (isinstance(base, FrozenFloat8Linear) or (type(base) is nn.Linear and type(base.weight) is nn.Parameter))
         and not any(p.requires_grad for p in base.parameters())
         and list(module.active_adapters) == [ADAPTER]
         and all(list(part) == [ADAPTER] and type(part[ADAPTER]) is nn.Linear for part in parts)
