@@ -2,7 +2,8 @@
 
     python -m benchmarks.ours TASK.json WAY [TRACE.json]
 
-It is the engine as the train stage runs it: same trainer, loader rows and defaults (FSDP2, chunked loss).
+It is the engine as the train stage runs it: same trainer, loader rows and defaults (FSDP2, chunked loss). With a TRACE
+the steps behind the warm-up run under torch.profiler, whose table is printed.
 """
 
 from __future__ import annotations
@@ -12,8 +13,7 @@ import os
 import socket
 import sys
 import tempfile
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -82,7 +82,7 @@ def prepare(model: Path, tokens: Path, folder: Path, rank: int, alpha: float) ->
 
 
 def run(task: Task, way: str, setting: dict[str, Any], profile: str | None = None) -> Measured:
-    """Train `task`; with `profile` the steps behind the warm-up are also traced and the table printed."""
+    """Train `task`; with `profile` the steps behind the warm-up are traced into that file and their table printed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -127,13 +127,15 @@ def _run(task: Task, way: str, setting: dict[str, Any], profile: str | None) -> 
             max_steps=task.steps,
         )
         clock = Clock()
-        trainer.train_step = _ticking(trainer.train_step, clock)  # type: ignore[method-assign]
+        traced = profiler()
+        begin = {task.warmup: traced.start} if profile else {}
+        trainer.train_step = _ticking(trainer.train_step, clock, begin)  # type: ignore[method-assign]
         clock.start()
-        with profiler() if profile else nullcontext() as found:
-            trainer.fit(lambda _: batches, None)
+        trainer.fit(lambda _: batches, None)
         if profile:
-            found.export_chrome_trace(profile)
-            print(found.key_averages().table(sort_by=f"self_{device.type}_time_total", row_limit=40))
+            traced.stop()
+            traced.export_chrome_trace(profile)
+            print(traced.key_averages().table(sort_by=f"self_{device.type}_time_total", row_limit=60))
         records = trainer.metrics.records
     return Measured(
         way=way,
@@ -144,8 +146,11 @@ def _run(task: Task, way: str, setting: dict[str, Any], profile: str | None) -> 
     )
 
 
-def _ticking(step: Callable[..., Any], clock: Clock) -> Callable[..., Any]:
+def _ticking(step: Callable[..., Any], clock: Clock, before: Mapping[int, Callable[[], object]]) -> Callable[..., Any]:
+    """`step` with a tick of the clock behind it; `before`: what to call before which step."""
+
     def timed(*args: Any) -> Any:
+        before.get(len(clock.ends) - 1, lambda: None)()
         done = step(*args)
         if torch.cuda.is_available():
             torch.cuda.synchronize()

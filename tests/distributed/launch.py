@@ -14,16 +14,21 @@ import torch
 REPOSITORY = Path(__file__).parents[2]
 
 
+SETTINGS = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+"""Of the ranks' environment. The last one makes cuBLAS deterministic."""
+
+
 def start_ranks(world_size: int, module: str, folder: Path, printed: IO[str]) -> subprocess.Popen[bytes]:
     """Start `python -m module folder` on `world_size` ranks, offline and one thread each; what they print goes to
-    `printed`."""
+    `printed`. They train on the CPU where there are not enough GPUs for all."""
+    without_gpus = {} if torch.cuda.device_count() >= world_size else {"CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(
         [
             *[sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"],
             *["-m", module, str(folder)],
         ],
         cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, **SETTINGS, **without_gpus},
         stdout=printed,
         stderr=subprocess.STDOUT,
     )

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from dayzero.config import Fp8, Lora
+from dayzero.engine.compiling import compile_layers
 from dayzero.engine.float8 import convert_to_float8, frozen_float8
 from dayzero.engine.lora import inject_lora
 from dayzero.engine.lora_linear import FusedLoraLinear, fuse_lora
+from dayzero.engine.structure import find_layers
 from peft import LoraConfig, inject_adapter_in_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -47,6 +49,21 @@ def test_equals_peft_in_value_and_gradient(name: str) -> None:
     assert set(found) == set(expected_gradients) != set()
     for n, gradient in found.items():
         torch.testing.assert_close(gradient, expected_gradients[n], rtol=1e-9, atol=1e-10, msg=n)
+
+
+@pytest.mark.parametrize("name", ["llama", "stablelm"])
+def test_compiled_layers_have_the_same_gradients(name: str) -> None:
+    plain = adapted(name, Lora(rank=3, alpha=7.0))
+    fuse_lora(plain)
+    compiled = copy.deepcopy(plain)
+    torch._dynamo.reset()
+    compile_layers(find_layers(compiled))
+    expected, expected_gradients = gradients(plain)
+    logits, found = gradients(compiled)
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    assert set(found) == set(expected_gradients) != set()
+    for n, gradient in found.items():
+        torch.testing.assert_close(gradient, expected_gradients[n], rtol=1e-4, atol=1e-5, msg=n)
 
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])

@@ -27,7 +27,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import WriteResult
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.staging import StateDictStager
 from torch.futures import Future
 
 from dayzero.config import Checkpoint
@@ -64,13 +64,10 @@ class CheckpointWriter:
 
     def __init__(self, directory: Path, config: Checkpoint) -> None:
         self.directory, self.config = directory, config
-        on_gpu = torch.cuda.is_available()
+        self._on_gpu = torch.cuda.is_available()
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
-        self._stager = DefaultStager(
-            StagingOptions(
-                use_pinned_memory=on_gpu, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=on_gpu
-            )
-        )
+        # not torch's DefaultStager, which in torch 2.11 empties this one after its first copy
+        self._stager = StateDictStager(pin_memory=self._on_gpu)
         self._thread: threading.Thread | None = None
         self._error: CheckpointFailed | None = None
 
@@ -89,7 +86,9 @@ class CheckpointWriter:
             self._write(step, state, trainer)
             self._raise_error()
             return
-        staged = self._stager.stage(state)
+        staged = self._stager.stage(state, non_blocking=self._on_gpu)
+        if self._on_gpu:
+            torch.cuda.synchronize()
         self._thread = threading.Thread(
             target=self._write, args=(step, staged, trainer), name=f"checkpoint-{step}", daemon=True
         )

@@ -9,8 +9,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.exc import FailOnRecompileLimitHit, Unsupported
 
 from dayzero.console import log
+
+GRAPHS = 64
+"""Graphs that torch may make of one piece of code. Layers of several kinds, with and without gradients, in training and
+in validation, with lengths that differ, need more than its own 8, past which it refuses."""
 
 
 def compile_layers(layers: Iterable[nn.Module]) -> None:
@@ -19,6 +24,7 @@ def compile_layers(layers: Iterable[nn.Module]) -> None:
     What was compiled is kept on the disk and found again by later processes: see `keep_compiled`.
     """
     keep_compiled()
+    torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
     for layer in layers:
         layer.compile(fullgraph=True)
         layer._compiled_call_impl = _Compiled(layer)
@@ -39,8 +45,8 @@ class _Compiled:
             return self.call(*args, **options)
         try:
             return self.call(*args, **options)
-        except RuntimeError as refused:
-            if not isinstance(refused, torch._dynamo.exc.Unsupported) and "fullgraph=True" not in str(refused):
+        except (RuntimeError, FailOnRecompileLimitHit) as refused:
+            if not isinstance(refused, Unsupported | FailOnRecompileLimitHit) and "fullgraph=True" not in str(refused):
                 raise
             if not _Compiled.told:
                 _Compiled.told = True

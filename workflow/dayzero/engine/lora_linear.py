@@ -39,14 +39,11 @@ class _LinearWithAdapter(torch.autograd.Function):
         scale: float,
         emulate: bool,
     ) -> Tensor:
-        if weight_scale is None:
-            out = F.linear(x, weight)
-        else:
-            out = through_frozen(x, weight, weight_scale, emulate)
+        out = F.linear(x, weight) if weight_scale is None else through_frozen(x, weight, weight_scale, emulate)
         if bias is not None:
-            out += bias
+            out = out + bias if torch.compiler.is_compiling() else out.add_(bias)
         between = F.linear(x, a) * scale  # [N, R]
-        out.addmm_(between, b.t())
+        out = _plus_product(out, between, b.t())
         ctx.save_for_backward(x, weight, weight_scale, a, b, between)
         ctx.scale, ctx.emulate = scale, emulate
         return out
@@ -62,10 +59,16 @@ class _LinearWithAdapter(torch.autograd.Function):
                 of_x = gradient @ weight  # [N, I]
             else:
                 of_x = gradient_through_frozen(gradient, weight, weight_scale, ctx.emulate)
-            of_x.addmm_(of_between, a)
+            of_x = _plus_product(of_x, of_between, a)
         of_a = of_between.t() @ x if ctx.needs_input_grad[4] else None
         of_b = gradient.t() @ between if ctx.needs_input_grad[5] else None
         return of_x, None, None, None, of_a, of_b, None, None
+
+
+def _plus_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """out + a b in the place of `out`. A compiler finds the place by itself; that of torch 2.11 takes what a Function
+    has written into for a constant, and all gradients are zero then."""
+    return out.addmm(a, b) if torch.compiler.is_compiling() else out.addmm_(a, b)
 
 
 class FusedLoraLinear(LoraLinear):
