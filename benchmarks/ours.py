@@ -47,6 +47,9 @@ GPU_WAYS: dict[str, dict[str, Any]] = {
 }
 GPU_WAYS["dayzero fp8"] = {"fp8": {"recipe": "tensorwise", "emulate": not torch.cuda.is_available()}}
 GPU_WAYS["dayzero fp8 compiled"] = {**GPU_WAYS["dayzero fp8"], "compile": True}
+GPU_WAYS["dayzero fp8 rowwise compiled"] = {
+    "fp8": {"recipe": "rowwise", "emulate": not torch.cuda.is_available()}, "compile": True,
+}  # fmt: skip
 
 
 class _InOrder(TrainBatches):

@@ -8,11 +8,13 @@ import pytest
 import torch
 from dayzero.config import Train
 from dayzero.engine import document_attention
+from dayzero.engine.compiling import compile_layers
 from dayzero.engine.document_attention import forget_documents
 from dayzero.engine.kernels import require_kernels, use_attention, use_fused_kernels
 from dayzero.engine.loss import CausalLMWithLoss
 from dayzero.engine.parallel_dims import ParallelDims
 from dayzero.engine.parallelize import parallelize
+from dayzero.engine.structure import find_layers
 from dayzero.errors import ConfigError
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -142,3 +144,40 @@ def test_models_whose_attention_is_their_own(name: str) -> None:
             use_attention(model, train, ONE)
     assert use_attention(model, Train(max_steps=1), ONE) == model.config._attn_implementation
     assert not use_fused_kernels(model, Train(max_steps=1, kernels="none"), ONE)
+
+
+def stand_in_for_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bounds: torch.Tensor,
+    *_: Any,
+    scale: float,
+    enable_gqa: bool = False,
+    **__: Any,
+) -> torch.Tensor:
+    """What torch's kernel, which only a GPU runs, computes of q [N, H, E], k and v [N, K, E]."""
+    token = torch.arange(len(q), device=q.device)
+    document = torch.searchsorted(bounds, token, right=True)
+    mask = (document[:, None] == document[None, :]) & (token[:, None] >= token[None, :])
+    rows = [x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)]
+    out = torch.nn.functional.scaled_dot_product_attention(*rows, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)
+    return out[0].transpose(0, 1)
+
+
+def test_varlen_attention_is_compiled_into_one_graph_that_serves_any_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(document_attention, "varlen_attn", stand_in_for_varlen)
+    model = model_of("llama")
+    many = [[[3, 9, 4], [16]], [[5, 1, 5, 5], [2, 2, 6, 6]], [[8, 8], [1, 15]], [[16], [16]], [[4] * 4, [2] * 8]]
+    wanted = [loss_and_gradients(model, lengths) for lengths in many]
+    model.set_attn_implementation(document_attention.VARLEN)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compile_layers(find_layers(model))
+    for lengths, (want_loss, want) in zip(many, wanted, strict=True):
+        loss, gradients = loss_and_gradients(model, lengths)
+        torch.testing.assert_close(loss, want_loss, rtol=1e-5, atol=0)
+        for key, gradient in want.items():
+            torch.testing.assert_close(gradients[key], gradient, rtol=1e-4, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
+    assert all(layer._compiled_call_impl.whole for layer in find_layers(model))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 5

@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,12 +23,26 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+varlen_attn: Callable[..., Any] | None = None
+with suppress(ImportError):  # not every build of torch has it
+    from torch.nn.attention.varlen import varlen_attn
+
 DOCUMENTS = "dayzero_documents"
 VARLEN = "dayzero_varlen"
+
+WIDEST = 256
+"""Head width that the kernel for rows of many lengths takes, in multiples of 8."""
+
+_TAKES = frozenset(() if varlen_attn is None else inspect.signature(varlen_attn).parameters)
+_CAUSAL: dict[str, Any] = {"window_size": (-1, 0)}  # to the left without end, nothing to the right
+if "window_size" not in _TAKES:  # an older torch
+    _CAUSAL = {"is_causal": True}
 
 
 @dataclass(frozen=True)
 class _Documents:
+    shape: tuple[int, int]
+    """B and T."""
     lengths: list[list[int]]
     """Of the documents of each row; a row's add up to T."""
     whole_rows: bool
@@ -124,7 +138,7 @@ def _documents_of(visible: Callable[..., Tensor], rows: int, tokens: int, device
     flat = bounds.diff().tolist()
     counts = begins.sum(dim=1).tolist()
     lengths = [flat[sum(counts[:r]) : sum(counts[: r + 1])] for r in range(rows)]
-    return _Documents(lengths, max(counts) == 1, bounds.int(), max(flat))
+    return _Documents(shape, lengths, max(counts) == 1, bounds.int(), max(flat))
 
 
 def documents_attention(
@@ -149,22 +163,28 @@ def documents_attention(
 def varlen_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """As `documents_attention`, all documents in one call of torch's kernel for rows of many lengths (CUDA)."""
-    found = _fitting(query, key, attention_mask, options)
-    if found is None or found.whole_rows or options.get("dropout"):
-        if found is not None and not found.whole_rows:
-            return documents_attention(module, query, key, value, attention_mask, **options)
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    from torch.nn.attention.varlen import varlen_attn
+    """As `documents_attention`, all documents in one call of torch's kernel for rows of many lengths (CUDA).
 
-    repeats = query.shape[1] // key.shape[1]
-    key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
+    A compiler may trace it: nothing here depends on how many documents there are.
+    """
+    found = _fitting(query, key, attention_mask, options)
+    if found is None or found.whole_rows:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    width = query.shape[-1]
+    if options.get("dropout") or width != value.shape[-1] or width % 8 or width > WIDEST:
+        return documents_attention(module, query, key, value, attention_mask, **options)
+    repeats, more = query.shape[1] // key.shape[1], dict(_CAUSAL)
+    if "enable_gqa" in _TAKES:
+        more["enable_gqa"] = repeats > 1
+    else:
+        key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
+    if torch.is_autocast_enabled(query.device.type):  # which does not know the kernel
+        low = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(low), key.to(low), value.to(low)
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # [N, H, E]
     size, bounds = found.longest, found.bounds
-    causal: dict[str, Any] = {"window_size": (-1, 0)}  # to the left without end, nothing to the right
-    if "window_size" not in inspect.signature(varlen_attn).parameters:  # an older torch
-        causal = {"is_causal": True}
-    output = varlen_attn(q, k, v, bounds, bounds, size, size, scale=options.get("scaling"), **causal)
+    assert varlen_attn is not None
+    output = varlen_attn(q, k, v, bounds, bounds, size, size, scale=options.get("scaling"), **more)
     assert isinstance(output, Tensor)
     return output.unflatten(0, (query.shape[0], query.shape[2])), None
 
@@ -177,8 +197,9 @@ def _fitting(query: Tensor, key: Tensor, attention_mask: Tensor | None, options:
     """
     if attention_mask is not None or _documents is None or options.get("position_bias") is not None:
         return None
-    shape = len(_documents.lengths), sum(_documents.lengths[0])
-    return _documents if {(len(x), x.shape[2]) for x in (query, key)} == {shape} else None
+    shape = _documents.shape
+    same = (query.shape[0], query.shape[2]) == shape and (key.shape[0], key.shape[2]) == shape
+    return _documents if same else None
 
 
 def makes_its_own_mask(model: nn.Module) -> bool:
@@ -200,11 +221,7 @@ def _code(module: str) -> str:
 
 def has_varlen() -> bool:
     """Whether this torch has the kernel, and this machine a GPU to run it on."""
-    try:
-        from torch.nn.attention import varlen  # noqa: F401
-    except ImportError:
-        return False
-    return torch.cuda.is_available()
+    return varlen_attn is not None and torch.cuda.is_available()
 
 
 for _name, _attention in ((DOCUMENTS, documents_attention), (VARLEN, varlen_attention)):

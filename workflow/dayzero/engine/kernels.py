@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from dayzero.config import Train
@@ -17,12 +21,19 @@ from dayzero.engine.document_attention import (
     makes_its_own_mask,
 )
 from dayzero.engine.parallel_dims import ParallelDims
+from dayzero.engine.precision import computes_in_bf16
 from dayzero.engine.requirements import gpu_and_package_lacking, has_nvidia_gpu, require_gpu_and_package
 from dayzero.engine.tiny_copy import tiny_copy
 from dayzero.errors import ConfigError, one_line
 
 NAMES = {"documents": DOCUMENTS, "varlen": VARLEN, "flex": "flex_attention", "sdpa": "sdpa", "eager": "eager"}
 LIGER = "liger-kernel"
+SDPA_ORDER = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 
 def require_kernels(train: Train) -> None:
@@ -44,24 +55,23 @@ def require_kernels(train: Train) -> None:
 def use_attention(model: PreTrainedModel, train: Train, dims: ParallelDims) -> str:
     """Let `model` attend as `train.attention` says; returns what that came to.
 
-    auto is `documents` on a CPU, where the model's attention is SDPA and neither a pipeline nor a compiler stands in
-    the way, else the model's own. Raises `ConfigError` where the model cannot.
+    auto is `varlen` in bf16 on a GPU, else `documents`, where the model's attention is SDPA and no pipeline stands in
+    the way (of the latter, no compiler either); else the model's own. Raises `ConfigError` where the model cannot.
     """
     own = str(model.config._attn_implementation)
     chosen = train.attention
     if chosen == "auto":
+        chosen = "varlen" if has_varlen() and computes_in_bf16(train.precision) else "documents"
         by_documents = (
             own == "sdpa"
             and getattr(model, "_supports_attention_backend", False)
-            and not torch.cuda.is_available()
             and dims.pp == 1
-            and not train.compile
+            and not (train.compile and chosen == "documents")
             and not makes_its_own_mask(model)
             and _attends_alike(model)
         )
         if not by_documents:
             return own
-        chosen = "documents"
     if chosen in ("documents", "varlen") and (own != "sdpa" or makes_its_own_mask(model)):
         has = f"has only {own}" if own != "sdpa" else "adds to its mask itself"
         raise ConfigError(
@@ -97,13 +107,27 @@ def _attends_alike(model: PreTrainedModel) -> bool:
     return bool((own - by_documents).abs().max() <= 1e-4 * own.abs().max())
 
 
+CUDNN_MULTIPLE = 128
+"""Row lengths that cuDNN's attention is used for. It prepares itself for each new one, which takes longer than it gains
+where rows are padded to ever different lengths."""
+
+
+def fastest_sdpa(device: torch.device, tokens: int) -> AbstractContextManager[None]:
+    """While active, SDPA over rows of `tokens` prefers cuDNN's kernel on a GPU, with grouped queries almost twice as
+    fast as FlashAttention 2 (docs/performance-notes.md)."""
+    if device.type != "cuda" or tokens % CUDNN_MULTIPLE:
+        return nullcontext()
+    return sdpa_kernel(SDPA_ORDER, set_priority=True)
+
+
 def use_fused_kernels(model: PreTrainedModel, train: Train, dims: ParallelDims) -> bool:
     """Give `model` Liger's kernels (https://github.com/linkedin/Liger-Kernel) as `train.kernels` says; whether it has.
 
-    Norms, rotary embeddings and MLPs, not the loss, which train.loss chooses. auto takes them where they run: on a GPU,
-    for models that Liger knows, whose norms tensor parallelism has not split. Raises `ConfigError`.
+    Norms and MLPs, not the loss, which train.loss chooses. auto takes them where they run: on a GPU, for models that
+    Liger knows, whose norms tensor parallelism has not split; and where no compiler does as much. Raises `ConfigError`.
     """
-    if train.kernels == "none" or (train.kernels == "auto" and (gpu_and_package_lacking(LIGER) or dims.tp > 1)):
+    unfit = train.compile or dims.tp > 1
+    if train.kernels == "none" or (train.kernels == "auto" and (unfit or gpu_and_package_lacking(LIGER))):
         return False
     require_kernels(train)
     if dims.tp > 1:
@@ -116,7 +140,24 @@ def use_fused_kernels(model: PreTrainedModel, train: Train, dims: ParallelDims) 
             return False
         known = ", ".join(sorted(monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN))
         raise ConfigError(f"train.kernels liger: Liger knows no {model.config.model_type} (it knows {known}): use auto")
-    off = dict.fromkeys(("cross_entropy", "fused_linear_cross_entropy"), False)
+    off = dict.fromkeys(("rope", "cross_entropy", "fused_linear_cross_entropy"), False)
     options: dict[str, Any] = {k: v for k, v in off.items() if k in inspect.signature(patch).parameters}
-    patch(model=model, **options)
+    with _unchanged(type(model).__module__):
+        patch(model=model, **options)
     return True
+
+
+@contextmanager
+def _unchanged(module: str) -> Iterator[None]:
+    """While active, what is assigned to names of the module is taken back in the end.
+
+    Liger changes the modules of the model it is given, and the classes of all models besides: those of small copies
+    and teachers, which also run on the CPU, where its kernels read wrong memory. (Rotary embeddings are a function that
+    only the latter way can change, so they stay the model's own.)
+    """
+    names = vars(sys.modules[module])
+    before = dict(names)
+    try:
+        yield
+    finally:
+        names.update(before)

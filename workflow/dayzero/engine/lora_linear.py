@@ -25,6 +25,7 @@ class _LinearWithAdapter(torch.autograd.Function):
     """x [N, I] -> x W' + b + scale (x A') B', for a frozen W [O, I] and b [O]; A [R, I], B [O, R].
 
     `weight_scale`: of a W in 8 bits, whose products `emulate` says how to make; None where W is of x's dtype.
+    `for_gradient`: W as the backward pass shall take it.
     """
 
     @staticmethod
@@ -32,6 +33,7 @@ class _LinearWithAdapter(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         weight: Tensor,
+        for_gradient: Tensor,
         weight_scale: Tensor | None,
         bias: Tensor | None,
         a: Tensor,
@@ -44,7 +46,7 @@ class _LinearWithAdapter(torch.autograd.Function):
             out = out + bias if torch.compiler.is_compiling() else out.add_(bias)
         between = F.linear(x, a) * scale  # [N, R]
         out = _plus_product(out, between, b.t())
-        ctx.save_for_backward(x, weight, weight_scale, a, b, between)
+        ctx.save_for_backward(x, for_gradient, weight_scale, a, b, between)
         ctx.scale, ctx.emulate = scale, emulate
         return out
 
@@ -60,9 +62,9 @@ class _LinearWithAdapter(torch.autograd.Function):
             else:
                 of_x = gradient_through_frozen(gradient, weight, weight_scale, ctx.emulate)
             of_x = _plus_product(of_x, of_between, a)
-        of_a = of_between.t() @ x if ctx.needs_input_grad[4] else None
-        of_b = gradient.t() @ between if ctx.needs_input_grad[5] else None
-        return of_x, None, None, None, of_a, of_b, None, None
+        of_a = of_between.t() @ x if ctx.needs_input_grad[5] else None
+        of_b = gradient.t() @ between if ctx.needs_input_grad[6] else None
+        return of_x, None, None, None, None, of_a, of_b, None, None
 
 
 def _plus_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -76,13 +78,14 @@ class FusedLoraLinear(LoraLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., I] -> [..., O]."""
-        base, a, b = self.base_layer, self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
+        base: Any = self.base_layer
+        a, b = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
         in_float8 = isinstance(base, FrozenFloat8Linear)
         same = x.dtype == a.dtype == b.dtype and (in_float8 or base.weight.dtype == x.dtype)
         same = same and not torch.is_autocast_enabled(x.device.type)
         if args or kwargs or not same or self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
-        frozen = (base.weight_float8, base.weight_scale) if in_float8 else (base.weight, None)
+        frozen = (*base.weights, base.weight_scale) if in_float8 else (base.weight, base.weight, None)
         # flattened out here: some models write into what they get, which autograd forbids for a Function's own views
         flat, scale = x.reshape(-1, x.shape[-1]), self.scaling[ADAPTER]
         out = _LinearWithAdapter.apply(flat, *frozen, base.bias, a, b, scale, in_float8 and base.emulate)

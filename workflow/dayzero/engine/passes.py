@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from dayzero.engine.expert_parallel import average_expert_gradients
+from dayzero.engine.kernels import fastest_sdpa
 from dayzero.engine.loss import IGNORE
 from dayzero.engine.megatron_fsdp import has_unequal_shards, require_gradients
 from dayzero.engine.parallel_model import ParallelModel
@@ -111,6 +112,7 @@ def _forward(
     router = {} if real_tokens is None else {"real_tokens": real_tokens, "router_weight": router_weight}
     fp8 = model.train.fp8 if module is model.module else None  # else: logits in float32
     with (
+        fastest_sdpa(model.device, cast(Tensor, inputs[0]).shape[1]),
         autocast(precision, "none" if model.mixes_dtypes else model.dims.strategy, model.device),
         float8_autocast(fp8),
     ):
