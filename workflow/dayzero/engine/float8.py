@@ -161,30 +161,32 @@ class _FrozenProduct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, for_gradient: Tensor, scale: Tensor, emulate: bool) -> Tensor:
         ctx.save_for_backward(for_gradient, scale)
         ctx.emulate = emulate
-        return through_frozen(x, weight, scale, emulate)
+        return product(*factors_forward(x, weight, scale), x.dtype, emulate, fast=True)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        weight, scale = ctx.saved_tensors
-        return gradient_through_frozen(gradients[0], weight, scale, ctx.emulate), None, None, None, None
+        (gradient,) = gradients
+        of_x = product(*factors_backward(gradient, *ctx.saved_tensors), gradient.dtype, ctx.emulate)
+        return of_x, None, None, None, None
 
 
-def through_frozen(x: Tensor, weight: Tensor, scale: Tensor, emulate: bool) -> Tensor:
-    """x [N, I] -> x W' [N, O], for the codes `weight` [O, I] and their scale (one, or [O, 1])."""
+Factors = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Codes and scale of one factor, then of the other, as `product` takes them."""
+
+
+def factors_forward(x: Tensor, weight: Tensor, scale: Tensor) -> Factors:
+    """Of x W', for x [N, I] and the codes `weight` [O, I] with their scale (one, or [O, 1])."""
     codes, x_scale = to_float8(x, WEIGHT, by_row=scale.ndim > 0)
-    scale = scale.t() if scale.ndim else scale
-    return product(codes, x_scale, weight.t(), scale, x.dtype, emulate, fast=True)
+    return codes, x_scale, weight.t(), scale.t() if scale.ndim else scale
 
 
-def gradient_through_frozen(gradient: Tensor, weight: Tensor, scale: Tensor, emulate: bool) -> Tensor:
-    """The gradient of `through_frozen`'s output [N, O] -> that of its x [N, I]."""
-    if scale.ndim:
-        # summed over outputs, each of which has a scale: they go into the gradient before it is rounded
-        codes, grad_scale = to_float8(gradient * scale.t(), WEIGHT, by_row=True)
-        scale = torch.ones(1, weight.shape[1], device=weight.device)
-    else:
-        codes, grad_scale = to_float8(gradient, torch.float8_e5m2, by_row=False)
-    return product(codes, grad_scale, weight, scale, gradient.dtype, emulate)
+def factors_backward(gradient: Tensor, weight: Tensor, scale: Tensor) -> Factors:
+    """Of the gradient of x, for that of x W' [N, O]."""
+    if not scale.ndim:
+        return *to_float8(gradient, torch.float8_e5m2, by_row=False), weight, scale
+    # summed over outputs, each of which has a scale: they go into the gradient before it is rounded
+    codes, grad_scale = to_float8(gradient * scale.t(), WEIGHT, by_row=True)
+    return codes, grad_scale, weight, torch.ones(1, weight.shape[1], device=weight.device)
 
 
 def to_float8(x: Tensor, dtype: torch.dtype, *, by_row: bool) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """A linear module and its LoRA adapter as one operation, with fewer passes over the activations than PEFT's.
 
 PEFT computes x W', then x A', then that times B', multiplies by the scale and adds: three tensors as large as the
-output, and as many again backwards. Here the adapter's product is added into the output where it is made (a matrix
-product can do that), the scale goes onto the small matrix between A and B, and the two gradients of x are one. A frozen
+output, and as many again backwards. Here one of the two products is added to the other where it lies, which a matrix
+product can do; the scale goes onto the small matrix between A and B, and the two gradients of x are one. A frozen
 weight may be kept in 8 bits (see `float8.py`); the adapter is computed in x's own dtype then too.
 
 Shapes: N tokens, I width in, O width out, R rank.
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
-from dayzero.engine.float8 import FrozenFloat8Linear, gradient_through_frozen, through_frozen
+from dayzero.engine.float8 import FrozenFloat8Linear, factors_backward, factors_forward, product
 from dayzero.engine.lora import ADAPTER
 
 
@@ -41,11 +41,11 @@ class _LinearWithAdapter(torch.autograd.Function):
         scale: float,
         emulate: bool,
     ) -> Tensor:
-        out = F.linear(x, weight) if weight_scale is None else through_frozen(x, weight, weight_scale, emulate)
-        if bias is not None:
-            out = out + bias if torch.compiler.is_compiling() else out.add_(bias)
         between = F.linear(x, a) * scale  # [N, R]
-        out = _plus_product(out, between, b.t())
+        if weight_scale is None:
+            out = sum_of_products(x, weight.t(), between, b.t(), bias)
+        else:
+            out = sum_with_float8(*factors_forward(x, weight, weight_scale), between, b.t(), bias, True, emulate)
         ctx.save_for_backward(x, for_gradient, weight_scale, a, b, between)
         ctx.scale, ctx.emulate = scale, emulate
         return out
@@ -58,19 +58,56 @@ class _LinearWithAdapter(torch.autograd.Function):
         of_x = None
         if ctx.needs_input_grad[0]:
             if weight_scale is None:
-                of_x = gradient @ weight  # [N, I]
+                of_x = sum_of_products(gradient, weight, of_between, a, None)  # [N, I]
             else:
-                of_x = gradient_through_frozen(gradient, weight, weight_scale, ctx.emulate)
-            of_x = _plus_product(of_x, of_between, a)
+                factors = factors_backward(gradient, weight, weight_scale)
+                of_x = sum_with_float8(*factors, of_between, a, None, False, ctx.emulate)
         of_a = of_between.t() @ x if ctx.needs_input_grad[5] else None
         of_b = gradient.t() @ between if ctx.needs_input_grad[6] else None
         return of_x, None, None, None, None, of_a, of_b, None, None
 
 
-def _plus_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """out + a b in the place of `out`. A compiler finds the place by itself; that of torch 2.11 takes what a Function
-    has written into for a constant, and all gradients are zero then."""
-    return out.addmm(a, b) if torch.compiler.is_compiling() else out.addmm_(a, b)
+# Operations of their own, which a compiler leaves whole: it would copy what is added to (seen in torch 2.11 and 2.13),
+# and that of torch 2.11 takes what a Function has written into for a constant, whose gradients are zero.
+
+
+@torch.library.custom_op("dayzero::sum_of_products", mutates_args=())
+def sum_of_products(a: Tensor, b: Tensor, c: Tensor, d: Tensor, bias: Tensor | None) -> Tensor:
+    """a b + c d + bias, for thin c and d.
+
+    The large product comes last on a GPU. On a CPU it may round to bfloat16 between parts of its sum, so there it
+    begins: gradients were twice as far from float64's the other way round.
+    """
+    if a.is_cuda:
+        return (c @ d if bias is None else torch.addmm(bias, c, d)).addmm_(a, b)
+    return (a @ b if bias is None else torch.addmm(bias, a, b)).addmm_(c, d)
+
+
+@torch.library.custom_op("dayzero::sum_with_float8", mutates_args=())
+def sum_with_float8(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    c: Tensor,
+    d: Tensor,
+    bias: Tensor | None,
+    fast: bool,
+    emulate: bool,
+) -> Tensor:
+    """a b + c d + bias, for a and b in 8 bits (see `product`) and thin c and d."""
+    out = product(a, a_scale, b, b_scale, c.dtype, emulate, fast=fast).addmm_(c, d)
+    return out if bias is None else out.add_(bias)
+
+
+@sum_of_products.register_fake
+def _(a: Tensor, b: Tensor, c: Tensor, d: Tensor, bias: Tensor | None) -> Tensor:
+    return c.new_empty(a.shape[0], b.shape[1])
+
+
+@sum_with_float8.register_fake
+def _(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, c: Tensor, *_: Any) -> Tensor:
+    return c.new_empty(a.shape[0], b.shape[1])
 
 
 class FusedLoraLinear(LoraLinear):
