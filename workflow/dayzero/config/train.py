@@ -93,9 +93,10 @@ class Train(Section):
     """torch.compile each layer, into one graph where it can be one. What is compiled is kept in the user's cache."""
     attention: Literal["auto", "documents", "sdpa", "eager", "flex", "varlen"] = "auto"
     """documents: SDPA for one packed document after the other; flex (FlexAttention) and varlen (all documents in one
-    call): CUDA only. auto: documents on a CPU, else the model's own (docs/methods.md)."""
+    call): CUDA only. auto: varlen in bf16 on a GPU, else documents, where the model attends by SDPA; else the model's
+    own (docs/methods.md)."""
     kernels: Literal["auto", "none", "liger"] = "auto"
-    """liger: Liger's norms, rotary embeddings and MLPs (NVIDIA GPUs, models it knows). auto: where they run."""
+    """liger: Liger's norms and MLPs (NVIDIA GPUs, models it knows). auto: where they run and nothing is compiled."""
     optimizer: Optimizer = Optimizer()
     lr_scheduler: LrScheduler = LrScheduler()
     validate_every: NonNegativeInt = 50
