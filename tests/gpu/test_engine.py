@@ -25,7 +25,7 @@ from tests.distributed.test_resume import OPTIMIZERS, copy_of
 
 pytestmark = [
     pytest.mark.distributed,
-    pytest.mark.skipif(False, reason="needs an NVIDIA GPU"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
 
 FP8_CAPABLE = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
