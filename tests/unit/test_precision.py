@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ import torch
 from dayzero.config import Method
 from dayzero.engine.activation_checkpointing import apply_activation_checkpointing
 from dayzero.engine.compiling import compile_layers, keep_compiled
+from dayzero.engine.lora_linear import fuse_lora
 from dayzero.engine.loss import CausalLMWithLoss
 from dayzero.engine.model import ModelSource
 from dayzero.engine.structure import find_layers
 from dayzero.engine.weights import Weights
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from tests.tiny import ARCHITECTURES
@@ -88,6 +91,35 @@ def test_what_is_computed_again(setting: str, calls: list[int], products: int) -
     assert counted.forward == products
     for g, w in zip(got, want, strict=True):
         assert torch.equal(g, w)
+
+
+def test_of_adapted_products_every_second_large_one_is_computed_again() -> None:
+    torch.manual_seed(0)
+    layer = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["0", "1", "2", "3"]), layer)
+    assert fuse_lora(layer) == 4
+    x = torch.randn(3, 64, requires_grad=True)
+    found = []
+    for setting in ("none", "full", "selective"):
+        again = copy.deepcopy(layer)
+        apply_activation_checkpointing([again], setting)
+        with Calls() as calls:
+            (gradient,) = torch.autograd.grad(again(x).square().sum(), x)
+        found.append((gradient, calls.names.count("dayzero.sum_of_products.default")))
+    assert all(torch.equal(gradient, found[0][0]) for gradient, _ in found)
+    assert [count for _, count in found] == [8, 12, 10]  # four forward, four backward, and those made again
+
+
+class Calls(torch.utils._python_dispatch.TorchDispatchMode):
+    """Notes which operations run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 class Products(torch.utils._python_dispatch.TorchDispatchMode):

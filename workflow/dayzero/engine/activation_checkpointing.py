@@ -3,7 +3,7 @@
 - full: of each layer only its input is kept (Chen et al. 2016, https://arxiv.org/abs/1604.06174).
 - every_N: so for every N-th layer, the others keep everything.
 - selective: of each layer the results of attention, of communication and of every second matrix product are kept, which
-  are dear to compute; the rest (norms, activations, the other products) is computed again.
+  are dear to compute; the rest (norms, activations, the other products, adapters' thin ones) is computed again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,13 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 
-PRODUCTS = ("aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm", "aten._scaled_mm", "aten._grouped_mm")
+PRODUCTS = (
+    *("aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm", "aten._scaled_mm", "aten._grouped_mm"),
+    *("dayzero.sum_of_products", "dayzero.sum_with_float8"),
+)
+
+THIN = 16
+"""A product whose result has so many times fewer columns than its factors share is an adapter's: little to compute."""
 
 KEPT = (
     "aten._scaled_dot_product_",
@@ -66,8 +72,10 @@ def selective_contexts() -> Contexts:
     """For one call of a layer: its first and its repeated computation count matrix products in the same order."""
     products = {False: 0, True: 0}
 
-    def policy(context: Any, operation: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+    def policy(context: Any, operation: Any, *args: Any, **_: Any) -> CheckpointPolicy:
         name = str(operation)
+        if name.startswith("aten.mm") and args[1].shape[1] * THIN <= args[1].shape[0]:
+            return CheckpointPolicy.PREFER_RECOMPUTE
         if name.startswith(PRODUCTS):
             products[context.is_recompute] += 1
             return (
