@@ -5,7 +5,7 @@ The linear layers inside the model's layers are converted, not the head, embeddi
 - Weights that are trained stay as they are and are cast with one scale a tensor, or a row, in every step, by torchao
   or by transformer-engine (see `transformer_engine.py`).
 - Weights that are frozen (LoRA) never change, so they are quantised once, when they are loaded, and only their 8 bits
-  are kept: whole on every rank, since that is a quarter of float32 and needs no gathering.
+  are kept: whole on every rank, which needs no gathering (on a GPU twice, see `FrozenFloat8Linear`).
 
 Shapes: N tokens, I inputs, O outputs.
 """
