@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sysconfig
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -58,7 +59,9 @@ def test_both_locks_hold_the_same_versions_but_for_what_cuda_needs() -> None:
 
 
 def test_the_installed_environment_is_a_lock_and_nothing_it_needs_is_missing() -> None:
-    installed = {canonicalize_name(d.metadata["Name"]): d for d in metadata.distributions()}
+    # not all of sys.path: setuptools, which the compiler imports, puts its own copies of packages there
+    found = metadata.distributions(path=[sysconfig.get_path("purelib")])
+    installed = {canonicalize_name(d.metadata["Name"]): d for d in found}
     name = LOCKS["vllm" in installed]
     lock = pins(name)
     other = {p: installed[p].version for p in lock if p in installed and installed[p].version.split("+")[0] != lock[p]}
