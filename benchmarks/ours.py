@@ -2,8 +2,8 @@
 
     python -m benchmarks.ours TASK.json WAY [TRACE.json]
 
-It is the engine as the train stage runs it: same trainer, loader rows and defaults (FSDP2, chunked loss). With a TRACE
-the steps behind the warm-up run under torch.profiler, whose table is printed.
+It is the engine as the train stage runs it: same trainer, loader rows and defaults (FSDP2). With a TRACE the
+steps behind the warm-up run under torch.profiler, whose table is printed.
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ GPU_WAYS: dict[str, dict[str, Any]] = {
 GPU_WAYS["dayzero fp8"] = {"fp8": {"recipe": "tensorwise", "emulate": not torch.cuda.is_available()}}
 GPU_WAYS["dayzero fp8 compiled"] = {**GPU_WAYS["dayzero fp8"], "compile": True}
 GPU_WAYS["dayzero fp8 rowwise compiled"] = {
-    "fp8": {"recipe": "rowwise", "emulate": not torch.cuda.is_available()}, "compile": True,
-}  # fmt: skip
+    "fp8": {**GPU_WAYS["dayzero fp8"]["fp8"], "recipe": "rowwise"},
+    "compile": True,
+}
 
 
 class _InOrder(TrainBatches):

@@ -22,13 +22,13 @@ from tests.distributed.test_parity import (  # noqa: F401
     test_training_lowers_the_loss,
 )
 from tests.distributed.test_resume import OPTIMIZERS, copy_of
+from tests.gpu.test_precision_and_kernels import HAS_FLOAT8
 
 pytestmark = [
     pytest.mark.distributed,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
 
-FP8_CAPABLE = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
 TENSORWISE, ROWWISE = ({"precision": "bf16", "fp8": {"recipe": r}} for r in ("tensorwise", "rowwise"))
 LOW: dict[str, dict[str, Any]] = {
     "bf16": {"precision": "bf16"},
@@ -46,7 +46,7 @@ def low(folder: Path) -> Results:  # noqa: F811
     jobs = []
     for method in ("full", "lora"):
         for name, train in {"fp32": {"precision": "fp32"}, **LOW}.items():
-            if "wise" not in name or FP8_CAPABLE:
+            if "wise" not in name or HAS_FLOAT8:
                 made = job("train", "qwen3", method, "packed", folder, strategy="fsdp2", train=train)
                 jobs.append({**made, "name": f"{method}-{name}", "folder": str(folder / f"low-{method}-{name}")})
     return run_ranks(1, jobs, folder / "low")
@@ -55,7 +55,7 @@ def low(folder: Path) -> Results:  # noqa: F811
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize("name", LOW)
 def test_low_precision_follows_the_float32_curve(low: Results, method: str, name: str) -> None:
-    if "wise" in name and not FP8_CAPABLE:
+    if "wise" in name and not HAS_FLOAT8:
         pytest.skip("needs a GPU of compute capability 8.9")
     got, want = low[f"{method}-{name}"]["losses"], low[f"{method}-fp32"]["losses"]
     assert got != want

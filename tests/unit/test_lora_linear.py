@@ -38,17 +38,22 @@ def gradients(model: PreTrainedModel) -> tuple[torch.Tensor, dict[str, torch.Ten
     return logits.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
+def check_same(model: PreTrainedModel, wanted: PreTrainedModel, of_logits: Any, of_gradients: Any) -> None:
+    """Logits and gradients within these tolerances."""
+    expected, expected_gradients = gradients(wanted)
+    logits, found = gradients(model)
+    torch.testing.assert_close(logits, expected, **of_logits)
+    assert set(found) == set(expected_gradients) != set()
+    for n, gradient in found.items():
+        torch.testing.assert_close(gradient, expected_gradients[n], **of_gradients, msg=n)
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen3", "opt", "stablelm"])
 def test_equals_peft_in_value_and_gradient(name: str) -> None:
     peft = adapted(name, Lora(rank=3, alpha=7.0), torch.float64)
     fused = copy.deepcopy(peft)
     assert fuse_lora(fused) > 20
-    expected, expected_gradients = gradients(peft)
-    logits, found = gradients(fused)
-    torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
-    assert set(found) == set(expected_gradients) != set()
-    for n, gradient in found.items():
-        torch.testing.assert_close(gradient, expected_gradients[n], rtol=1e-9, atol=1e-10, msg=n)
+    check_same(fused, peft, {"rtol": 1e-10, "atol": 1e-10}, {"rtol": 1e-9, "atol": 1e-10})
 
 
 @pytest.mark.parametrize("name", ["llama", "stablelm"])
@@ -58,12 +63,7 @@ def test_compiled_layers_have_the_same_gradients(name: str) -> None:
     compiled = copy.deepcopy(plain)
     torch._dynamo.reset()
     compile_layers(find_layers(compiled))
-    expected, expected_gradients = gradients(plain)
-    logits, found = gradients(compiled)
-    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
-    assert set(found) == set(expected_gradients) != set()
-    for n, gradient in found.items():
-        torch.testing.assert_close(gradient, expected_gradients[n], rtol=1e-4, atol=1e-5, msg=n)
+    check_same(compiled, plain, {"rtol": 1e-5, "atol": 1e-5}, {"rtol": 1e-4, "atol": 1e-5})
 
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
