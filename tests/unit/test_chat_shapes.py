@@ -23,6 +23,8 @@ PUT_IN_PLACE = {
     "stripped": ANY.replace("BODY", "{% set c = m['content'].strip() %}{{ c + '' }}"),
     "twice": ANY.replace("BODY", "{{ m.content }}{{ 'and ' + m.content if m.role == 'user' else '' }}"),
     "empty ones told": ANY.replace("BODY", "{{ m.content if m.content else 'nothing' }}"),
+    "with tools": "{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML,
+    "roles told": ANY.replace("BODY", "{{ m.content if m.role in ['user', 'assistant'] else m.content + '!' }}"),
     "system first": "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}" + CHATML,
 }
 LOOKS = {
@@ -31,6 +33,10 @@ LOOKS = {
     "length": ANY.replace("BODY", "{{ m.content if m.content | length > 3 else 'short' }}"),
     "equal": ANY.replace("BODY", "{{ 'y' if m.content == 'fox' else m.content }}"),
     "JSON": ANY.replace("BODY", "{{ m.content | tojson }}"),
+    "JSON, looked into": ANY.replace("BODY", "{{ m.content }}{{ '!' if 'fox' in (m.content | tojson) }}"),
+    "JSON, kept and looked into": ANY.replace(
+        "BODY", "{% set c = [m.content] | map('tojson') | list %}{{ m.content }}{{ '!' if 'fox' in c[0] }}"
+    ),
     "upper": ANY.replace("BODY", "{{ m.content | upper }}"),
     "characters": ANY.replace("BODY", "{% for c in m.content %}{{ c }}{% endfor %}"),
     "trimmed together": ANY.replace("BODY", "{{ (' x' + m.content) | trim }}"),
@@ -40,6 +46,12 @@ LOOKS = {
     "macro": "{% macro f(x) %}{{ x }}{% endmacro %}" + ANY.replace("BODY", "{{ f(m.content) }}"),
     "set block": ANY.replace("BODY", "{% set c %}{{ m.content }}{% endset %}{{ c }}{{ '!' if 'fox' in c }}"),
     "found in another": ANY.replace("BODY", "{{ m.content }}{{ '!' if m.content in 'The fox' }}"),
+    "found in a variable": ANY.replace(
+        "BODY", "{% set c = 'The fox' %}{{ m.content }}{{ '!' if m.content in c or m.content is in c }}"
+    ),
+    "found by a filter": ANY.replace(
+        "BODY", "{{ m.content }}{{ '!' if [m] | selectattr('content', 'in', 'The fox') | list }}"
+    ),
     "formatted": ANY.replace("BODY", "{% set c = '%s' % m.content %}{{ c }}{{ '!' if 'fox' in c }}"),
     "formatted by a method": ANY.replace("BODY", "{% set c = '{}'.format(m.content) %}{{ c }}{{ '!' if 'fox' in c }}"),
     "words": ANY.replace("BODY", "{{ m.content }}{{ m.content | wordcount }}"),

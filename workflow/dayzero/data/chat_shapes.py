@@ -48,7 +48,8 @@ _FILTERS = frozenset(
     ]
 )
 _METHODS = ("strip", "get", "items", "keys", "values")
-"""What a template may call: none of it gives away a text without its seal, but for tojson, which breaks it."""
+"""What a template may call: none of it gives away a text without its seal, but for tojson, which breaks it and so may
+only be written out."""
 
 
 class _LookedIntoError(Exception):
@@ -175,16 +176,43 @@ def _keeps_seals(template: str) -> bool:
     except TemplateSyntaxError:
         return False  # rendering it says more
 
-    def is_const(node: nodes.Node, kind: type) -> bool:
-        return isinstance(node, nodes.Const) and isinstance(node.value, kind)
-
+    written = sum(_json_written(value) for output in tree.find_all(nodes.Output) for value in output.nodes)
     return not (
         any(tree.find_all((nodes.Concat, nodes.Macro, nodes.CallBlock, nodes.AssignBlock)))
-        or any(filtered.name not in _FILTERS for filtered in tree.find_all(nodes.Filter))
+        or any(not _keeps_seal(filtered) for filtered in tree.find_all(nodes.Filter))
         or any(
             isinstance(call.node, nodes.Getattr) and call.node.attr not in _METHODS
             for call in tree.find_all(nodes.Call)
         )
-        or any(not is_const(remainder.right, int) for remainder in tree.find_all(nodes.Mod))
-        or any(test.op in ("in", "notin") and is_const(test.expr, str) for test in tree.find_all(nodes.Operand))
+        or any(not isinstance(_constant(remainder.right), int) for remainder in tree.find_all(nodes.Mod))
+        or any(_may_search(compare) for compare in tree.find_all(nodes.Compare))
+        or any(test.name == "in" for test in tree.find_all(nodes.Test))
+        or written < sum(filtered.name == "tojson" for filtered in tree.find_all(nodes.Filter))
     )
+
+
+def _constant(node: nodes.Node) -> Any:
+    return node.value if isinstance(node, nodes.Const) else None
+
+
+def _keeps_seal(filtered: nodes.Filter) -> bool:
+    """Whether the filter does, and what it applies where it is given the name of another filter or of a test."""
+    named = filtered.args[:2] if filtered.name in ("map", "selectattr", "rejectattr") else []
+    return filtered.name in _FILTERS and all(_constant(it) not in (None, "in", "tojson") for it in named)
+
+
+def _may_search(compare: nodes.Compare) -> bool:
+    """Whether it may look for a sealed text in another text, which would not notice."""
+    searched = [operand.expr for operand in compare.ops if operand.op in ("in", "notin")]
+    return not isinstance(_constant(compare.expr), str) and any(
+        not isinstance(it, nodes.List | nodes.Tuple) for it in searched
+    )
+
+
+def _json_written(node: nodes.Node) -> int:
+    """How many values turned to JSON are written out where this expression is."""
+    if isinstance(node, nodes.Add):
+        return _json_written(node.left) + _json_written(node.right)
+    if isinstance(node, nodes.CondExpr):
+        return _json_written(node.expr1) + (_json_written(node.expr2) if node.expr2 is not None else 0)
+    return int(isinstance(node, nodes.Filter) and node.name == "tojson")
