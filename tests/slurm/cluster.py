@@ -2,7 +2,8 @@
 
 `python -m tests.slurm.cluster up FOLDER` starts one and prints what to export; `down FOLDER` ends it, `kill FOLDER
 node2` pulls a node's plug, `start FOLDER node2` brings it back. Ports are free ones and every file is in FOLDER, so
-several clusters can run side by side.
+several clusters can run side by side. One with accounts (`up FOLDER ACCOUNT ...`) has a database of jobs, slurmdbd on a
+MariaDB of its own, as most sites do.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from pathlib import Path
 
 import psutil
 
-PACKAGES = "slurmctld slurmd slurm-client munge"
+PACKAGES = "slurmctld slurmd slurm-client munge slurmdbd mariadb-server"
 APT = f"apt-get install -y --no-install-recommends {PACKAGES}"
 NODES = ("node1", "node2")
-COMMANDS = ("srun", "sbatch", "squeue", "scancel", "sinfo", "scontrol", "sacct", "sacctmgr", "sshare")
-DAEMONS = ("munged", "slurmctld", "slurmd")
+COMMANDS = ("srun", "sbatch", "squeue", "scancel", "sinfo", "scontrol", "sacct", "sacctmgr", "sshare", "sstat")
+DAEMONS = ("munged", "slurmctld", "slurmd", "slurmdbd", "mariadbd")
 SYSTEM_PATH = "/usr/sbin:/sbin:/usr/bin:/bin"
 
 
@@ -53,8 +54,7 @@ TaskPlugin=task/none
 SwitchType=switch/none
 MpiDefault=none
 MailProg=/bin/true
-JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
+{accounting}
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU_Memory
 SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,bf_interval=2
@@ -73,6 +73,40 @@ PartitionName=gpu Nodes=node1,node2 MaxTime=60 State=UP GraceTime=90
 PartitionName=urgent Nodes=node1,node2 MaxTime=60 State=UP PriorityTier=10 PreemptMode=OFF
 """
 
+NO_ACCOUNTING = """\
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none"""
+ACCOUNTING = """\
+JobAcctGatherType=jobacct_gather/linux
+JobAcctGatherFrequency=5
+AccountingStorageType=accounting_storage/slurmdbd
+AccountingStorageHost=127.0.0.1
+AccountingStoragePort={port}
+AccountingStoragePass={root}/run/munge.sock
+AccountingStorageEnforce=associations
+AccountingStorageTRES=gres/gpu"""
+DATABASE_DAEMON = """\
+DbdHost={host}
+DbdAddr=127.0.0.1
+DbdPort={port}
+SlurmUser={user}
+AuthType=auth/munge
+AuthInfo=socket={root}/run/munge.sock
+LogFile={root}/log/slurmdbd.log
+PidFile={root}/run/slurmdbd.pid
+StorageType=accounting_storage/mysql
+StorageHost=127.0.0.1
+StoragePort={database_port}
+StorageUser=slurm
+StoragePass={password}
+StorageLoc=slurm
+"""
+DATABASE_USER = """\
+CREATE DATABASE IF NOT EXISTS slurm;
+CREATE USER IF NOT EXISTS slurm@'127.0.0.1' IDENTIFIED BY '{password}';
+GRANT ALL ON slurm.* TO slurm@'127.0.0.1';
+"""
+
 
 def missing() -> str | None:
     """What to type where SLURM is not installed; None where it is."""
@@ -87,6 +121,8 @@ class Cluster:
     root: Path
     cpus: int = 8
     """Virtual cores of each node."""
+    accounts: tuple[str, ...] = ()
+    """What this user can charge; none: a cluster without accounting."""
 
     @property
     def environment(self) -> dict[str, str]:
@@ -101,9 +137,11 @@ class Cluster:
         self.root.chmod(0o755)
         if not (self.root / "etc/slurm.conf").exists():
             self._configure()
-        for name in ("munged", "slurmctld", *(f"slurmd-{node}" for node in NODES)):
+        for name in self._daemons:
             if not self._alive(name):
                 self._start(name)
+            if name == "slurmdbd":
+                self._open_accounts()
         for node in NODES:
             self.wait_for_node(node, {"idle", "mixed", "allocated"})
         return self
@@ -113,7 +151,7 @@ class Cluster:
         if self._alive("slurmctld"):
             self.call("scancel", f"--user={getuser()}", check=False)
             self._wait(lambda: not self.call("squeue", "-h", check=False).strip(), 30)
-        for name in (*(f"slurmd-{node}" for node in NODES), "slurmctld", "munged"):
+        for name in reversed(self._daemons):
             if not self._alive(name):
                 continue
             process = psutil.Process(self._pid(name))
@@ -163,14 +201,56 @@ class Cluster:
         lines = self.call("squeue", "-h", "--states=all", "-o", "%i %T").split("\n")
         return dict(line.split() for line in lines if line.strip())
 
+    @property
+    def _daemons(self) -> list[str]:
+        """In the order in which they start."""
+        database = ["mariadbd", "slurmdbd"] if (self.root / "etc/slurmdbd.conf").exists() else []
+        return ["munged", *database, "slurmctld", *(f"slurmd-{node}" for node in NODES)]
+
+    def _open_accounts(self) -> None:
+        """What is there already stays."""
+
+        def answers() -> bool:
+            try:
+                return bool(self.call("sacctmgr", "--noheader", "list", "user", check=False).strip())
+            except subprocess.TimeoutExpired:
+                return False
+
+        if not self._wait(answers, 60):
+            raise RuntimeError(f"slurmdbd does not answer\n{(self.root / 'log/slurmdbd.log').read_text()[-600:]}")
+        for words in (["cluster", "virtual"], *(["account", it] for it in self.accounts)):
+            self.call("sacctmgr", "--immediate", "add", *words, check=False)
+        for account in self.accounts:
+            self.call("sacctmgr", "--immediate", "add", "user", getuser(), f"account={account}", check=False)
+
+    def _configure_accounting(self, host: str, port: int) -> str:
+        """The files of the database's daemons; what slurm.conf says of them."""
+        if not self.accounts:
+            return NO_ACCOUNTING
+        password = os.urandom(16).hex()
+        values = {"host": host, "user": getuser(), "root": self.root, "port": port, "database_port": port + 1}
+        for name, text in (("slurmdbd.conf", DATABASE_DAEMON), ("users.sql", DATABASE_USER)):
+            file = self.root / "etc" / name
+            file.touch(0o600)
+            file.write_text(text.format(**values, password=password))
+        (self.root / "etc/database.port").write_text(str(port + 1))
+        return ACCOUNTING.format(**values)
+
     def _configure(self) -> None:
         host = socket.gethostname().partition(".")[0]
-        port = _free_ports(3)
+        port = _free_ports(5)
         address = f"NodeHostname={host} NodeAddr=127.0.0.1 CPUs={self.cpus} RealMemory=10000 Gres=gpu:2"
         nodes = "\n".join(f"NodeName={node} Port={port + 1 + i} {address}" for i, node in enumerate(NODES))
         etc = self.root / "etc"
         (etc / "slurm.conf").write_text(
-            CONFIG.format(host=host, user=getuser(), root=self.root, port=port, nodes=nodes)
+            CONFIG.format(
+                host=host,
+                user=getuser(),
+                root=self.root,
+                port=port,
+                nodes=nodes,
+                accounting=self._configure_accounting(host, port + 3),
+            )
         )
         for gpu in (0, 1):
             (self.root / f"run/nvidia{gpu}").symlink_to("/dev/null")
@@ -192,15 +272,37 @@ class Cluster:
             command = ["munged", f"--key-file={root}/etc/munge.key", f"--socket={root}/run/munge.sock"]
             command += [f"--pid-file={root}/run/munged.pid", f"--log-file={root}/log/munged.log"]
             command += [f"--seed-file={root}/run/munged.seed"]
+        elif name == "mariadbd":
+            return self._start_database()
+        elif name == "slurmdbd":
+            command = ["slurmdbd"]
         elif name == "slurmctld":
             command = ["slurmctld", "-c", "-f", conf]
         else:
             command = ["slurmd", "-f", conf, "-N", name.removeprefix("slurmd-")]
-        environment = {**self.environment, "PATH": f"{SYSTEM_PATH}:{os.environ['PATH']}"}
+        environment = {**self.environment, "PATH": f"{SYSTEM_PATH}:{os.environ['PATH']}", "SLURM_CONF": conf}
         done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=60)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
         self._wait(lambda: self._alive(name), 30)
+
+    def _start_database(self) -> None:
+        """MariaDB, its files in `database/`, reached by its port on this host alone."""
+        root, data = self.root, self.root / "database"
+        user = [f"--user={getuser()}"] if os.geteuid() == 0 else []
+        if not data.exists():
+            install = [_command("mariadb-install-db") or "mariadb-install-db", "--no-defaults", f"--datadir={data}"]
+            subprocess.run([*install, "--skip-test-db", *user], capture_output=True, check=True, timeout=120)
+        port = (root / "etc/database.port").read_text()
+        options = ["--no-defaults", f"--datadir={data}", f"--socket={root}/run/database.sock", f"--port={port}", *user]
+        options += ["--bind-address=127.0.0.1", "--skip-name-resolve", f"--init-file={root}/etc/users.sql"]
+        options += [f"--pid-file={root}/run/mariadbd.pid", f"--log-error={root}/log/mariadbd.log"]
+        options += ["--innodb-buffer-pool-size=32M", "--innodb-log-file-size=16M"]
+        subprocess.Popen(
+            [_command("mariadbd") or "mariadbd", *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        if not self._wait(lambda: self._alive("mariadbd") and _answers(int(port)), 60):
+            raise RuntimeError(f"mariadbd: {(root / 'log/mariadbd.log').read_text()[-600:]}")
 
     def _pid(self, name: str) -> int:
         return int((self.root / f"run/{name}.pid").read_text())
@@ -239,6 +341,14 @@ def _ended(process: psutil.Process) -> bool:
     return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
 
+def _answers(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), 1).close()
+    except OSError:
+        return False
+    return True
+
+
 def _free_ports(count: int) -> int:
     """The first of `count` neighbouring free ports."""
     for first in range(21000 + os.getpid() % 500 * 10, 32000, count):
@@ -263,7 +373,7 @@ def main() -> int:
     command = sys.argv[1]
     if command == "check":
         return 0
-    cluster = Cluster(Path(sys.argv[2]).resolve())
+    cluster = Cluster(Path(sys.argv[2]).resolve(), accounts=tuple(sys.argv[3:]) if command == "up" else ())
     if command == "up":
         cluster.up()
         print(f"export PATH={cluster.root}/bin:$PATH")

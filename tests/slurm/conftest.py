@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from getpass import getuser
 from pathlib import Path
@@ -72,6 +73,8 @@ class Site:
 
     path: Path
     cluster: Cluster
+    status_command: str = "squeue"
+    """What Snakemake asks for its jobs' states."""
     started: list[subprocess.Popen[str]] = field(default_factory=list)
 
     @property
@@ -82,7 +85,7 @@ class Site:
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         """Snakemake with the SLURM profile, in the background; what it prints is in printed.txt."""
         command = [sys.executable, str(HERE / "polling.py"), "--profile", "slurm"]
-        command += ["--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "1"]
+        command += ["--slurm-status-command", self.status_command, "--slurm-init-seconds-before-status-checks", "1"]
         command += ["--latency-wait", "10", *arguments]
         with open(self.path / "printed.txt", "w") as output:
             process = subprocess.Popen(
@@ -179,9 +182,23 @@ class Site:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
+    """Without accounting, as small sites are."""
+    with running() as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def accounted() -> Iterator[Cluster]:
+    """With a database of jobs, as large sites are."""
+    with running("physics", "biology") as cluster:
+        yield cluster
+
+
+@contextmanager
+def running(*accounts: str) -> Iterator[Cluster]:
     if problem := missing():
         pytest.exit(problem, returncode=1)
-    cluster = Cluster(Path(mkdtemp(prefix="dz-slurm-", dir="/tmp")))  # short: sockets lie in it
+    cluster = Cluster(Path(mkdtemp(prefix="dz-slurm-", dir="/tmp")), accounts=accounts)  # short: sockets lie in it
 
     def leave(*_: object) -> None:
         raise KeyboardInterrupt

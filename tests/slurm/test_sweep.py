@@ -34,7 +34,7 @@ class StandIns(Site):
 
 @pytest.fixture
 def sweep(site: Site, tmp_path: Path) -> StandIns:
-    return StandIns(make_project(tmp_path / "sweep", SWEEP).path, site.cluster, site.started)
+    return StandIns(make_project(tmp_path / "sweep", SWEEP).path, site.cluster, site.status_command, site.started)
 
 
 def test_eight_small_runs_of_which_one_fails(sweep: StandIns) -> None:

@@ -1,7 +1,8 @@
 """Training on a real SLURM cluster of two virtual nodes: as typed from the project's root, and through every fault.
 
 The runs that meet a fault are equal but for their names, so each must end with the very curve of `reference`, which
-nothing disturbed and which ran without SLURM, on the local profile.
+nothing disturbed and which ran without SLURM, on the local profile. The cluster keeps accounts, as most sites do, so
+Snakemake learns from sacct how its jobs ended; on the cluster of the other tests, which keeps none, from squeue.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -20,6 +22,7 @@ import pytest
 from dayzero.files import read_json
 from dayzero.slurm import parse_job
 
+from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import Site
 from tests.small_disk import mounted
 
@@ -46,6 +49,11 @@ def go_on(ranks: list) -> None:  # type: ignore[type-arg]
 def restarts(site: Site, job: str) -> int:
     """How often SLURM has put the job back into the queue."""
     return parse_job(site.cluster.call("scontrol", "show", "job", "-o", job)).restarts
+
+
+@pytest.fixture(scope="module")
+def site(site: Site, accounted: Cluster) -> Site:
+    return replace(site, cluster=accounted, status_command="sacct")
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,52 @@
+"""Which account pays, on a real cluster that keeps accounts; the stages are stand-ins, the jobs are SLURM's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import Cluster
+from tests.slurm.conftest import Site
+from tests.slurm.test_sweep import SWEEP, StandIns
+from tests.workflow.project import make_project
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def site(site: Site, accounted: Cluster) -> Site:
+    return replace(site, cluster=accounted, status_command="sacct")
+
+
+@pytest.fixture
+def sweep(site: Site, tmp_path: Path) -> StandIns:
+    return StandIns(make_project(tmp_path / "sweep", SWEEP).path, site.cluster, site.status_command, site.started)
+
+
+def charge(sweep: StandIns, account: str) -> None:
+    profile = sweep.path / "profiles/slurm/config.yaml"
+    profile.write_text(profile.read_text().replace("# slurm_account: my-project", f"slurm_account: {account}"))
+
+
+def test_a_failure_is_learnt_from_sacct_and_the_account_pays(sweep: StandIns) -> None:
+    charge(sweep, "biology")
+    code, printed = sweep.finish(sweep.start("--retries", "0", "--until", "train"))
+    assert code != 0
+    trained = {run for run in (f"s{i}" for i in range(8)) if (sweep.path / sweep.summary_file(run)).exists()}
+    assert trained == {f"s{i}" for i in range(8)} - {"s3"}, printed
+    table = printed[printed.index("1 failed") :]
+    assert all(word in table for word in ("s3", "train", "made to fail"))
+    jobs = sweep.cluster.call("sacct", "-X", "--noheader", "--parsable2", "--format=Account,State").split()
+    assert jobs.count("biology|FAILED") == 1
+    assert {job.partition("|")[0] for job in jobs} == {"biology"}
+
+
+def test_an_account_of_others_is_refused_before_a_job_is_submitted(sweep: StandIns) -> None:
+    charge(sweep, "chemistry")
+    code, printed = sweep.finish(sweep.start("--until", "train"))
+    assert code != 0
+    (said,) = [line for line in printed.splitlines() if "slurm_account = 'chemistry'" in line]
+    assert said.endswith("not one of yours, which are biology, physics, root")
+    assert "submitted" not in printed
