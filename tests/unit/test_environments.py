@@ -41,7 +41,7 @@ def pins(name: str) -> dict[str, str]:
 def test_every_dependency_is_pinned_and_allowed(name: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras["slurm"], *extras["dev"]]
+    wanted = [*project["dependencies"], *extras["slurm"], *extras["kubernetes"], *extras["dev"]]
     lock = pins(name)
     for text in wanted:
         requirement = Requirement(text)

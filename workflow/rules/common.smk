@@ -4,6 +4,7 @@ import os
 import sys
 
 from snakemake.exceptions import WorkflowError
+from snakemake.resources import Resource
 
 from dayzero.config_overrides import config_overrides, override_arguments
 from dayzero.wiring import Wiring
@@ -34,6 +35,11 @@ os.environ.update(
         [os.path.dirname(sys.executable), os.getenv("PATH", os.defpath)]
     )
 )
+
+# jobs that go to other machines ask for what the run's config says, not for at most the cores of this one
+if workflow.resource_settings.nodes is not None:
+    workflow.resource_settings.cores = sys.maxsize
+    workflow.global_resources["_cores"] = Resource("_cores", sys.maxsize)
 
 RESULTS = str(config["results_dir"]).rstrip("/")
 EXPERIMENT_FILE = str(experiment_path(str(config["experiment"])))
