@@ -16,9 +16,9 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
 def submit(site: Site, folder: Path, world_size: int, nodes: int, mode: str, *asked: str) -> str:
     """Start `world.py` as a batch job; its id."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     command = f"{sys.executable} -m tests.slurm.world {folder} {world_size} {nodes} {mode}"
-    environment = f"ALL,PYTHONPATH={ROOT}/workflow:{ROOT},OMP_NUM_THREADS=1,PATH={site.environment['PATH']}"
+    environment = f"ALL,PYTHONPATH={folder}:{ROOT}/workflow:{ROOT},OMP_NUM_THREADS=1,PATH={site.environment['PATH']}"
     arguments = ["--parsable", f"--output={folder}/printed.txt", f"--export={environment}", *asked]
     return site.cluster.call("sbatch", *arguments, "--wrap", command).strip()
 
@@ -58,3 +58,30 @@ def test_a_world_that_slurm_did_not_give(site: Site, tmp_path: Path) -> None:
     error = str(said(site, tmp_path / "nodes")["error"])
     assert "make 4 processes on 2 nodes (resources.train.nodes), but SLURM gave job" in error
     assert "1 nodes (node1)" in error or "1 nodes (node2)" in error
+
+
+def test_a_node_that_does_not_see_the_folder_and_one_whose_clock_is_wrong(site: Site, tmp_path: Path) -> None:
+    """The two jobs run beside each other: a node looks 45 s for the folder."""
+    unseen, late = tmp_path / "unseen", tmp_path / "late"
+    asked = ("--nodes=2", "--ntasks-per-node=2", "--mem=1000")
+    for folder in (unseen, late):
+        folder.mkdir()
+    stand_in = "import os, time\nif os.environ.get('SLURMD_NODENAME') == 'node2':\n"
+    stand_in += "    now = time.time\n    time.time = lambda: now() - 90\n"
+    (late / "sitecustomize.py").write_text(stand_in)
+    site.cluster.kill_node("node2")
+    try:
+        site.cluster.start_node("node2", hidden=unseen)
+    except RuntimeError as error:
+        pytest.skip(f"cannot hide a folder from a node: {error}")
+    try:
+        for folder in (unseen, late):
+            submit(site, folder, 2, 2, "end", *asked)
+        assert said(site, late) == {"finished": True}
+        assert "the clock of node2 differs by -90 s from that of" in (late / "printed.txt").read_text()
+        error = str(said(site, unseen)["error"])
+        assert f"results_dir: node2 does not see {unseen} as the first node does: put results_dir on a file" in error
+        assert not (unseen / "rank0").exists()
+    finally:
+        site.cluster.kill_node("node2")
+        site.cluster.start_node("node2")
