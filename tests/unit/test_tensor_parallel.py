@@ -137,7 +137,9 @@ def test_what_cannot_be_split_rightly_is_refused(model_type: str, fields: dict[s
 
 
 def test_sequence_parallelism_needs_the_model_s_own_plan() -> None:
-    with pytest.raises(ConfigError, match=r"ships no tensor-parallel plan, which parallelism.sequence_parallel needs"):
+    with pytest.raises(
+        ConfigError, match=r"no tensor-parallel plan that can be used, which parallelism.sequence_parallel"
+    ):
         tensor_parallel_plan(bare("opt", ffn_dim=64, word_embed_proj_dim=32), 2, sequence_parallel=True)
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from dayzero.config import Method, Train
 from dayzero.console import log
 from dayzero.engine import distributed
-from dayzero.engine.context_parallel import ContextParallel, use_context_parallel
+from dayzero.engine.context_parallel import ContextParallel, check_context_parallel, use_context_parallel
 from dayzero.engine.distillation import Distillation, build_teacher, check_vocabularies
 from dayzero.engine.float8 import convert_to_float8
 from dayzero.engine.frozen import keep_frozen_in_bf16
@@ -33,6 +33,7 @@ from dayzero.engine.pipeline_cut import Anatomy, anatomy
 from dayzero.engine.precision import computes_in_bf16, weights_dtype
 from dayzero.engine.router_loss import RouterLoss, router_loss_coefficient
 from dayzero.engine.tiny_copy import mixes_dtypes
+from dayzero.engine.token_split import require_context_parallel
 from dayzero.engine.weights import Weights
 
 
@@ -62,6 +63,8 @@ class ParallelModel:
         self.context: ContextParallel | None = None
         if self.dims.cp > 1:
             self.context = ContextParallel(self.dims.build_cp_mesh(self.device.type).get_group(), self.dims.cp_method)
+            check_context_parallel(self.weights.template, self.dims.cp, self.dims.cp_method)
+            require_context_parallel(self.weights.template, self.context)
         self.mesh = None if self.dims.strategy == "none" else self.dims.build_mesh(self.device.type)
         self.distillation: Distillation | None = None
         if self.teacher is not None:

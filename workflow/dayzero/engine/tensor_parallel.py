@@ -40,6 +40,7 @@ from dayzero.engine.derived_plan import (
     wildcard,
 )
 from dayzero.engine.structure import find_layers
+from dayzero.engine.token_split import require_sequence_parallel
 from dayzero.errors import ConfigError
 
 ROW_SCATTERED = "dayzero_rowwise_scattered"
@@ -69,7 +70,9 @@ def tensor_parallel_plan(model: PreTrainedModel, tp: int, *, sequence_parallel: 
     """
     own = {name: style for name, style in (model.tp_plan or {}).items() if style in (COLUMN, ROW, GRADIENT_SUM)}
     _check_heads(model, tp)
-    plan = _confirmed(model, own, tp) if own else _derived(model, tp, sequence_parallel)
+    # a plan may split nothing here: by styles of its own, or parameters of experts, which are no modules
+    ships_one = any(own.get(wildcard(name)) in SPLIT for name, _ in model.named_modules())
+    plan = _confirmed(model, own, tp) if ships_one else _derived(model, tp, sequence_parallel)
     found: dict[str, str] = {}
     for name, module in model.named_modules():
         style = plan.styles.get(wildcard(name))
@@ -79,6 +82,8 @@ def tensor_parallel_plan(model: PreTrainedModel, tp: int, *, sequence_parallel: 
             _check_divides(tp, f"{name} has {'outputs' if style == COLUMN else 'inputs'}", size)
         if style:
             found[name] = style
+    if sequence_parallel:
+        require_sequence_parallel(model, [name for name, style in found.items() if style == COLUMN], tp)
     return DerivedPlan(found, {n: plan.divided.get(wildcard(n), ()) for n, _ in model.named_modules()})
 
 
@@ -95,7 +100,7 @@ def _confirmed(model: PreTrainedModel, own: dict[str, str], tp: int) -> DerivedP
 
 
 def _derived(model: PreTrainedModel, tp: int, sequence_parallel: bool) -> DerivedPlan:
-    says = f"parallelism.tp {tp}: {type(model).__name__} ships no tensor-parallel plan"
+    says = f"parallelism.tp {tp}: {type(model).__name__} ships no tensor-parallel plan that can be used"
     if sequence_parallel:
         raise ConfigError(f"{says}, which parallelism.sequence_parallel needs: turn sequence_parallel off")
     try:
