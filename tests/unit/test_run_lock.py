@@ -106,8 +106,15 @@ def test_a_job_that_left_the_queue_does_not_hold_it(
 ) -> None:
     foreign(tmp_path, job_id="12")
     monkeypatch.setattr(slurm, "job_states", lambda _: states)
-    with RunLock(tmp_path, job=None, beat=15, stale_after=1e9):
+    with RunLock(tmp_path, job=None, beat=15 if states else 0.05, stale_after=1e9):
         pass
+
+
+def test_a_living_job_that_the_queue_does_not_show_is_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sites hide others' jobs, and two clusters may share a file system."""
+    monkeypatch.setattr(slurm, "job_states", lambda _: {})
+    with RunLock(tmp_path, job=Job(job_id="12"), **FAST), pytest.raises(RunHeld, match="SLURM job 12"):
+        RunLock(tmp_path, job=None, **FAST).__enter__()
 
 
 def test_of_two_that_find_a_dead_one_one_wins(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import re
+import shlex
+import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +24,7 @@ from dayzero.engine.node import check_shared, clock_warning, use_interface
 from dayzero.errors import ConfigError
 from dayzero.experiment import Experiment
 from dayzero.slurm import Job, parse_job, parse_time
+from dayzero.slurm_plugin import states_query
 from dayzero.slurm_site import check_site, partitions
 from dayzero.snakemake_resources import Site, backoff, job_resources
 from dayzero.wiring import Wiring
@@ -172,7 +175,7 @@ NODES = {"parallelism": {"dp_shard": 8}, "resources": {"train": {"nodes": 2, "gp
         ({"gpu_request": "gres"}, {"gres": "gpu:4"}),
         ({"gpu_request": "gres", "gpu_type": "a100"}, {"gres": "gpu:a100:4"}),
         ({"gpu_request": "gpus-per-node", "gpu_type": "h100"}, {"slurm_extra": "--gpus-per-node=h100:4"}),
-        ({"gpu_request": "gpus", "gpu_type": "h100"}, {"gpu": 8, "gpu_model": "h100"}),
+        ({"gpu_request": "gpus", "gpu_type": "h100"}, {"slurm_extra": "--gpus-per-node=h100:4"}),
     ],
 )
 def test_gpus_are_asked_for_as_the_site_wants_it(site: dict[str, str], gpus: dict[str, object]) -> None:
@@ -181,6 +184,14 @@ def test_gpus_are_asked_for_as_the_site_wants_it(site: dict[str, str], gpus: dic
     assert found["slurm_extra"] == " ".join(filter(None, [str(gpus.pop("slurm_extra", "")), "--signal=USR1@120"]))
     assert {k: found[k] for k in found if k in ("gpu", "gres", "gpu_model")} == gpus
     assert (found["nodes"], found["tasks_per_node"], found["cpus_per_task"], found["mpi"]) == (2, 4, 1, "srun")
+
+
+def test_a_sites_own_options_are_added_to_ours() -> None:
+    site = Site(gpu_request="gpus", gpu_type="h100", slurm_extra="--exclusive")
+    one = asked("train", site, parallelism={"dp_shard": 4}, resources={"train": {"gpu": "auto"}})
+    assert (one["gpu"], one["gpu_model"]) == (4, "h100")
+    assert one["slurm_extra"] == "--signal=USR1@120 --exclusive"
+    assert asked("export", site)["slurm_extra"] == "--exclusive"
 
 
 def test_cpu_stages_go_to_the_cpu_partition() -> None:
@@ -291,9 +302,11 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def checked(site: Site, account: str = "", **values: object) -> SimpleNamespace:
+def checked(
+    site: Site, account: str = "", overwritten: dict[str, dict[str, object]] | None = None, **values: object
+) -> SimpleNamespace:
     settings = SimpleNamespace(status_command="sacct")
-    check_site(wiring(**values), site, account, settings)
+    check_site(wiring(**values), site, account, settings, overwritten)
     return settings
 
 
@@ -323,6 +336,47 @@ def test_what_a_site_has_not(
     with pytest.raises(ConfigError, match=says.replace("?", r"\?")) as refused:
         checked(replace(SITE, **site), account, parallelism={"dp_shard": 8}, resources={"train": train})
     assert "\n" not in str(refused.value)
+
+
+def test_what_a_profile_replaces_is_its_own_affair(cluster: Path) -> None:
+    """A rule's own partition and time are not held against the partition of the others; partitions may be several."""
+    values = {"parallelism": {"dp_shard": 8}, "resources": {"train": {"gpu": 8}}}
+    checked(SITE, overwritten={"train": {"slurm_partition": "long", "runtime": 1440}}, **values)
+    checked(replace(SITE, gpu_partition="gpu,any"), resources={"train": {"gpu": 2, "runtime": 600}})
+    with pytest.raises(ConfigError, match=r"set-resources train: slurm_extra would replace .*: set it for all rules"):
+        checked(SITE, overwritten={"train": {"slurm_extra": "--exclusive"}})
+    assert checked(SITE, "MINE,ours").status_command == "sacct"
+    with pytest.raises(ConfigError, match="slurm_account = 'theirs'"):
+        checked(SITE, "mine,theirs")
+    (cluster / "sacctmgr").write_text("#!/bin/sh\nexit 1\n")
+    checked(SITE, "mine")  # sacct answers, so there are accounts, which this user may not list
+
+
+def test_half_an_hour_is_no_thirty_hours(cluster: Path) -> None:
+    (cluster / "sinfo.txt").write_text("debug|gpu:4|30:00|2\nlong|gpu:4|1-12:00:00|2\n")
+    assert (partitions()["debug"].limit, partitions()["long"].limit) == (1800, 129600)
+
+
+def test_an_end_that_squeue_forgets_too_soon(cluster: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (cluster / "sacct").write_text("#!/bin/sh\nexit 1\n")
+    for age, warned in ((120, True), (300, False)):
+        (cluster / "scontrol").write_text(f"#!/bin/sh\necho 'MinJobAge               = {age} sec'\n")
+        (cluster / "scontrol").chmod(0o755)
+        caplog.clear()
+        assert checked(SITE).status_command == "squeue"
+        assert ("MinJobAge" in caplog.text) == warned
+
+
+def test_states_that_sacct_writes_in_several_words(cluster: Path) -> None:
+    """As the plugin runs the command, which knows a state by one word, and a task by the array's id and its number."""
+    (cluster / "sacct.txt").write_text("7|CANCELLED by 1000\n8_1|COMPLETED\n8_2|CANCELLED by 0\n")
+    (cluster / "sed").symlink_to("/usr/bin/sed")
+    command = shlex.split(states_query("a run"))
+    environment = {"PATH": str(cluster)}
+    done = subprocess.run(["/bin/sh", *command[1:]], env=environment, text=True, capture_output=True)
+    assert done.stdout.splitlines() == ["7|CANCELLED", "8_1|COMPLETED", "8_2|CANCELLED"]
+    (cluster / "sacct").write_text("#!/bin/sh\nexit 3\n")
+    assert subprocess.run(["/bin/sh", *command[1:]], env=environment, capture_output=True).returncode == 3
 
 
 def test_a_cluster_without_accounts(cluster: Path) -> None:

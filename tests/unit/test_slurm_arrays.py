@@ -46,16 +46,24 @@ def test_a_task_without_its_command_does_not_run_the_first_job() -> None:
         task_command(ARGV[:3], {**ARRAY, "SLURM_ARRAY_TASK_ID": "2"})
 
 
-def problems(asked: str, site: Site = SITE, limit: int = LONGEST, **train: object) -> list[str]:
+def problems(
+    asked: str,
+    site: Site = SITE,
+    limit: int = LONGEST,
+    at_once: int | None = None,
+    seq_len: int | None = None,
+    **train: object,
+) -> list[str]:
     base = {"experiment": "e", "train": {"max_steps": 1}, "data": {"source": "r.jsonl"}, "model": {"source": "hf:o/m"}}
     runs = {name: RunConfig.model_validate({**base, "run": name}) for name in ("a", "b")}
-    runs["b"] = RunConfig.model_validate({**base, "run": "b", "resources": {"train": train}})
+    own = {"resources": {"train": train}, **({"tokenize": {"seq_len": seq_len}} if seq_len else {})}
+    runs["b"] = RunConfig.model_validate({**base, "run": "b", **own})
     settings = SimpleNamespace(array_jobs=asked, array_limit=limit, pass_command_as_script=False)
-    return array_problems(Wiring(Experiment("e", "", runs), "results"), site, settings)
+    return array_problems(Wiring(Experiment("e", "", runs), "results"), site, settings, at_once)
 
 
 def test_runs_that_ask_for_the_same() -> None:
-    assert problems("train, evaluate") == []
+    assert problems("train", at_once=2) == []
     assert problems("") == []
 
 
@@ -63,7 +71,15 @@ def test_runs_that_ask_for_the_same() -> None:
     ("given", "says"),
     [
         ({"asked": "train", "mem_mb": 9000}, "runs a and b ask for different resources.train, GPUs or nodes"),
-        ({"asked": "tokenize"}, "slurm-array-jobs tokenize: arrays are for the rules with a job a run: train, export"),
+        (
+            {"asked": "train", "seq_len": 512},
+            "runs a and b wait for different data, tokens or models, so that not all",
+        ),
+        (
+            {"asked": "train", "at_once": 1},
+            "2 trainings, of which Snakemake hands over 1 at a time, and the others would",
+        ),
+        ({"asked": "train, export"}, "slurm-array-jobs export: the jobs of export are ready one by one"),
         ({"asked": "train", "limit": 1000}, "slurm-array-limit 1000: the command line of a longer array does not fit"),
         ({"asked": "train", "site": replace(SITE, small_runs="true")}, "set small_runs to false"),
     ],

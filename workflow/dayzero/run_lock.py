@@ -26,6 +26,8 @@ from dayzero.console import log
 from dayzero.errors import ConfigError, DataError
 
 LOCK = "lock.json"
+UNSEEN_BEATS = 3
+"""Signs of life that the holder must have missed, where the queue does not show its job."""
 
 
 class RunHeld(ConfigError):
@@ -114,8 +116,12 @@ class RunLock:
             return "it was put back into the queue and is this job"
         if holder["job_id"]:
             states = slurm.job_states([holder["job_id"]])
-            if states is not None and states.get(holder["job_id"], "gone") not in slurm.ALIVE:
-                return f"that job is {states.get(holder['job_id'], 'gone from the queue')}"
+            state = None if states is None else states.get(holder["job_id"])
+            if state is not None and state not in slurm.ALIVE:
+                return f"that job is {state}"
+            # a queue may hide others' jobs, or be another cluster's: not to be seen there is no proof by itself
+            if states is not None and state is None and self._silent_for(UNSEEN_BEATS * self.beat):
+                return "that job is gone from the queue"
         if holder["host"] == ours["host"] and not _runs(holder["pid"], holder["process_started"]):
             return "that process has ended"
         return None
@@ -139,6 +145,10 @@ class RunLock:
             if reason := self._gone(holder):
                 return reason
         return "it has just been released"
+
+    def _silent_for(self, seconds: float) -> bool:
+        last = self._modified()
+        return last is not None and self._server_time() - last > seconds
 
     def _modified(self) -> float | None:
         try:

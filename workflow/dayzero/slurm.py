@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 
 SECONDS = 20
 """How long a command of SLURM may take before it counts as not answering."""
+
+ATTEMPTS, WAIT_SECONDS = 3, 5.0
+"""How often this job is asked for, and how long to wait in between."""
 
 ALIVE = {"PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "STOPPED", "COMPLETING", "REQUEUED", "RESIZING", "SIGNALING"}
 """States of a job that runs or may yet run."""
@@ -51,10 +55,21 @@ def current_job() -> Job | None:
     job_id = os.environ.get("SLURM_JOB_ID")
     if not job_id:
         return None
-    try:
-        return _shown(job_id)
-    except SlurmError:
-        return Job(job_id=job_id, nodes=os.environ.get("SLURM_JOB_NODELIST", ""))
+    for attempt in range(ATTEMPTS):  # a controller that is restarted, or busy, answers a moment later
+        if attempt:
+            time.sleep(WAIT_SECONDS)
+        try:
+            return _shown(job_id)
+        except SlurmError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                break
+    nodes = os.environ.get("SLURM_JOB_NUM_NODES", "1")
+    return Job(
+        job_id=job_id,
+        nodes=os.environ.get("SLURM_JOB_NODELIST", ""),
+        num_nodes=int(nodes) if nodes.isdigit() else 1,
+        restarts=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+    )
 
 
 def in_job_step() -> bool:

@@ -22,8 +22,6 @@ OPTION = "--slurm-jobstep-array-execs"
 BECOME = "DAYZERO_ARRAY_TASK"
 """Environment variable: the array task whose own Snakemake this process belongs to."""
 
-STAGES = ("train", "export", "evaluate", "verify_serving")
-"""The rules that have a job for each run."""
 LONGEST = 30
 """Most tasks of an array: their commands are one argument, of 2 to 4 KiB each, and Linux allows one of 128 KiB."""
 
@@ -60,29 +58,44 @@ def _name(environment: Mapping[str, str]) -> str:
     return f"{environment.get('SLURM_ARRAY_JOB_ID')}_{environment['SLURM_ARRAY_TASK_ID']}"
 
 
-def array_problems(wiring: Wiring, site: Site, settings: Any) -> list[str]:
-    """What speaks against the arrays that are asked for; `settings` are the executor's."""
+def array_problems(wiring: Wiring, site: Site, settings: Any, at_once: int | None = None) -> list[str]:
+    """What speaks against the arrays that are asked for; `settings` are the executor's.
+
+    The plugin makes an array of the jobs that Snakemake hands it together, and forgets, for ever, those that come
+    before the others are ready. So all trainings must be ready at once: `at_once` is how many are handed over together
+    (None: any number), and other rules' jobs, each of which waits for its own run, make no arrays.
+    """
     asked = getattr(settings, "array_jobs", None)
     if not asked:
         return []
-    rules = [name.strip() for name in str(asked).replace(";", ",").split(",")]
-    problems = []
-    for rule in rules:
-        if rule not in STAGES:
-            problems.append(f"slurm-array-jobs {rule}: arrays are for the rules with a job a run: {', '.join(STAGES)}")
-            continue
-        if rule == "train" and site.runs_are_small:
-            problems.append("slurm-array-jobs train: leave it out, or set small_runs to false: an array has no groups")
+    problems = [
+        f"slurm-array-jobs {rule}: the jobs of {rule} are ready one by one, and an array waits for all: only train can"
+        for rule in (name.strip() for name in str(asked).replace(";", ",").split(","))
+        if rule != "train"
+    ]
+    if site.runs_are_small:
+        problems.append("slurm-array-jobs train: leave it out, or set small_runs to false: an array has no groups")
+    trained = [name for name in wiring.runs if wiring.trained(name)]
+    if at_once is not None and len(trained) > at_once:
+        problems.append(
+            f"slurm-array-jobs train: {len(trained)} trainings, of which Snakemake hands over {at_once} at a time, and "
+            f"the others would be lost: set jobs to {len(trained)} or more and max-jobs-per-timespan to "
+            f"{len(trained)}/1s"
+        )
+    for ask, what, remedy in (
+        (_waits_for, "wait for different data, tokens or models, so that not all are ready at once", "make them alike"),
+        (
+            _asks_for,
+            "ask for different resources.train, GPUs or nodes, and all get what the first asks",
+            "make them alike",
+        ),
+    ):
         asking: dict[str, str] = {}
-        for name in wiring.runs:
-            if rule != "train" or wiring.trained(name):
-                asking.setdefault(_what_it_asks(wiring, rule, name), name)
+        for name in trained:
+            asking.setdefault(ask(wiring, name), name)
         if len(asking) > 1:
             one, other = list(asking.values())[:2]
-            problems.append(
-                f"slurm-array-jobs {rule}: all tasks of an array get what its first asks for, but runs {one} and "
-                f"{other} ask for different resources.{rule}, GPUs or nodes: make them alike, or leave {rule} out"
-            )
+            problems.append(f"slurm-array-jobs train: runs {one} and {other} {what}: {remedy}, or leave train out")
     limit = int(getattr(settings, "array_limit", 0))
     if getattr(settings, "pass_command_as_script", False):
         problems.append("slurm-pass-command-as-script: an array's tasks are not told their jobs that way: leave it out")
@@ -94,7 +107,11 @@ def array_problems(wiring: Wiring, site: Site, settings: Any) -> list[str]:
     return problems
 
 
-def _what_it_asks(wiring: Wiring, rule: str, name: str) -> str:
+def _asks_for(wiring: Wiring, name: str) -> str:
     run = Run(name)
-    asked = wiring.resources(rule, run).model_dump(mode="json")
-    return canonical_json([asked, wiring.gpus(rule, run), wiring.processes(run) if rule == "train" else 1])
+    asked = wiring.resources("train", run).model_dump(mode="json")
+    return canonical_json([asked, wiring.gpus("train", run), wiring.processes(run)])
+
+
+def _waits_for(wiring: Wiring, name: str) -> str:
+    return canonical_json([wiring.tokens_manifest(name), wiring.start(name), wiring.teacher(name)])

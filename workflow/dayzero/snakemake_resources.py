@@ -1,7 +1,7 @@
 """What each rule's job asks of SLURM, from the run's config and the profile's site keys; elsewhere, of this machine.
 
 The keys that a site sets in its profile's `default-resources` and that are read here:
-cpu_partition, gpu_partition, gpu_request (gres, gpus-per-node or gpus), gpu_type, small_runs.
+cpu_partition, gpu_partition, gpu_request (gres, gpus-per-node or gpus), gpu_type, small_runs, slurm_extra.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ class Site:
     gpu_type: str = ""
     small_runs: str = ""
     """true: trainings of one node are ordinary jobs, which can share an allocation."""
+    slurm_extra: str = ""
+    """Further options of sbatch for every job."""
 
     def __post_init__(self) -> None:
         if self.gpu_request and self.gpu_request not in GPU_REQUESTS:
@@ -138,8 +140,14 @@ def _functions(wiring: Wiring, site: Site, stage: str) -> dict[str, Callable[...
         resources["gres"] = lambda wildcards: _named(site, "gpu:", wiring.gpus(stage, wildcards))
     elif site.gpu_request == "gpus-per-node":
         resources["gpu"] = lambda wildcards: 0
-    elif site.gpu_type:
-        resources["gpu_model"] = lambda wildcards: site.gpu_type if wiring.gpus(stage, wildcards) else ""
+    else:  # over several nodes it might be given more of them on one than on another
+        resources["gpu"] = lambda wildcards: (
+            wiring.gpus(stage, wildcards) if _on_one_node(wiring, stage, wildcards) else 0
+        )
+        if site.gpu_type:
+            resources["gpu_model"] = lambda wildcards: (
+                site.gpu_type if wiring.gpus(stage, wildcards) and _on_one_node(wiring, stage, wildcards) else ""
+            )
     if train and not site.runs_are_small:
         # with `mpi` the rule's shell runs once, in the batch script, and starts the nodes itself; two tasks or more on
         # each node, which the plugin wants, share the node's CPUs
@@ -155,14 +163,23 @@ def _functions(wiring: Wiring, site: Site, stage: str) -> dict[str, Callable[...
 def _extra(wiring: Wiring, site: Site, stage: str, wildcards: Any, attempt: int) -> str:
     options = []
     gpus = wiring.gpus(stage, wildcards)
-    if gpus and site.gpu_request == "gpus-per-node":
+    if gpus and (
+        site.gpu_request == "gpus-per-node"
+        or (site.gpu_request == "gpus" and not _on_one_node(wiring, stage, wildcards))
+    ):
         options.append(_named(site, "--gpus-per-node=", gpus))
     asked = wiring.resources(stage, wildcards)
     if isinstance(asked, TrainResources) and asked.stop_before and not site.runs_are_small:
         options.append(f"--signal={SIGNAL}@{asked.stop_before}")
     if attempt > 1:
         options.append(f"--begin=now+{backoff(attempt)}")
+    if site.slurm_extra:
+        options.append(site.slurm_extra)
     return " ".join(options)
+
+
+def _on_one_node(wiring: Wiring, stage: str, wildcards: Any) -> bool:
+    return wiring.nodes(stage, wildcards) == 1
 
 
 def backoff(attempt: int) -> int:

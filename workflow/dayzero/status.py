@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import yaml
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -159,10 +160,16 @@ def duration(seconds: float) -> str:
     return f"{days}d {text}" if days else text
 
 
+def results_folder(config: Path = Path("config/config.yaml")) -> Path:
+    """Where the workflow of this folder keeps its results."""
+    found = yaml.safe_load(config.read_text()) if config.is_file() else None
+    return Path((found or {}).get("results_dir") or "results")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="dayzero.status", description=__doc__)
     parser.add_argument("--experiment", default="demo", help="a name in config/experiments or a file")
-    parser.add_argument("--results", type=Path, default=Path("results"), help="results_dir of config/config.yaml")
+    parser.add_argument("--results", type=Path, help="default: results_dir of config/config.yaml")
     parser.add_argument("--once", action="store_true", help="print the table once and end")
     parser.add_argument("--json", action="store_true", help="with --once: as JSON lines")
     parser.add_argument("--every", type=float, default=5.0, help="seconds between two looks (default 5)")
@@ -173,9 +180,11 @@ def main(argv: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
 
+    results = args.results or results_folder()
+
     def look() -> list[RunStatus]:
         jobs = queue(Path.cwd())
-        return [run_status(run, args.results / experiment.name / name, jobs) for name, run in experiment.runs.items()]
+        return [run_status(run, results / experiment.name / name, jobs) for name, run in experiment.runs.items()]
 
     def title() -> str:
         return f"{experiment.name}, {time.strftime('%Y-%m-%d %H:%M:%S')}"

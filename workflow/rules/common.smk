@@ -76,7 +76,18 @@ onstart:
     try:
         check_writable(RESULTS)
         if SITE.is_slurm:
-            check_site(WIRING, SITE, ACCOUNT, workflow.executor_settings)
+            limit = workflow.scheduling_settings.max_jobs_per_timespan
+            check_site(
+                WIRING,
+                SITE,
+                ACCOUNT,
+                workflow.executor_settings,
+                overwritten=workflow.resource_settings.overwrite_resources,
+                at_once=min(
+                    workflow.resource_settings.nodes or 1,
+                    limit.max_jobs if limit else sys.maxsize,
+                ),
+            )
     except ConfigError as error:
         raise WorkflowError(str(error)) from None
 
