@@ -1,5 +1,6 @@
 """A small real tokenizer for tests: byte-level BPE from our own trainer, with ChatML control tokens and template."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from dayzero.data.tokenizer_training import save_tokenizer, train_tokenizer
@@ -14,10 +15,16 @@ TEXT = [
 ] * 20
 
 
-def tiny_tokenizer(path: Path, *, chat_template: str | None = CHATML, eos_token: str | None = None) -> Path:
-    """Save a tokenizer of about 400 entries to `path`; pad is EOS, as for many real models."""
+def tiny_tokenizer(
+    path: Path, *, chat_template: str | None = CHATML, eos_token: str | None = None, added: Sequence[str] = ()
+) -> Path:
+    """Save a tokenizer of about 400 entries to `path`; pad is EOS, as for many real models.
+
+    `added`: further entries that it does not call special.
+    """
     tokenizer = train_tokenizer(iter(TEXT), 400)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.add_tokens(list(added))
     if eos_token:
         tokenizer.eos_token = tokenizer.pad_token = eos_token
     tokenizer.chat_template = chat_template

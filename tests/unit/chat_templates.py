@@ -32,5 +32,15 @@ MARKED_CALLS = (
     + _FOOT
 )
 """As JSON_CALLS, with the assistant's words in {% generation %} blocks."""
+MARKED_WITHOUT_END = MARKED_CALLS.replace("{% endgeneration %}", "{% endgeneration %}{{ '\n' }}")
+"""White space between a {% generation %} block and the end-of-turn token."""
+NOT_SPECIAL = ["<|user|>", "<|assistant|>", "<|end|>", "<think>", "</think>", "<tool_call>", "</tool_call>", "<|x|>"]
+"""Tokens of TAGGED, as some tokenizers have them that do not call them special; the last is not in the template."""
+TAGGED = (
+    "{# <|x|> #}{% for m in messages %}{{ '<|' }}{{ m.role + '|>\n' }}"
+    "{{ m.content.split('</think>')[-1] if '</think>' in m.content and not loop.last else m.content }}<|end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    "{% if false %}<|user|><think><tool_call></tool_call>{% endif %}"
+)
 FORGETS_REASONING = JSON_CALLS.replace("m.reasoning_content %}", "m.reasoning_content and loop.last %}")
 """Reasoning of the last turn only, as most reasoning models want it."""

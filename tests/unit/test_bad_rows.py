@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
 import io
 import json
+import lzma
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,115 @@ def test_csv_and_json_rows_too(tmp_path: Path) -> None:
     assert [r["completion"] for r in rows(tmp_path / "out")] == ["b", "z", "c"]
 
 
+def aside(output: Path) -> list[tuple[str, str, Any]]:
+    """What was set aside: file name and line, reason, content."""
+    found = [json.loads(line) for line in (output / "rejected.jsonl").read_text().splitlines()]
+    return [(r["origin"].rpartition("/")[2], r["reason"], r["row"]) for r in found]
+
+
+LONG = '{"text": "a", "n": ' + "9" * 5000 + "}"
+DEEP = json.dumps(GOOD).replace("}]}", ', "tool_calls": [{"function": {"name": "f", "arguments": "DEEP"}}]}]}')
+DEEP = DEEP.replace("DEEP", '{\\"a\\": ' + "[" * 100_000 + "]" * 100_000 + "}")
+NESTED = '{"text": ' + '{"a": ' * 900 + "1" + "}" * 901
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "origin", "said"),
+    [
+        ("a.jsonl", f'{{"text": "x"}}\n{LONG}\n', "a.jsonl:2", "Exceeds the limit (4300 digits)"),
+        ("a.json", f'{{"text": "x"}}\n{LONG}\n', "a.json:2", "Exceeds the limit (4300 digits)"),
+        ("a.json", f'[{{"text": "x"}}, {LONG}\n, {{"text": "y"}}]', "a.json:2", "Exceeds the limit (4300 digits)"),
+        ("a.jsonl", f"{json.dumps(GOOD)}\n{DEEP}\n", "a.jsonl:2", "is JSON that is nested too deeply"),
+        ("a.jsonl", f'{{"text": "x"}}\n{NESTED}\n', "a.jsonl:2", "column 'text' holds an object"),
+    ],
+    ids=["long", "long_in_lines", "long_in_array", "deep_text", "nested"],
+)
+def test_rows_that_python_cannot_hold(
+    tmp_path: Path, name: str, content: str, origin: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_text(content)
+    assert run(tmp_path / "no", source=str(tmp_path / name)) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"fetch_data: error: {tmp_path / origin}: " in last
+    assert said in last
+    assert run(tmp_path / "out", source=str(tmp_path / name), on_bad_row="reject") == 0
+    [(where, reason, _)] = aside(tmp_path / "out")
+    assert (where, said in reason) == (origin, True)
+    assert len(rows(tmp_path / "out")) == content.count('"y"') + 1
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.txt", "a.jsonl", "a.json", "array.json"])
+def test_bytes_that_are_no_utf8(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """One such row is set aside wherever it stands, also beyond what a reader has in its buffer."""
+    texts = [f"{i}é" for i in range(5000)]
+    lines = {
+        "a.csv": ["text,n", *(f"{t},1" for t in texts)],
+        "a.tsv": ["text\tn", *(f"{t}\t1" for t in texts)],
+        "a.txt": texts,
+        "array.json": ["[", *(json.dumps({"text": t}, ensure_ascii=False) + "," for t in texts[:-1]), '{"text": "é"}]'],
+    }.get(name, [json.dumps({"text": t}, ensure_ascii=False) for t in texts])
+    content = "\n".join(lines).encode().replace("4000é".encode(), "4000é".encode("latin-1"))
+    (tmp_path / name).write_bytes(content)
+    number = 4002 if name[:5] in ("a.csv", "a.tsv") else 4001
+    assert run(tmp_path / "no", source=str(tmp_path / name)) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    at = 14 if "json" in name else 5
+    assert f"/{name}:{number}: not UTF-8 text (" in last
+    assert f" at byte {at + ('json' in name)} of the row): convert it to UTF-8" in last
+    assert run(tmp_path / "out", source=str(tmp_path / name), on_bad_row="reject") == 0
+    [(origin, _, row)] = aside(tmp_path / "out")
+    assert (origin, "4000\ufffd" in row) == (f"{name}:{number}", True)
+    assert len(rows(tmp_path / "out")) == 4999
+
+
+def test_text_of_parquet_that_is_no_utf8(tmp_path: Path) -> None:
+    data = pa.array([b"one", b"t\xe9", b"three"], pa.binary())
+    text = pa.Array.from_buffers(pa.string(), 3, data.buffers())
+    pq.write_table(pa.table({"text": text}), tmp_path / "a.parquet")
+    assert run(tmp_path / "no", source=str(tmp_path / "a.parquet")) == 1
+    assert run(tmp_path / "out", source=str(tmp_path / "a.parquet"), on_bad_row="reject") == 0
+    assert [(origin, "a value cannot be read" in reason) for origin, reason, _ in aside(tmp_path / "out")] == [
+        ("a.parquet:2", True)
+    ]
+    assert [r["text"] for r in rows(tmp_path / "out")] == ["one", "three"]
+
+
+def test_quotes_of_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A row is named by its first line. After a broken one the reader goes on, where its end is known."""
+    good = 'prompt,completion\np1,c1\n\n"two\nlines",c2\n'
+    (tmp_path / "a.csv").write_text(good + '"a "word"",c3\n"b\nc" d,c4\np5,c5\n"x\ny"\n')
+    assert run(tmp_path / "no", source=str(tmp_path / "a.csv")) == 1
+    assert "a.csv:6: not valid CSV: ',' expected after '\"'" in capsys.readouterr().err.splitlines()[-1]
+    assert run(tmp_path / "out", source=str(tmp_path / "a.csv"), on_bad_row="reject") == 0
+    assert [(origin, row) for origin, _, row in aside(tmp_path / "out")] == [
+        ("a.csv:6", '"a "word"",c3\n'),
+        ("a.csv:7", '"b\nc" d,c4\n'),
+        ("a.csv:10", ["x\ny"]),
+    ]
+    origins = [(r["origin"].rpartition("/")[2], r["completion"]) for r in rows(tmp_path / "out")]
+    assert origins == [("a.csv:2", "c1"), ("a.csv:4", "c2"), ("a.csv:9", "c5")]
+    (tmp_path / "b.csv").write_text(good + '"open,c3\np4,c4\np5,c5\n')
+    assert run(tmp_path / "never", source=str(tmp_path / "b.csv"), on_bad_row="reject") == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "b.csv:6: not valid CSV: a quote of the row that begins here is not closed" in last
+
+
+def test_a_first_row_that_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = ['{"hello": 1}', '{"instruction": "a", "output": "b"}', *(json.dumps({"text": t}) for t in "xyz")]
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "b.jsonl").write_text("\n".join(lines))
+    sources = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
+    assert run(tmp_path / "no", source=sources) == 1
+    assert "b.jsonl:1 has the columns hello, none of the formats fits" in capsys.readouterr().err.splitlines()[-1]
+    assert run(tmp_path / "out", source=sources, on_bad_row="reject") == 0
+    assert [origin for origin, _, _ in aside(tmp_path / "out")] == ["b.jsonl:1", "b.jsonl:2"]
+    assert [r["text"] for r in rows(tmp_path / "out")] == ["a", "x", "y", "z"]
+    capsys.readouterr()
+    (tmp_path / "b.jsonl").write_text("\n".join(lines[:1] * 3))
+    assert run(tmp_path / "never", source=sources, on_bad_row="reject") == 1, "then it is no bad row"
+    assert "name yours in data.columns" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_only_bad_rows_is_an_error_and_none_leaves_no_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,12 +219,13 @@ def test_only_bad_rows_is_an_error_and_none_leaves_no_file(
     assert not (tmp_path / "out" / "rejected.jsonl").exists()
 
 
-@pytest.mark.parametrize("ending", ["gz", "zst"])
+@pytest.mark.parametrize("ending", ["gz", "zst", "bz2", "xz"])
 def test_a_cut_off_file_fails_even_where_rows_may_be_bad(
     tmp_path: Path, ending: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     content = "".join(json.dumps({"text": f"{i * 7919 % 1000003}"}) + "\n" for i in range(5000)).encode()
-    packed = (gzip.compress if ending == "gz" else zstandard.compress)(content)
+    compress = {"gz": gzip.compress, "zst": zstandard.compress, "bz2": bz2.compress, "xz": lzma.compress}[ending]
+    packed = compress(content)
     (tmp_path / f"rows.jsonl.{ending}").write_bytes(packed[: len(packed) // 2])
     assert run(tmp_path / "out", source=str(tmp_path / f"rows.jsonl.{ending}"), on_bad_row="reject") == 1
     assert "damaged or cut off" in capsys.readouterr().err

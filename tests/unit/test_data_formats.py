@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
 import shutil
 import struct
 from pathlib import Path
@@ -12,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 from dayzero.column_template import check_templates, parse_template
 from dayzero.config import Tokenize
 from dayzero.data.documents import DocumentEncoder
@@ -282,6 +286,44 @@ def test_megatron_documents_of_several_sequences(tmp_path: Path) -> None:
     (tmp_path / "d.bin").unlink()
     with pytest.raises(DataError, match=r"there is no d\.bin beside it"):
         read(index())
+
+
+def test_a_folder_gives_its_tables_and_names_what_it_leaves_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A clone of a hub repository, as it lies on the disk."""
+    clone = tmp_path / "clone"
+    pq_rows = [{"text": "one"}, {"text": "two"}]
+    names = ["README.md", "LICENSE.txt", "notes.txt", "dataset_infos.json", ".gitattributes", "rows.jsonl.lz4"]
+    for name in [*names, ".ipynb_checkpoints/a-checkpoint.jsonl", "data/LICENSE"]:
+        (clone / name).parent.mkdir(parents=True, exist_ok=True)
+        (clone / name).write_text('{"text": "not data"}\n')
+    pq.write_table(pa.Table.from_pylist(pq_rows), clone / "data" / "train.parquet")
+    _, rows = fetch(tmp_path / "out", source=str(clone))
+    assert [r["text"] for r in rows] == ["one", "two"]
+    [warning] = [line for line in capsys.readouterr().err.splitlines() if "WARNING" in line]
+    left_out = "LICENSE.txt, README.md, data/LICENSE, notes.txt, rows.jsonl.lz4"
+    assert f"{clone}: 5 files of the directory are not read as data: {left_out} (" in warning
+
+
+def test_a_folder_of_texts_is_read_but_for_what_is_about_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("README.md", "poem.txt", "song.md", "licences.txt"):
+        (tmp_path / "texts" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "texts" / name).write_text(name + "\n")
+    _, rows = fetch(tmp_path / "out", source=str(tmp_path / "texts"))
+    assert [r["text"] for r in rows] == ["poem.txt", "song.md"]
+    assert "2 files of the directory are not read as data: README.md, licences.txt" in capsys.readouterr().err
+
+
+def test_a_folder_of_every_compression(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    packed = {"": bytes, ".bz2": bz2.compress, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.compress}
+    (tmp_path / "d").mkdir()
+    for ending, compress in packed.items():
+        line = json.dumps({"text": f"of {ending}"}) + "\n"
+        (tmp_path / "d" / f"a.jsonl{ending}").write_bytes(compress(line.encode()))
+    _, rows = fetch(tmp_path / "out", source=str(tmp_path / "d"))
+    assert [r["text"] for r in rows] == [f"of {ending}" for ending in packed]
+    assert "WARNING" not in capsys.readouterr().err
 
 
 def test_a_changed_bin_file_is_noticed(tmp_path: Path) -> None:

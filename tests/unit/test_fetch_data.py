@@ -110,8 +110,61 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path, monkeypatch: pytest.
 
 def test_several_sources_and_max_rows(tmp_path: Path) -> None:
     sources = [_rows(tmp_path / f"{n}.jsonl", _questions(10, first=n * 10)) for n in range(3)]
-    _fetch(tmp_path / "out", source=sources, validation_size=0, max_rows=15)
-    assert [r["prompt"] for r in _read(tmp_path / "out", "train")] == [f"question {i}?" for i in range(15)]
+    manifest = _fetch(tmp_path / "out", source=sources, validation_size=0, max_rows=16)
+    assert manifest["splits"]["train"]["source_rows"] == [s["rows"] for s in manifest["sources"]] == [6, 5, 5]
+    read = [r["prompt"] for r in _read(tmp_path / "out", "train")]
+    assert read == [f"question {i}?" for i in (*range(6), *range(10, 15), *range(20, 25))]
+
+
+def test_what_a_source_lacks_of_max_rows_goes_to_those_after_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few, many = (_rows(tmp_path / f"{n}.jsonl", _questions(n, first=n)) for n in (2, 50))
+    manifest = _fetch(tmp_path / "out", source=[few, many], validation_size=0, max_rows=10)
+    assert manifest["splits"]["train"]["source_rows"] == [2, 8]
+    assert "WARNING" not in capsys.readouterr().err
+    manifest = _fetch(tmp_path / "other", source=[many, few], validation_size=0, max_rows=10)
+    assert manifest["splits"]["train"]["source_rows"] == [5, 2]
+    assert "WARNING: data.max_rows: 7 rows of 10 are read: other sources have fewer" in capsys.readouterr().err
+
+
+def test_a_source_of_which_nothing_is_left_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = (_rows(tmp_path / f"{name}.jsonl", _questions(20)) for name in "ab")
+    empty = _rows(tmp_path / "empty.jsonl", [{"prompt": "q", "completion": ""}] * 3)
+    bad = _rows(tmp_path / "bad.jsonl", [{"prompt": 5, "completion": ""}] * 3)
+    (tmp_path / "worse.jsonl").write_text("no\n" * 4)
+    worse = str(tmp_path / "worse.jsonl")
+    for sources, said in (
+        ([a, b], f"data.source: no row of {b} is left: all 20 are copies of rows of the sources before it: remove it"),
+        ([empty, a], f"data.source: {empty}: no rows are left after leaving out 3 empty: remove it"),
+        ([a, bad], f"data.source: {bad}: no rows are left after leaving out nothing and 3 rejected: remove it"),
+        ([a, worse], f"data.source: {worse}: no rows are left after leaving out nothing and 4 rejected: remove it"),
+    ):
+        assert _main(tmp_path / "out", {"source": sources, "on_bad_row": "reject"}) == 1
+        assert capsys.readouterr().err.strip().splitlines()[-1] == f"fetch_data: error: {said}"
+    held = _rows(tmp_path / "held.jsonl", _questions(1, first=30))
+    _fetch(tmp_path / "out", source=[a, held], test_source=_rows(tmp_path / "t.jsonl", [*_questions(1, first=30)] * 2))
+    assert f"WARNING: no train row of {held} is left: all others are copies or share" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("answers", "data", "said"),
+    [
+        ([100], {}, "all 100 rows that are left share one question, which stays in one split: set it to 0, or name a"),
+        ([100], {"validation_size": 0.5}, "all 100 rows that are left share one question, which stays in one split"),
+        ([40, 30, 30], {}, "each of the 3 questions has 30 rows or more: raise it to 30 rows, or set it to 0, or name"),
+        ([1, 30, 30], {"test_size": 1}, "each of the 2 questions has 30 rows or more: raise it to 30 rows, or set it"),
+    ],
+)
+def test_questions_with_more_rows_than_are_to_be_cut(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], answers: list[int], data: dict[str, Any], said: str
+) -> None:
+    rows = [{"prompt": f"q{q}", "completion": str(i)} for q, count in enumerate(answers) for i in range(count)]
+    data = {"source": _rows(tmp_path / "r.jsonl", rows), **data}
+    assert _main(tmp_path / "out", data) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "data.validation_size: no validation row could be cut without sharing a question: " + said in last
+    assert _main(tmp_path / "out", {**data, "validation_size": 0 if len(answers) == 1 else 30}) == 0
 
 
 def test_training_rows_that_share_a_question_with_a_given_test_are_left_out(tmp_path: Path) -> None:
@@ -173,6 +226,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"source": "rows.jsonl", "format": "function_calling"}, "data.answers is not set"),
     ({"source": "rows.jsonl", "format": "text", "answers": "rows.jsonl"}, "only read by format function_calling"),
     ({"source": "rows.jsonl", "answers": "rows.jsonl", "columns": {"id": "x"}}, "data.columns is not read"),
+    ({"source": ["rows.jsonl", "odd.jsonl"], "max_rows": 1}, "data.max_rows: 1 rows for 2 sources, which share them"),
     ({"source": "rows.jsonl", "subset": "en"}, "data.subset 'en' is only for `hf:` sources"),
 ]
 

@@ -131,6 +131,12 @@ def test_a_missing_column_is_named_with_what_there_is() -> None:
         ([{"role": "human", "content": "x"}], "has the role 'human', expected one of system, user, assistant, tool"),
         ([{"role": "user", "content": 5}], "holds a number, expected text"),
         ([{"role": "assistant", "content": "", "tool_calls": [1]}], "has tool_calls"),
+        ([{"role": "assistant", "content": "Hi", "weight": 0}], "message 1 of 'messages' has weight 0, which is not"),
+        ([{"role": "assistant", "content": None, "function_call": {"name": "f"}}], "write it as tool_calls"),
+        (
+            [{"role": "assistant", "content": None, "refusal": "I cannot."}],
+            "has refusal 'I cannot.', which is not read",
+        ),
     ],
 )
 def test_bad_conversations(value: Any, said: str) -> None:
@@ -142,9 +148,35 @@ def test_bad_conversations(value: Any, said: str) -> None:
 def test_conversations() -> None:
     turns = [("system", "be kind"), ("user", "Hi"), ("assistant", "Hello"), ("user", "Bye"), ("assistant", "Bye!")]
     messages = [{"role": r, "content": c} for r, c in turns]
-    got = normalise({"messages": [{**m, "name": "n"} for m in messages]}, "f:1", "messages", {})
+    more = {"name": "n", "weight": 1, "refusal": None, "function_call": None}
+    got = normalise({"messages": [{**m, **more} for m in messages]}, "f:1", "messages", {})
     assert got == Example({"messages": messages}, "Hi\nBye", 21, None)
     assert normalise({"messages": messages[:2]}, "f:1", "messages", {}) == Dropped("no_assistant_turn")
+
+
+def test_padding_of_tokens_is_left_out_and_masks_must_agree() -> None:
+    def read(**columns: Any) -> Any:
+        return normalise({"input_ids": [1, 2, 3, 0, 0], **columns}, "f:1", "pretokenized", {})
+
+    attention = [1, 1, 1, 0, 0]
+    assert read(attention_mask=attention).columns == {"input_ids": [1, 2, 3], "loss_mask": [True] * 3}
+    assert read(attention_mask=attention, labels=[-100, 2, 3, -100, -100]).columns["loss_mask"] == [False, True, True]
+    assert read(attention_mask=[0] * 5) == Dropped("empty")
+    both = {"loss_mask": [False, True, True, False, False], "labels": [-100, 2, 3, -100, -100]}
+    assert read(**both).columns["loss_mask"] == both["loss_mask"]
+    with pytest.raises(DataError, match="'loss_mask' and 'labels' supervise other tokens"):
+        read(**{**both, "labels": [1, 2, 3, 0, 0]})
+    with pytest.raises(DataError, match="holds True, expected integers"):
+        normalise({"input_ids": [True, 2]}, "f:1", "pretokenized", {})
+
+
+def test_an_answer_that_is_a_number_and_a_text() -> None:
+    """A file of JSON tells the number from the text; one of CSV does not."""
+    row = {"question": "How many?", "choices": ["1", "2", "3", "4"]}
+    assert normalise({**row, "answer": 2}, "f:1", "multiple_choice", {}).columns["completion"] == " C. 3"
+    with pytest.raises(DataError, match=r"'2', the text of one choice and the number of another, '3': .* \(B or C\)"):
+        normalise({**row, "answer": "2"}, "f:1", "multiple_choice", {})
+    assert normalise({**row, "answer": "4"}, "f:1", "multiple_choice", {}).columns["completion"] == " D. 4"
 
 
 def test_empty_answers_are_dropped() -> None:

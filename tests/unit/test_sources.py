@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from dayzero.data.packages import download_package, extract, package_licence
+from dayzero.data.readers import data_files
 from dayzero.data.sources import Source, fetch_files, parse_source
 from dayzero.data.store_entry import Memory
 from dayzero.errors import ConfigError, DataError
@@ -67,6 +68,41 @@ def test_local_glob(tmp_path: Path) -> None:
     assert [p.read_text() for p in sorted(fetched.path.rglob("*.jsonl"))] == ["a", "b"]
     with pytest.raises(ConfigError, match="no file matches"):
         _fetch(tmp_path, str(tmp_path / "*.csv"))
+
+
+def test_a_glob_gives_the_files_of_the_folders_it_matches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = ["g/a.jsonl", "g/sub/b.jsonl", "g/sub/deep/c.jsonl"]
+    for name in [*files, "g/sub/.checkpoints/b.jsonl", ".cache/x/d.jsonl"]:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text("{}")
+    before = sorted(Path("g").rglob("*"))
+    for pattern in ("g/*", "g/**", "g", "[g]"):
+        fetched = _fetch(tmp_path, pattern)
+        assert [label for _, label in data_files(fetched.path, fetched.label)] == files, pattern
+    assert sorted(Path("g").rglob("*")) == before, "no link is made in a folder of the user's"
+    fetched = _fetch(tmp_path, str(tmp_path / ".cache/x/*.jsonl"))
+    assert [path.name for path, _ in data_files(fetched.path, fetched.label)] == ["d.jsonl"], "hidden, but by its name"
+
+
+def test_a_glob_of_half_a_megatron_pair(tmp_path: Path) -> None:
+    for name in ("a.bin", "a.idx"):
+        (tmp_path / name).touch()
+    fetched = _fetch(tmp_path, str(tmp_path / "*.idx"))
+    [(index, _)] = data_files(fetched.path, fetched.label)
+    assert index.with_suffix(".bin").is_file()
+
+
+def test_folders_that_are_links(tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "b.jsonl").write_text("{}")
+    (tmp_path / "near").mkdir()
+    (tmp_path / "near" / "a.jsonl").write_text("{}")
+    (tmp_path / "near" / "link").symlink_to(tmp_path / "far")
+    (tmp_path / "far" / "back").symlink_to(tmp_path / "near")
+    fetched = _fetch(tmp_path, str(tmp_path / "near"))
+    assert list(fetched.file_sha256) == ["a.jsonl", "link/b.jsonl"]
+    assert [label for _, label in data_files(fetched.path, "n")] == ["n/a.jsonl", "n/link/b.jsonl"]
 
 
 def test_sha256_is_checked_and_recorded(tmp_path: Path) -> None:

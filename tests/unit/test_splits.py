@@ -95,6 +95,14 @@ def test_sizes_are_exact_where_single_questions_allow_it() -> None:
         assert [int(np.sum(split == s)) for s in (TRAIN, VALIDATION, TEST)] == [69, 10, 21]
 
 
+def test_the_fewest_rows_of_a_training_question_are_known() -> None:
+    questions = [f"q{i}" for i in range(3) for _ in range(10 + i)]
+    for validation, fewest in ((0, 10), (9, 10), (10, 11)):
+        split, found = assign(questions, validation, 0, 0)
+        sizes = Counter(q for q, s in zip(questions, split, strict=True) if s == TRAIN)
+        assert found.fewest_rows == fewest == min(sizes.values())
+
+
 def test_the_order_of_rows_does_not_matter_but_the_seed_does() -> None:
     questions = [f"question {i}" for i in range(200)]
     shuffled = random.Random(0).sample(questions, len(questions))

@@ -10,12 +10,13 @@ from dayzero.config import Tokenize
 from dayzero.data import tokenization
 from dayzero.data.documents import DocumentEncoder
 from dayzero.data.stored_table import rows_of
-from dayzero.data.tokenization import tokenize_split
+from dayzero.data.tokenization import settled, tokenize_split
 from dayzero.data.tokenizer import TokenizerSource, text_ids
 from dayzero.data.tokens import IGNORE, TokenRows
 from dayzero.errors import ConfigError, DataError
 from dayzero.stages import tokenize as stage
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.tiny_tokenizer import tiny_tokenizer
 
@@ -157,6 +158,39 @@ def test_prompt_and_completion_keep_their_border(tokenizer):
     assert not no_prompt[0]
     assert all(no_prompt[1:])
     assert counts["dropped.empty"] == 1
+
+
+@pytest.mark.parametrize("kind", ["prepend", "metaspace"])
+def test_a_completion_goes_on_where_the_prompt_ends(kind):
+    """A tokenizer of SentencePiece's ways puts a space before whatever it is given: not before a completion."""
+    words = ["▁", *"Q:2+=4ax", "▁4", "▁a", "<0x0A>", "\n", "(", "</s>"]
+    backend = Tokenizer(models.BPE({w: i for i, w in enumerate(dict.fromkeys(words))}, [("▁", "4"), ("▁", "a")]))
+    if kind == "prepend":  # Llama 2
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+        backend.decoder = decoders.Metaspace(prepend_scheme="first")
+    llama = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    rows = [{"prompt": "Q: 2+2=", "completion": c} for c in ("4", " 4", "")] + [{"prompt": "", "completion": "4"}]
+    for encoded in ("apart", "together"):
+        if encoded == "apart":
+            found, _ = documents(llama, "prompt_completion", rows)
+            texts = [llama.decode(ids) for [(ids, _)] in found]
+        else:
+            made = DocumentEncoder(llama, "prompt_completion", Tokenize(seq_len=64)).encode_rows(rows)
+            texts = [llama.decode(ids) for _, (ids, _) in made]
+        assert texts == ["Q: 2+2=4</s>", "Q: 2+2= 4</s>", "Q: 2+2=</s>", "4</s>"]
+
+
+def test_texts_that_we_make_prompts_of_hold_no_control_tokens(tokenizer):
+    """Questions and their texts were never rendered by anybody; a prompt of the file's own may have been."""
+    options = Tokenize(seq_len=64)
+    assert settled(options, ["squad", "multiple_choice"]).special_text == "plain"
+    for other in (["prompt_completion"], ["squad", "prompt_completion"], ["template"], ["messages"]):
+        assert settled(options, other) == options
+    special = options.model_copy(update={"special_text": "special"})
+    assert settled(special, ["squad"]) == special
 
 
 def test_long_documents_are_cut_split_or_dropped_and_counted(tokenizer):

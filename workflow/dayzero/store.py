@@ -13,7 +13,7 @@ from typing import Any
 from dayzero.config import Data, RunConfig, Tokenize
 from dayzero.files import sha256_json
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the files of the store change their meaning, so that old ones are not taken for new ones."""
 
 RUN_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"

@@ -5,8 +5,10 @@ or, where it has none, from rendering the conversation up to each answer, which 
 answer's supervision ends with its end-of-turn token; where the template has no such token, the tokenizer's EOS ends the
 conversation. The prompt before an answer is tokenised exactly as at inference.
 
-The texts of control tokens (`<|im_end|>`) inside a message stay text: only the template writes control tokens. What of
-the conversation is supervised is chosen by `tokenize.loss_*`; a token with any supervised character is supervised.
+The texts of control tokens (`<|im_end|>`) inside a message stay text: only the template writes control tokens. Tags
+in an assistant's content (`<think>`, `<tool_call>`) are the exception: they are its to write.
+
+What of the conversation is supervised is chosen by `tokenize.loss_*`; a token with any supervised character is.
 """
 
 from __future__ import annotations
@@ -27,12 +29,11 @@ from dayzero.config import Tokenize
 from dayzero.data import chat_parts
 from dayzero.data.chat_shapes import Found, Shapes
 from dayzero.data.plain_text import STAND_IN, Ids, Mask, Range, TextEncoder
-from dayzero.data.tokenizer import special_tokens
+from dayzero.data.tokenizer import special_token_pattern, special_tokens, tag_pairs
 from dayzero.errors import ConfigError, DataError
 
 Message = dict[str, Any]
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_CLOSING = re.compile(r"\s*</[\w:-]+>\s*")
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,11 @@ class ChatEncoder:
         self.template: str = tokenizer.get_chat_template()
         self.has_markers = bool(_GENERATION.search(self.template))
         self.counts: Counter[str] = Counter()
-        self._special = tuple(special_tokens(tokenizer))
+        controls = special_tokens(tokenizer)
+        self._tags = tag_pairs(tokenizer) | {token for token in controls if chat_parts.TAG.fullmatch(token)}
+        self._ends = tuple(sorted(controls - self._tags, key=len, reverse=True))
+        self._closing: dict[str, bool] = {}  # whether tokens that follow an answer after white space are its end
+        self._pattern, self._longest = special_token_pattern(tokenizer), max(map(len, controls), default=0)
         self._variables = dict(tokenizer.special_tokens_map)
         self._texts = TextEncoder(tokenizer)
         self._marking = self.options.special_text != "special"
@@ -93,15 +98,15 @@ class ChatEncoder:
         """
         messages = list(messages)
         if self._marking:
-            messages = [{**self._texts.mark_all(m), "role": m["role"]} for m in messages]
+            messages = [self._marked(m) for m in messages]
             tools = self._texts.mark_all(tools)
         self._check_shown(messages, tools)
         text, spans = self._spans(messages, tools)
-        spans = [(start, self._end(text, start, end)) for start, end in spans]
+        spans = [(self._whole(text, start), self._whole(text, self._end(text, start, end))) for start, end in spans]
         assert all(a[1] <= b[0] for a, b in pairwise(spans)), "answers overlap"
         wanted = self._parts(messages, tools, text, spans)
         last = spans[-1][1] if spans else 0
-        unfinished = bool(spans) and not text[last:].strip() and not text[:last].endswith(self._special)
+        unfinished = bool(spans) and not text[last:].strip() and not text[:last].endswith(self._ends)
         if unfinished:
             text = text[:last]
         return Rendered([text[i:j] for i, j in _between(spans, len(text))], wanted, unfinished)
@@ -124,6 +129,13 @@ class ChatEncoder:
             ids = np.append(ids, np.int32(self.tokenizer.eos_token_id))
             mask = np.append(mask, self.options.loss_parts == "all")
         return ids, mask
+
+    def _marked(self, message: Message) -> Message:
+        """The message with the control tokens in its texts broken, but for the tags that are an assistant's to write:
+        templates look for these, and a model that writes them must be shown them as tokens."""
+        marked: Message = {**self._texts.mark_all({**message, "content": ""}), "role": message["role"]}
+        keep = self._tags if message["role"] == "assistant" else ()
+        return {**marked, "content": self._texts.mark(message["content"], keep)}
 
     def _check_shown(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> None:
         """Refuse a template that would drop tools or calls in silence; the first row that has some shows it."""
@@ -165,30 +177,89 @@ class ChatEncoder:
         spans: list[Range] = []
         marked = [i for i in turns if messages[i]["role"] == "assistant"] if self.has_markers else []
         if marked:
-            spans = sorted(blocks)
+            self._check_markers(messages, tools)
+            spans = self._with_ends(messages, tools, text, sorted(blocks))
             if self.options.loss_turns == "last":  # whatever comes after the blocks of the turns before
                 earlier = self._render(messages[: marked[0]], tools, return_assistant_tokens_mask=True)[1]
                 spans = spans[len(earlier) :]
+            if not spans:
+                self._unmarked()
         for i in turns:
-            if i in marked:
-                continue
             answer = messages[i]["role"] == "assistant"
-            before = self._render(messages[:i], tools, add_generation_prompt=answer)[0]
+            if i in marked or not (answer or messages[i]["content"].strip()):
+                continue
             after = self._render(messages[: i + 1], tools)[0] if i + 1 < len(messages) else text
-            for prefix in (before, after):
-                if not text.startswith(prefix):
-                    self._refuse(text, prefix, i)
-            start = len(before)
-            if not answer:  # without the turn's head, which no one is asked to write
-                content = messages[i]["content"].strip()
-                start = text.find(content, start, len(after)) if content else len(after)
-                if start < 0:
-                    raise ConfigError(
-                        f"the chat template rewrites the content of message {i + 1}, of the role "
-                        f"{messages[i]['role']}, so it cannot be supervised: leave the role out of tokenize.loss_roles"
-                    )
-            spans.append((start, len(after)))
+            if answer:
+                before = self._render(messages[:i], tools, add_generation_prompt=True)[0]
+                if not text.startswith(before):
+                    self._refuse(text, before, i)
+            if not text.startswith(after):
+                self._refuse(text, after, i)
+            spans.append((len(before) if answer else self._head(messages[: i + 1], tools, text), len(after)))
         return text, sorted(spans)
+
+    def _head(self, messages: list[Message], tools: list[dict[str, Any]] | None, text: str) -> int:
+        """Where the content of the last of these messages begins in the conversation: after the turn's head, which no
+        one is asked to write and which may hold the same words."""
+        *earlier, message = messages
+        head, written, _ = self._render([*earlier, {**message, "content": STAND_IN}], tools)[0].partition(STAND_IN)
+        contents = {message["content"], message["content"].strip()}
+        if not written or not text.startswith(head) or not any(text.startswith(c, len(head)) for c in contents):
+            raise ConfigError(
+                f"the chat template rewrites the content of message {len(messages)}, of the role {message['role']}, "
+                "so it cannot be supervised: leave the role out of tokenize.loss_roles"
+            )
+        return len(head)
+
+    def _check_markers(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> None:
+        """Refuse {% generation %} blocks that hold nothing of what an assistant says; the first conversation shows it.
+
+        A template that rewrites what it is given is not told by this.
+        """
+        if "markers" in self._shown or not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
+            return
+        said = [{**m, "content": STAND_IN} if m["role"] == "assistant" and m["content"] else m for m in messages]
+        text, blocks = self._render(said, tools, return_assistant_tokens_mask=True)
+        if STAND_IN in text and not any(STAND_IN in text[start:end] for start, end in blocks):
+            self._unmarked()
+        self._shown.add("markers")
+
+    def _unmarked(self) -> None:
+        raise ConfigError(
+            "the chat template has {% generation %} blocks but none about what the assistant says, so nothing would be "
+            "supervised: set model.chat_template to a FILE with the blocks about the answers, or with none at all"
+        )
+
+    def _with_ends(
+        self, messages: list[Message], tools: list[dict[str, Any]] | None, text: str, blocks: list[Range]
+    ) -> list[Range]:
+        """The {% generation %} blocks, each with the end-of-turn token that follows it: many templates leave it out of
+        the block, and without it a model never stops."""
+        spans = []
+        for number, (start, end) in enumerate(blocks):
+            limit = blocks[number + 1][0] if number + 1 < len(blocks) else len(text)
+            following = text[end:limit]
+            token = next((t for t in self._ends if following.lstrip().startswith(t)), "")
+            if not token or text[start:end].rstrip().endswith(self._ends):
+                spans.append((start, end))
+                continue
+            if not following.startswith(token):  # perhaps the next turn's head, after a turn without an end
+                if token not in self._closing:
+                    self._closing[token] = self._closes(token, number, messages, tools)
+                if not self._closing[token]:
+                    token, following = "", ""
+            spans.append((start, end + following.find(token) + len(token)))
+        return spans
+
+    def _closes(self, token: str, number: int, messages: list[Message], tools: list[dict[str, Any]] | None) -> bool:
+        """Whether the token is written after the block of that number even if the conversation ends with its turn."""
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            text, blocks = self._render(messages[: i + 1], tools, return_assistant_tokens_mask=True)
+            if len(blocks) > number:
+                return text[sorted(blocks)[number][1] :].lstrip().startswith(token)
+        return False
 
     def _parts(
         self, messages: list[Message], tools: list[dict[str, Any]] | None, text: str, spans: list[Range]
@@ -201,27 +272,21 @@ class ChatEncoder:
             except DataError:
                 return None
 
-        thinks = any("reasoning_content" in m or m["content"].lstrip().startswith("<think>") for m in messages)
-        thoughts: list[Range] = []
-        if thinks:
-            thoughts, left_out = chat_parts.reasoning(messages, text, render)
+        masked = self.options.loss_parts == "all" and not self.options.loss_reasoning
+        thoughts: list[chat_parts.Thought] = []
+        if any(chat_parts.thinks(message) for message in messages):
+            thoughts, left_out = chat_parts.reasoning(messages, text, render, exactly=masked)
             self.counts["reasoning_left_out"] += bool(left_out)
         if self.options.loss_parts == "tool_arguments":
             arguments = chat_parts.tool_arguments(messages, text, render)
             return [(a, b) for a, b in arguments if any(start <= a and b <= end for start, end in spans)]
-        if self.options.loss_reasoning or not thoughts:
+        if not masked or not thoughts:
             return None
         wanted = []
         for start, end in spans:
-            inside = [self._whole_thought(text, start, thought) for thought in thoughts if start <= thought[0] < end]
-            wanted += list(chat_parts.without((start, end), inside))
+            inside = [(start if t.opens else t.start, t.end) for t in thoughts if start <= t.start < end]
+            wanted += list(chat_parts.without((start, end), sorted(inside)))
         return wanted
-
-    @staticmethod
-    def _whole_thought(text: str, turn: int, thought: Range) -> Range:
-        """From the beginning of the turn over what opens the reasoning to what closes it."""
-        closing = _CLOSING.match(text, thought[1])
-        return turn, closing.end() if closing else thought[1]
 
     def _mask_parts(self, pieces: list[str], ids: Ids, cuts: list[int], wanted: list[Range]) -> Mask:
         """The mask of the given ranges over tokens that were made of the pieces, together or each on its own."""
@@ -246,7 +311,7 @@ class ChatEncoder:
             # What apply_chat_template itself calls; that gives token masks only, and those only for fast tokenizers.
             schemas: Any = tools
             rendered: Any = render_jinja_template([list(messages)], schemas, chat_template=self.template, **variables)
-        except (TemplateError, TypeError, AttributeError, KeyError, IndexError) as error:
+        except (TemplateError, TypeError, AttributeError, KeyError, IndexError, RecursionError) as error:
             roles = ", ".join(m["role"] for m in messages) or "nothing"
             raise DataError(
                 f"the chat template refuses a conversation of {roles} ({error}): change the roles, or set "
@@ -256,15 +321,18 @@ class ChatEncoder:
         return texts[0], spans[0] if spans else []
 
     def _end(self, text: str, start: int, end: int) -> int:
-        """Where an answer's supervision ends: after its end-of-turn token, without the white space that follows it."""
-        answer = text[start:end].rstrip()
-        if answer.endswith(self._special):
-            return start + len(answer)
-        if not self.has_markers:
-            return end
-        # {% generation %} blocks often leave out the end-of-turn token, without which a model never stops.
-        following = next((s for s in sorted(self._special, key=len, reverse=True) if text.startswith(s, end)), "")
-        return end + len(following)
+        """Where a turn's supervision ends: after its end-of-turn token, without the white space that follows it."""
+        said = text[start:end].rstrip()
+        return start + len(said) if said.endswith(self._ends) else end
+
+    def _whole(self, text: str, edge: int) -> int:
+        """The edge, or the end of the control token that it would tear apart: text may end one that its head began."""
+        if self._pattern is None:
+            return edge
+        for token in self._pattern.finditer(text, max(0, edge - self._longest + 1), edge + self._longest - 1):
+            if token.start() < edge < token.end():
+                return token.end()
+        return edge
 
     def _cut(self, pieces: list[str]) -> tuple[Ids, list[int]]:
         """Token ids of the joined pieces and how many belong to each.

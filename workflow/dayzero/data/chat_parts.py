@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
-from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 from dayzero.data.plain_text import STAND_IN, Range
@@ -18,31 +18,96 @@ from dayzero.errors import ConfigError
 Render = Callable[[list[dict[str, Any]]], str | None]
 """Renders messages; None where the template refuses them."""
 
-_THINK = re.compile(r"\s*<think>(.*?)</think>", re.DOTALL)
+TAG = re.compile(r"<(/?)(think(?:ing)?)>")
+"""What reasoning inside the content stands between."""
+_CLOSING = re.compile(r"\s*</[\w:-]+>\s*")
 
 
-def reasoning(messages: list[dict[str, Any]], text: str, render: Render) -> tuple[list[Range], int]:
-    """The ranges of `text` that are assistants' reasoning, and how many reasonings the template leaves out.
+@dataclass(frozen=True)
+class Thought:
+    """Reasoning in a rendered conversation."""
 
-    Reasoning is `reasoning_content`, or a `<think>` block at the beginning of the content.
+    start: int
+    end: int
+    """With the tags about it, and the white space after them."""
+    opens: bool
+    """It is what its turn begins with, so that all the template writes before it belongs to it."""
+
+
+def thinks(message: dict[str, Any]) -> bool:
+    """Whether the message is an assistant's with reasoning in it."""
+    return message["role"] == "assistant" and bool(
+        message.get("reasoning_content", "").strip() or TAG.search(message["content"])
+    )
+
+
+def reasoning(messages: list[dict[str, Any]], text: str, render: Render, *, exactly: bool) -> tuple[list[Thought], int]:
+    """The reasoning of assistants in `text`, and how many reasonings the template leaves out.
+
+    Reasoning is `reasoning_content`, and what stands in the content before `</think>` or after `<think>`; the same for
+    `<thinking>`. Raises ConfigError where it must be found `exactly` and the template does not write it once.
     """
-    ranges, left_out = [], 0
+    thoughts, left_out = [], 0
     for i, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if not thinks(message):
             continue
-        changed = dict(message)
+        content = message["content"]
+        parts: list[tuple[dict[str, Any], Range | None]] = []
         if message.get("reasoning_content", "").strip():
-            changed["reasoning_content"] = STAND_IN
-        elif (match := _THINK.match(message["content"])) and match[1].strip():
-            changed["content"] = message["content"][: match.start(1)] + STAND_IN + message["content"][match.end(1) :]
-        else:
-            continue
-        found = _compare(text, render([*messages[:i], changed, *messages[i + 1 :]]))
-        if found:
-            ranges.append(found)
-        else:
-            left_out += 1
-    return ranges, left_out
+            parts.append(({**message, "reasoning_content": STAND_IN}, None))
+        for start, end in _blocks(content):
+            if content[start:end].strip():
+                parts.append(({**message, "content": content[:start] + STAND_IN + content[end:]}, (start, end)))
+        for changed, place in parts:
+            other = render([*messages[:i], changed, *messages[i + 1 :]])
+            found = _compare(text, other)
+            if found:
+                thoughts.append(_thought(text, found, content, place))
+            elif other == text:
+                left_out += 1
+            elif exactly:
+                raise ConfigError(
+                    f"the chat template does not write the reasoning of message {i + 1} where it can be told from the "
+                    "rest: set tokenize.loss_reasoning: true, or another model.chat_template"
+                )
+    return thoughts, left_out
+
+
+def _blocks(content: str) -> list[Range]:
+    """Where reasoning stands in a content, without its tags.
+
+    A closing tag without an opening one closes all that was said before it: many templates write the opening tag as
+    the end of the prompt. A block that is not closed goes on to the end.
+    """
+    blocks: list[Range] = []
+    opened: tuple[str, int] | None = None
+    for tag in TAG.finditer(content):
+        closing, name = bool(tag[1]), tag[2]
+        if opened is None:
+            if closing:
+                blocks = [(0, tag.start())]
+            else:
+                opened = name, tag.end()
+        elif closing and name == opened[0]:
+            blocks.append((opened[1], tag.start()))
+            opened = None
+    return [*blocks, (opened[1], len(content))] if opened else blocks
+
+
+def _thought(text: str, found: Range, content: str, place: Range | None) -> Thought:
+    """The reasoning that was found in the text; `place`: where in the content it is, None for `reasoning_content`."""
+    start, end = found
+    if place is None:
+        closing = _CLOSING.match(text, end)
+        return Thought(start, closing.end() if closing else end, opens=True)
+    before, after = content[: place[0]], content[place[1] :]
+    opening = before[before.rfind("<") :] if before else ""
+    if opening and (head := text[:start].rstrip()).endswith(opening):
+        start = len(head) - len(opening)
+    if after:  # a block that is not closed has no tag to go with it
+        closing = _CLOSING.match(text, end)
+        end = closing.end() if closing else end
+    return Thought(start, end, opens=before.strip() == opening)
 
 
 def tool_arguments(messages: list[dict[str, Any]], text: str, render: Render) -> list[Range]:
@@ -81,9 +146,9 @@ def _one_call(messages: list[dict[str, Any]], at: tuple[int, int], text: str, re
 
 
 def _with_arguments(messages: list[dict[str, Any]], at: tuple[int, int], arguments: Any) -> list[dict[str, Any]]:
-    changed = deepcopy(messages)
-    changed[at[0]]["tool_calls"][at[1]]["function"]["arguments"] = arguments
-    return changed
+    calls = list(messages[at[0]]["tool_calls"])
+    calls[at[1]] = {**calls[at[1]], "function": {**calls[at[1]]["function"], "arguments": arguments}}
+    return [*messages[: at[0]], {**messages[at[0]], "tool_calls": calls}, *messages[at[0] + 1 :]]
 
 
 def _is_json(text: str, value: Any) -> bool:

@@ -30,6 +30,13 @@ _SHAREGPT_ROLES = {
     **dict.fromkeys(("tool", "observation", "function_response", "tool_response"), "tool"),
     "function_call": "assistant",
 }
+_NOT_READ = {
+    "weight": "turns are chosen for all rows by tokenize.loss_turns and loss_roles; take the key out, or the row",
+    "function_call": "write it as tool_calls: [{type: function, function: {name, arguments}}]",
+    "refusal": "put the text into content where it is to be learnt, or take the row out",
+    "audio": "only text can be trained on",
+}
+"""Keys that say what the assistant did, or whether to learn it: leaving them out would teach something else."""
 
 
 def messages(reader: Reader) -> Example | Dropped:
@@ -110,6 +117,10 @@ def _message(message: Any, where: str, padded: bool) -> dict[str, str]:
     role = message["role"]
     if role not in ROLES:
         raise DataError(f"{where} has the role {role!r}, expected one of {', '.join(ROLES)}")
+    for key, remedy in _NOT_READ.items():
+        value = message.get(key)
+        if value not in (None, "", {}) and not (key == "weight" and value == 1):
+            raise DataError(f"{where} has {key} {value!r}, which is not read here: {remedy}")
     done = {"role": role, "content": _content(message.get("content"), where)}
     for key, only in (("tool_calls", "assistant"), ("reasoning_content", "assistant"), ("tool_call_id", "tool")):
         if message.get(key) and role != only:

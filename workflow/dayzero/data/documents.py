@@ -4,7 +4,8 @@ How a document is made, by format:
 
     text               the tokenizer's own prefix (BOS, where it has one), the text, EOS; all supervised
     prompt_completion  prefix, the prompt, the completion, EOS; completion and EOS supervised. The two are tokenised
-                       apart, so that the prompt's tokens are those seen at inference
+                       apart, so that the prompt's tokens are those seen at inference, and the completion's are those
+                       of a text that goes on
     messages           see chat.py
     pretokenized       the ids and the loss mask as they are
 
@@ -25,7 +26,7 @@ from dayzero.config_checks import LOSS_KEYS
 from dayzero.data.chat import ChatEncoder, Rendered
 from dayzero.data.conversations import load_messages
 from dayzero.data.plain_text import Ids, Mask, TextEncoder
-from dayzero.data.tokenizer import affixes, special_token_pattern, special_tokens, text_ids
+from dayzero.data.tokenizer import affixes, anchor, special_token_pattern, special_tokens, text_ids
 from dayzero.errors import ConfigError, DataError
 
 COLUMNS = {"text": ["text"], "prompt_completion": ["prompt", "completion"], "messages": ["messages"]}
@@ -68,6 +69,7 @@ class DocumentEncoder:
             return
         self._texts = TextEncoder(tokenizer)
         self._prefix = np.array(affixes(tokenizer)[0], np.int32)
+        self._anchor = anchor(tokenizer) if data_format == "prompt_completion" else ""
         if tokenizer.eos_token_id is None:
             raise ConfigError(
                 f"the tokenizer in {tokenizer.name_or_path} has no EOS token to end a document of format {data_format} "
@@ -78,6 +80,8 @@ class DocumentEncoder:
         """(index of the row, document) for many rows; see `encode`. Their texts go to the tokenizer in one call."""
         if self.format in ("text", "prompt_completion"):
             texts = {row[c] for row in rows for c in COLUMNS[self.format] if row.get(c)}
+            if self.format == "prompt_completion" and self._anchor:
+                texts |= {self._anchor + row["completion"] for row in rows if row.get("completion")}
             self._known = dict(zip(texts, text_ids(self.tokenizer, list(texts)), strict=True))
         elif self.format == "messages":
             self._rendered = {id(row): self._of_row(row, self._render) for row in rows}
@@ -140,7 +144,7 @@ class DocumentEncoder:
         if not row["prompt"] and not row["completion"]:
             return _NOTHING
         prompt = self._with_prefix(self._ids(row["prompt"]))
-        completion = self._with_eos(self._ids(row["completion"]))
+        completion = self._with_eos(self._continued(row["completion"], bool(row["prompt"])))
         ids = np.concatenate([prompt, completion])
         return ids, np.arange(len(ids)) >= len(prompt)
 
@@ -170,6 +174,13 @@ class DocumentEncoder:
             return self._texts.ids(marked)
         known = self._known.get(text)
         return text_ids(self.tokenizer, [text])[0] if known is None else known
+
+    def _continued(self, text: str, goes_on: bool) -> Ids:
+        """Ids of a text that follows another one; where the tokenizer puts a space before what begins, without it."""
+        if not (goes_on and text and self._anchor):
+            return self._ids(text)
+        before, both = self._ids(self._anchor), self._ids(self._anchor + text)
+        return both[len(before) :] if np.array_equal(both[: len(before)], before) else self._ids(text)
 
     def _with_prefix(self, ids: Ids) -> Ids:
         there = np.array_equal(ids[: len(self._prefix)], self._prefix)

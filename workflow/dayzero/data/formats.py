@@ -40,26 +40,47 @@ def _prompt_completion(reader: Reader) -> Example | Dropped:
 
 
 def _pretokenized(reader: Reader) -> Example | Dropped:
-    """Token ids with a loss mask: from `loss_mask`, or `labels` (equal to the ids, or -100), else all supervised."""
+    """Token ids with a loss mask: from `loss_mask`, or `labels` (equal to the ids, or -100), else all supervised.
+
+    Where `attention_mask` is 0 there is padding, which is left out.
+    """
     ids = _integers(reader, "input_ids", 0, MAX_TOKEN_ID)
     if not ids:
         return Dropped("empty")
     mask = [True] * len(ids)
     if reader.has("loss_mask"):
-        mask = [bool(flag) for flag in _integers(reader, "loss_mask", 0, 1, len(ids))]
-    elif reader.has("labels"):
+        mask = [bool(flag) for flag in _flags(reader, "loss_mask", len(ids))]
+    if reader.has("labels"):
         labels = _integers(reader, "labels", IGNORE, MAX_TOKEN_ID, len(ids))
-        mask = [label != IGNORE for label in labels]
+        wanted = [label != IGNORE for label in labels]
+        if reader.has("loss_mask") and wanted != mask:
+            raise DataError(
+                f"{reader.origin}: columns {reader.name('loss_mask')!r} and {reader.name('labels')!r} supervise other "
+                "tokens: leave one of them out"
+            )
+        mask = wanted
         at = next((i for i, label in enumerate(labels) if label not in (IGNORE, ids[i])), None)
         if at is not None:
             raise DataError(
                 f"{reader.origin}: label {at + 1} is {labels[at]}, neither -100 nor the token in its place, {ids[at]}: "
                 "labels are not shifted here"
             )
+    if reader.has("attention_mask"):
+        kept = [at for at, flag in enumerate(_flags(reader, "attention_mask", len(ids))) if flag]
+        ids, mask = [ids[at] for at in kept], [mask[at] for at in kept]
+        if not ids:
+            return Dropped("empty")
     return Example({"input_ids": ids, "loss_mask": mask}, " ".join(map(str, ids)), len(ids), reader.id())
 
 
-def _integers(reader: Reader, column: str, low: int, high: int, length: int | None = None) -> list[int]:
+def _flags(reader: Reader, column: str, length: int) -> list[int]:
+    """One for each token: 0 and 1, or false and true."""
+    return _integers(reader, column, 0, 1, length, flags=True)
+
+
+def _integers(
+    reader: Reader, column: str, low: int, high: int, length: int | None = None, flags: bool = False
+) -> list[int]:
     value = reader.value(column)
     value = value.tolist() if hasattr(value, "tolist") else value
     if not isinstance(value, list):
@@ -68,7 +89,7 @@ def _integers(reader: Reader, column: str, low: int, high: int, length: int | No
     if length is not None and len(value) != length:
         raise DataError(f"{where} has {len(value)} entries for {length} tokens")
     for item in value:
-        if not isinstance(item, int) or not low <= item <= high:
+        if not isinstance(item, int) or (isinstance(item, bool) and not flags) or not low <= item <= high:
             raise DataError(f"{where} holds {item!r}, expected integers from {low} to {high}")
     return value
 
@@ -94,7 +115,7 @@ class Format:
 FORMATS = {
     "messages": Format("messages", conversations.messages, ("messages",), ("tools",)),
     "sharegpt": Format("messages", conversations.sharegpt, ("conversations",), ("system", "tools")),
-    "pretokenized": Format("pretokenized", _pretokenized, ("input_ids",), ("labels", "loss_mask")),
+    "pretokenized": Format("pretokenized", _pretokenized, ("input_ids",), ("labels", "loss_mask", "attention_mask")),
     "alpaca": Format("messages", conversations.alpaca, ("instruction", "output"), ("input", "system")),
     "squad": Format("prompt_completion", question_formats.squad, ("context", "question", "answers")),
     "multiple_choice": Format(

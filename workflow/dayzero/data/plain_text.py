@@ -7,8 +7,9 @@ those words with a character that no text holds; `ids` then reads whole control 
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -52,26 +53,36 @@ class TextEncoder:
             assert isinstance(control, int)
             self._control_ids[token] = control
 
-    def mark(self, text: str) -> str:
-        """The text with every control token in it broken. Raises DataError where it holds one of our own characters."""
+    def mark(self, text: str, but: Collection[str] = ()) -> str:
+        """The text with every control token in it broken, `but` for those. Raises DataError where it holds one of our
+        own characters."""
         if not text.isascii() and any(c in text for c in (BREAK, STAND_IN, OPEN, CLOSE)):
             raise DataError("the text holds a noncharacter from U+FDD0 to U+FDD3, which no text should: remove it")
         if self._pattern is None or not any(c in text for c in self._starts):
             return text
         parts, done, match = [], 0, self._pattern.search(text)
         while match:
-            parts += [text[done : match.start() + 1], BREAK]
-            done = match.start() + 1
-            match = self._pattern.search(text, done)
+            following = match.end()
+            if match[0] not in but:
+                following = match.start() + 1
+                parts += [text[done:following], BREAK]
+                done = following
+            match = self._pattern.search(text, following)
         return "".join([*parts, text[done:]]) if parts else text
 
     def mark_all(self, value: Any) -> Any:
-        """A JSON value with all its texts, keys too, marked."""
+        """A JSON value with all its texts, keys too, marked. Raises DataError where it is nested too deep."""
+        try:
+            return self._mark_all(value)
+        except RecursionError:
+            raise DataError("a value is nested too deep for a chat template to write: flatten it") from None
+
+    def _mark_all(self, value: Any) -> Any:
         if isinstance(value, str):
             return self.mark(value)
         if isinstance(value, dict):
-            return {self.mark(k): self.mark_all(v) for k, v in value.items()}
-        return [self.mark_all(v) for v in value] if isinstance(value, list) else value
+            return {self.mark(k): self._mark_all(v) for k, v in value.items()}
+        return [self._mark_all(v) for v in value] if isinstance(value, list) else value
 
     def ids(self, text: str) -> Ids:
         """Token ids of a marked text, without any the tokenizer would add."""
@@ -177,16 +188,23 @@ class TextEncoder:
                 f"the tokenizer in {self.tokenizer.name_or_path} has no tokenizer.json, which telling control tokens "
                 "from text needs: convert it, or set tokenize.special_text: special and leave the loss_ keys"
             )
-        twin = Tokenizer.from_str(backend.to_str())
+        controls = special_tokens(self.tokenizer)
+        made = json.loads(backend.to_str())
+        for token in made["added_tokens"]:  # else the twin would go on reading those that are not called special
+            token["special"] = token["special"] or token["content"] in controls
+        twin = Tokenizer.from_str(json.dumps(made))
         twin.no_truncation()
         twin.no_padding()
         twin.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
         known = {token.content: token for token in self.tokenizer.added_tokens_decoder.values()}
-        for number, text in enumerate(sorted(special_tokens(self.tokenizer))):
+        for number, text in enumerate(sorted(controls)):
             alias = self._aliases[text] = f"{OPEN}{number}{CLOSE}"
             like = known.get(text)
-            flags = {f: getattr(like, f) for f in ("lstrip", "rstrip", "single_word")} if like else {}
-            twin.add_tokens([AddedToken(alias, normalized=False, special=False, **flags)])
+            flags = {f: getattr(like, f) for f in ("lstrip", "rstrip", "single_word", "normalized")} if like else {}
+            # A token that is looked for after normalisation must not itself be changed by it, or it is never found.
+            changed = twin.normalizer is not None and twin.normalizer.normalize_str(alias) != alias
+            flags["normalized"] = flags.get("normalized", False) and not changed
+            twin.add_tokens([AddedToken(alias, special=False, **flags)])
             own = self.tokenizer.convert_tokens_to_ids(text)
             assert isinstance(own, int)
             self._original[twin.token_to_id(alias) or 0] = own

@@ -75,10 +75,20 @@ def _choices(reader: Reader) -> tuple[list[str], list[str]]:
 
 
 def _answer(reader: Reader, choices: list[str], labels: list[str]) -> int | None:
-    """The right choice's index; None where the row does not tell (a blank, null or -1, as in hidden test sets)."""
+    """The right choice's index; None where the row does not tell (a blank, null or -1, as in hidden test sets).
+
+    Raises DataError where a text could be either a choice's number or its text: CSV has "2" for the number 2.
+    """
     value = reader.value("answer")
     if value is None or value == -1 or (isinstance(value, str) and value.strip() in ("", "-1")):
         return None
+    if isinstance(value, str) and value.strip().isdecimal() and value in choices and value not in labels:
+        at, number = choices.index(value), int(value)
+        if at != number and number < len(choices):
+            raise DataError(
+                f"{reader.origin}: column {reader.name('answer')!r} holds {value!r}, the text of one choice and the "
+                f"number of another, {choices[number]!r}: give its letter ({labels[at]} or {labels[number]})"
+            )
     if isinstance(value, str):
         for options in (labels, choices):
             if value in options:

@@ -118,6 +118,8 @@ def from_json(value: Any, where: str, what: str) -> Any:
         return json.loads(value)
     except ValueError as error:
         raise DataError(f"{where}: {what} begins like JSON but is none ({error})") from error
+    except RecursionError as error:
+        raise DataError(f"{where}: {what} is JSON that is nested too deeply") from error
 
 
 def to_json(value: Any, where: str, what: str) -> str:
@@ -126,6 +128,8 @@ def to_json(value: Any, where: str, what: str) -> str:
         text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError) as error:
         raise DataError(f"{where}: {what} cannot be written as JSON ({error})") from error
+    except RecursionError as error:
+        raise DataError(f"{where}: {what} is nested too deeply to be written as JSON") from error
     check_unicode(text, where, what)
     return text
 

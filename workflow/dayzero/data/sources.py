@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import glob
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -188,15 +189,17 @@ def _local(source: Source, key: str, workspace: Path) -> Path:
         return folder
     if path.exists():
         return path
-    if any(c in source.name for c in "*?["):
+    if is_pattern(source.name):
         matches = sorted(glob.glob(str(path), recursive=True))
-        if not matches:
+        files = [file for match in matches for file in _matched(Path(match))]
+        if not files:
             raise ConfigError(f"{key}: no file matches {source.name!r}")
         folder = workspace / f"glob-{sha256_json(source.name)[:8]}"
-        for match in matches:
-            link = folder.joinpath(*(part for part in Path(match).parts if part not in ("..", Path(match).anchor)))
+        for file in files:
+            link = folder.joinpath(*(part for part in file.parts if part not in ("..", file.anchor)))
             link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(Path(match).resolve())
+            if not link.is_symlink():  # `**` matches a folder and what is in it
+                link.symlink_to(file.resolve())
         return folder
     siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     close = difflib.get_close_matches(path.name, siblings, n=1)
@@ -204,11 +207,45 @@ def _local(source: Source, key: str, workspace: Path) -> Path:
     raise ConfigError(f"{key}: {source.text!r} does not exist{hint}: give {FORMS}")
 
 
+def is_pattern(name: str) -> bool:
+    """Whether a local source is a glob: it has its signs, and no file is called so."""
+    return any(c in name for c in "*?[") and not Path(name).expanduser().exists()
+
+
+def is_hidden(path: Path) -> bool:
+    """Whether a file, or a folder on the way to it, begins with a dot."""
+    return any(part.startswith(".") for part in path.parts)
+
+
+def files_below(folder: Path) -> list[Path]:
+    """All that is in a folder and its folders, those that are links too, but folders themselves; sorted."""
+    return sorted(_below(folder, frozenset()))
+
+
+def _below(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
+    real = folder.resolve()
+    if real in above:  # a link to a folder that it is in
+        return
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from _below(path, above | {real})
+        else:
+            yield path
+
+
+def _matched(match: Path) -> list[Path]:
+    """The files that a glob means by a match: all of a folder but what is hidden, and both of a Megatron pair."""
+    if match.is_dir():
+        return [p for p in files_below(match) if p.is_file() and not is_hidden(p.relative_to(match))]
+    other = partner(match)
+    return [match, other] if other and other.is_file() else [match]
+
+
 def _hashes(path: Path) -> tuple[str, dict[str, str]]:
     if path.is_file():
         digest = sha256_file(path)
         return digest, {path.name: digest}
-    files = {str(p.relative_to(path)): sha256_file(p) for p in sorted(path.rglob("*")) if p.is_file()}
+    files = {str(p.relative_to(path)): sha256_file(p) for p in files_below(path) if p.is_file()}
     if not files:
         raise DataError(f"{path}: the directory holds no files")
     log.info("%s: %d files", path.name, len(files))

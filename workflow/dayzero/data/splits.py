@@ -63,6 +63,8 @@ class Assigned:
     questions: NDArray[np.int64] = field(default_factory=lambda: np.zeros(3, np.int64))
     shared: Counter[tuple[int, int]] = field(default_factory=Counter)
     """Questions that two splits still share, counted on the result: none."""
+    fewest_rows: int = 0
+    """Rows of the training question that has the fewest."""
 
 
 def assign_splits(
@@ -104,7 +106,21 @@ def assign_splits(
         now = np.where(rows < cut_rows, given[group], split[rows])
         _keep_apart(now, np.flatnonzero(first), group, result)
         split[rows] = now
+        trained = np.bincount(group[now == TRAIN])
+        if len(trained := trained[trained > 0]):
+            result.fewest_rows = min(result.fewest_rows or int(trained.min()), int(trained.min()))
     return result
+
+
+def not_cut(name: str, assigned: Assigned, train_rows: int) -> ConfigError:
+    """Why a split that was asked for has no row, and what helps: each question has more rows than it was to have."""
+    questions, fewest = int(assigned.questions[TRAIN]), assigned.fewest_rows
+    without = f"set it to 0, or name a file of its own in data.{name}_source"
+    if questions == 1:
+        said = f"all {train_rows} rows that are left share one question, which stays in one split: {without}"
+    else:
+        said = f"each of the {questions} questions has {fewest} rows or more: raise it to {fewest} rows, or {without}"
+    return ConfigError(f"data.{name}_size: no {name} row could be cut without sharing a question: {said}")
 
 
 def _fill(sizes: NDArray[np.int64], wanted: int) -> NDArray[np.int64]:

@@ -129,6 +129,17 @@ def tokenize_split(
     }
 
 
+def settled(options: Tokenize, source_formats: Sequence[str]) -> Tokenize:
+    """`options` for data that came in these formats.
+
+    Prompts that we make of questions and their texts were never rendered by anybody before, so that a control token's
+    text in them is somebody's words.
+    """
+    if options.special_text == "auto" and {*source_formats} <= {"squad", "multiple_choice"}:
+        return options.model_copy(update={"special_text": "plain"})
+    return options
+
+
 def _rows(documents: Iterator[Documents], options: Tokenize) -> Iterator[tuple[Documents, NDArray[np.int64]]]:
     """Documents in row order and the number of documents of each row."""
     if options.packing:

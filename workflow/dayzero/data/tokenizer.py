@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import Environment
+from jinja2.exceptions import TemplateSyntaxError
 from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -72,15 +74,53 @@ def read_chat_template(path: str | Path) -> str:
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """The texts that the tokenizer reads as control tokens wherever they stand."""
-    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return {token for token in added | set(tokenizer.all_special_tokens) if token}
+    """The texts that the tokenizer reads as control tokens wherever they stand: those it calls special, and those of
+    its added tokens that a chat template of its own writes, as many tokenizers call only some of these special."""
+    added = list(tokenizer.added_tokens_decoder.values())
+    special = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
+    return {token for token in special if token} | _in_templates(tokenizer, [token.content for token in added])
+
+
+def tag_pairs(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """The control tokens that are tags in pairs (`<tool_call>`, `</tool_call>`) and that the tokenizer does not call
+    special: the markup of what is said in a turn, not of the turns."""
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    plain = special_tokens(tokenizer) - special - set(tokenizer.all_special_tokens)
+    opening = {token for token in plain if token.startswith("<") and f"</{token[1:]}" in plain}
+    return opening | {f"</{token[1:]}" for token in opening}
+
+
+def _in_templates(tokenizer: PreTrainedTokenizerBase, added: Iterable[str]) -> set[str]:
+    """The added tokens that stand in the texts of a chat template.
+
+    Words and white space are left out: in a template they are names of roles and line breaks, whatever else was added.
+    """
+    candidates = [token for token in added if any(not (c.isalnum() or c.isspace()) for c in token)]
+    templates = tokenizer.chat_template or {}
+    if not candidates or not templates:
+        return set()
+    pattern = _any_of(candidates)
+    named = templates.values() if isinstance(templates, dict) else [templates]
+    return {token for template in named for text in _texts_of(template) for token in pattern.findall(text)}
+
+
+def _texts_of(template: str) -> list[str]:
+    """What a template writes as it is, and the strings in its expressions; not its comments."""
+    try:
+        stream = Environment().lexer.tokenize(template)  # noqa: S701 (never rendered)
+        return [token.value for token in stream if token.type in ("data", "string")]
+    except TemplateSyntaxError:
+        return [template]  # rendering it says more
+
+
+def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
 
 
 def special_token_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
     """Matches any control token in a text; None where the tokenizer has none."""
-    tokens = sorted(special_tokens(tokenizer), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, tokens))) if tokens else None
+    tokens = special_tokens(tokenizer)
+    return _any_of(tokens) if tokens else None
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[NDArray[np.int32]]:
@@ -108,6 +148,29 @@ def affixes(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
         if habit[start : start + len(plain)] == plain:
             return habit[:start], habit[start + len(plain) :]
     raise AssertionError(f"special tokens change the tokens of the text: {plain} became {habit}")
+
+
+def anchor(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A text to put before one that goes on, whose tokens are then those after the anchor's own.
+
+    Nothing where a text has the same tokens anywhere. Tokenizers made with SentencePiece (Llama 2, Mistral, Gemma) put
+    a space before whatever they are given, so "4" on its own is " 4".
+    """
+
+    def joined(first: str, text: str) -> str:
+        whole, before = ids(first + text), ids(first)
+        return decode(ids("x") + whole[len(before) :])
+
+    def ids(text: str) -> list[int]:
+        return [int(i) for i in tokenizer(text, add_special_tokens=False)["input_ids"]] if text else []
+
+    def decode(tokens: list[int]) -> str:
+        return str(tokenizer.decode(tokens, clean_up_tokenization_spaces=False)).strip()
+
+    wanted = decode(ids("xx"))
+    if joined("", "x") == wanted:
+        return ""
+    return next((it for it in ("\n", "a", "(") if joined(it, "x") == wanted), "")
 
 
 def check_model_limits(path: str | Path, *, seq_len: int | None = None, max_token_id: int | None = None) -> None:

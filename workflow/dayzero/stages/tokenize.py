@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def body(args: argparse.Namespace) -> None:
     """Tokenise the splits of `args.data` into `args.output`."""
     from dayzero.config import Model, Tokenize
-    from dayzero.data.tokenization import report_split, tokenize_split
+    from dayzero.data.tokenization import report_split, settled, tokenize_split
     from dayzero.data.tokenizer import TokenizerSource
     from dayzero.files import atomic_directory, read_json, sha256_file, write_json
     from dayzero.provenance import Clock
@@ -34,6 +34,7 @@ def body(args: argparse.Namespace) -> None:
     model = Model.model_validate(config.get("model", {}))
     tokenizer = TokenizerSource(args.tokenizer, model.chat_template, model.trust_remote_code)
     data = read_json(args.data / "manifest.json")
+    options = settled(options, data.get("source_format", "").split(", "))
     with atomic_directory(args.output) as output:
         splits = {}
         mixed = config.get("by_source") or (config.get("data") or {}).get("weights") is not None
