@@ -1,4 +1,4 @@
-"""Which account pays, on a real cluster that keeps accounts; the stages are stand-ins, the jobs are SLURM's."""
+"""Accounts, and ends of jobs as sacct tells them, on a real cluster that keeps both; the stages are stand-ins, the jobs are SLURM's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import Site
-from tests.slurm.test_sweep import SWEEP, StandIns
+from tests.slurm.test_sweep import RUNS, SWEEP, StandIns, array_of_eight
 from tests.workflow.project import make_project
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
@@ -34,8 +34,8 @@ def test_a_failure_is_learnt_from_sacct_and_the_account_pays(sweep: StandIns) ->
     charge(sweep, "biology")
     code, printed = sweep.finish(sweep.start("--retries", "0", "--until", "train"))
     assert code != 0
-    trained = {run for run in (f"s{i}" for i in range(8)) if (sweep.path / sweep.summary_file(run)).exists()}
-    assert trained == {f"s{i}" for i in range(8)} - {"s3"}, printed
+    trained = {run for run in RUNS if (sweep.path / sweep.summary_file(run)).exists()}
+    assert trained == {*RUNS} - {"s3"}, printed
     table = printed[printed.index("1 failed") :]
     assert all(word in table for word in ("s3", "train", "made to fail"))
     jobs = sweep.cluster.call("sacct", "-X", "--noheader", "--parsable2", "--format=Account,State").split()
@@ -50,3 +50,9 @@ def test_an_account_of_others_is_refused_before_a_job_is_submitted(sweep: StandI
     (said,) = [line for line in printed.splitlines() if "slurm_account = 'chemistry'" in line]
     assert said.endswith("not one of yours, which are biology, physics, root")
     assert "submitted" not in printed
+
+
+def test_an_array_whose_last_task_fails(sweep: StandIns) -> None:
+    """In sacct's raw ids the last task is the array itself."""
+    sweep.fails = RUNS[-1]
+    array_of_eight(sweep)
