@@ -1,4 +1,4 @@
-"""Accounts, and ends of jobs as sacct tells them, on a real cluster that keeps both; the stages are stand-ins, the jobs are SLURM's."""
+"""Accounts, and ends of jobs as sacct tells them, on a cluster that keeps both; the stages are stand-ins."""
 
 from __future__ import annotations
 
