@@ -186,6 +186,14 @@ def test_gpus_are_asked_for_as_the_site_wants_it(site: dict[str, str], gpus: dic
     assert (found["nodes"], found["tasks_per_node"], found["cpus_per_task"], found["mpi"]) == (2, 4, 1, "srun")
 
 
+@pytest.mark.parametrize("request_by", ["gres", "gpus-per-node", "gpus"])
+def test_small_runs_ask_for_gpus_by_number(request_by: str) -> None:
+    """Which Snakemake adds up over the runs of an allocation."""
+    found = asked("train", Site(gpu_request=request_by, small_runs="true"), resources={"train": {"gpu": 1}})
+    assert found["gpu"] == 1
+    assert not {"gres", "slurm_extra", "mpi"} & found.keys()
+
+
 def test_a_sites_own_options_are_added_to_ours() -> None:
     site = Site(gpu_request="gpus", gpu_type="h100", slurm_extra="--exclusive")
     one = asked("train", site, parallelism={"dp_shard": 4}, resources={"train": {"gpu": "auto"}})

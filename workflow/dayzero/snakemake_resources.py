@@ -135,10 +135,11 @@ def _functions(wiring: Wiring, site: Site, stage: str) -> dict[str, Callable[...
         site.gpu_partition if wiring.gpus(stage, wildcards) else site.cpu_partition
     )
     resources["slurm_extra"] = lambda wildcards, attempt: _extra(wiring, site, stage, wildcards, attempt)
-    if site.gpu_request == "gres":
+    request = _gpu_request(site, stage)
+    if request == "gres":
         resources["gpu"] = lambda wildcards: 0
         resources["gres"] = lambda wildcards: _named(site, "gpu:", wiring.gpus(stage, wildcards))
-    elif site.gpu_request == "gpus-per-node":
+    elif request == "gpus-per-node":
         resources["gpu"] = lambda wildcards: 0
     else:  # over several nodes it might be given more of them on one than on another
         resources["gpu"] = lambda wildcards: (
@@ -163,10 +164,8 @@ def _functions(wiring: Wiring, site: Site, stage: str) -> dict[str, Callable[...
 def _extra(wiring: Wiring, site: Site, stage: str, wildcards: Any, attempt: int) -> str:
     options = []
     gpus = wiring.gpus(stage, wildcards)
-    if gpus and (
-        site.gpu_request == "gpus-per-node"
-        or (site.gpu_request == "gpus" and not _on_one_node(wiring, stage, wildcards))
-    ):
+    request = _gpu_request(site, stage)
+    if gpus and (request == "gpus-per-node" or (request == "gpus" and not _on_one_node(wiring, stage, wildcards))):
         options.append(_named(site, "--gpus-per-node=", gpus))
     asked = wiring.resources(stage, wildcards)
     if isinstance(asked, TrainResources) and asked.stop_before and not site.runs_are_small:
@@ -176,6 +175,11 @@ def _extra(wiring: Wiring, site: Site, stage: str, wildcards: Any, attempt: int)
     if site.slurm_extra:
         options.append(site.slurm_extra)
     return " ".join(options)
+
+
+def _gpu_request(site: Site, stage: str) -> str:
+    """How the stage's GPUs are asked for. Of jobs in one allocation Snakemake adds up numbers, not texts."""
+    return "gpus" if stage == "train" and site.runs_are_small else site.gpu_request
 
 
 def _on_one_node(wiring: Wiring, stage: str, wildcards: Any) -> bool:

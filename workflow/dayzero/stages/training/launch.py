@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from contextlib import nullcontext
 
 from dayzero import attempts, slurm
 from dayzero.config import RunConfig
 from dayzero.console import log
 from dayzero.engine import checkpoint
+from dayzero.engine.gpu_shares import own_gpus
 from dayzero.engine.launch import run_torchrun
 from dayzero.engine.launch_nodes import NodeSettings, run_on_nodes
 from dayzero.errors import ConfigError
@@ -54,7 +54,9 @@ def _run_ranks(world_size: int, args: argparse.Namespace, arguments: list[str], 
     if job is None or slurm.in_job_step():
         if args.nodes > 1:
             log.info("not in a SLURM job's batch script: all %d processes run on this machine", world_size)
-        with stopped_in_time(job, args.stop_before) if job else nullcontext():
+        if job is None:
+            return run_torchrun(STAGE, arguments, world_size)
+        with stopped_in_time(job, args.stop_before), own_gpus(world_size, job.job_id):
             return run_torchrun(STAGE, arguments, world_size)
     settings = NodeSettings(nodes=args.nodes, network_interface=args.network_interface)
     logs = args.output.parent / "logs" / "ranks"
