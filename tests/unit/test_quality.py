@@ -107,6 +107,23 @@ def write(path, texts):
     return path
 
 
+def test_calls_and_tools_are_text_of_their_row():
+    """Rows that differ in nothing else are no copies of one another."""
+
+    def row(calls, tools):
+        asked = {"role": "user", "content": "Go", "tool_calls": None}
+        return {"messages": [asked, {"role": "assistant", "content": "", "tool_calls": calls}], "tools": tools}
+
+    rows = [row('[{"a": 1}]', "[1]"), row('[{"a": 2}]', "[1]"), row('[{"a": 1}]', None), row(None, None)]
+    batch = pa.RecordBatch.from_pylist(rows)
+    assert row_texts(batch, "messages").to_pylist() == [
+        'Go\n\n[{"a": 1}]\n[1]',
+        'Go\n\n[{"a": 2}]\n[1]',
+        'Go\n\n[{"a": 1}]',
+        "Go\n",
+    ]
+
+
 def test_a_split_with_known_faults(tmp_path):
     texts = [sentence(i, 60) for i in range(200)]
     texts[10] = texts[150] = texts[3]  # two copies

@@ -53,7 +53,7 @@ class Data(Section):
     split_seed: NonNegativeInt = 0
     """Seed of the split, apart from the run's seed so that all seeds of a sweep share one split."""
     max_rows: PositiveInt | None = None
-    """Read at most this many rows of `source`. null: all."""
+    """Read at most this many rows of `source`, of several sources evenly. null: all."""
     max_chars: PositiveInt | None = None
     """Leave out rows with more characters than this, and count them. null: no limit."""
     on_bad_row: Literal["fail", "reject"] = "fail"

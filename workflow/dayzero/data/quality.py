@@ -41,15 +41,24 @@ TEXTS = ("text", "prompt_completion", "messages")
 """The kinds of rows that are looked at: those made of text."""
 
 
+CALLS = ("reasoning_content", "tool_calls")
+"""What a message may hold besides its content, as text or JSON text."""
+
+
 def row_texts(batch: pa.RecordBatch, kind: str) -> pa.Array:
-    """All text of each row."""
+    """All text of each row, of calls and of tools too."""
     if kind == "text":
         return pc.fill_null(batch.column("text"), "")
     if kind == "prompt_completion":
         return pc.binary_join_element_wise(*(pc.fill_null(batch.column(c), "") for c in ("prompt", "completion")), "\n")
     lists, messages = batch.column("messages"), batch.column("messages").flatten()
     ends = np.concatenate([[0], np.cumsum(pc.fill_null(pc.list_value_length(lists), 0))]).astype(np.int32)
-    return pc.binary_join(pa.ListArray.from_arrays(ends, pc.fill_null(messages.field("content"), "")), "\n")
+    fields = {field.name for field in messages.type}
+    said = [pc.fill_null(messages.field("content"), ""), *(messages.field(name) for name in CALLS if name in fields)]
+    texts = pc.binary_join_element_wise(*said, "\n", null_handling="skip")
+    joined = pc.binary_join(pa.ListArray.from_arrays(ends, texts), "\n")
+    tools = [batch.column("tools")] if "tools" in batch.schema.names else []
+    return pc.binary_join_element_wise(joined, *tools, "\n", null_handling="skip")
 
 
 def questions(batch: pa.RecordBatch, kind: str) -> list[str]:
