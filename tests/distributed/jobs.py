@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -385,18 +386,23 @@ def failing_save(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def bad_step(job: dict[str, Any]) -> dict[str, Any]:
-    """Train with one weight set to infinity; the error's text and what the optimizer did."""
+    """Train and validate with one weight set to infinity; the errors' texts and what the optimizer did."""
     trainer = make_trainer(job, Path(job["folder"]))
     with torch.no_grad():
         next(p for p in trainer.module.parameters() if p.requires_grad).fill_(float("inf"))
     before = all_weights(trainer)
+    said: dict[str, Any] = {"error": None}
     try:
         trainer.fit(lambda start: batches_of(job, trainer.train, start, *share_of(trainer)), None)
     except ValueError as error:
         after = all_weights(trainer)
         same = all(torch.equal(before[k], after[k]) for k in before)
-        return {"error": str(error), "weights_unchanged": same, "type": type(error).__name__}
-    return {"error": None}
+        said = {"error": str(error), "weights_unchanged": same, "type": type(error).__name__}
+    try:
+        trainer.validate(islice(batches_of(job, trainer.train, 0, *share_of(trainer)), 1))
+    except ValueError as error:
+        said["validation_error"] = str(error)
+    return said
 
 
 def leak(job: dict[str, Any]) -> dict[str, Any]:

@@ -226,6 +226,7 @@ def test_a_step_that_is_not_finite_names_its_rows_and_changes_nothing(
     assert "step 1" in bad["error"]
     assert "source rows [" in bad["error"]
     assert bad["weights_unchanged"]
+    assert bad["validation_error"].startswith("validation loss ")
 
 
 def test_killed_while_saving_falls_back_to_the_previous_checkpoint(

@@ -197,14 +197,20 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self, batches: Iterable[Batch]) -> float:
-        """Mean loss of a label token over all validation rows, without auxiliary losses."""
+        """Mean loss of a label token over all validation rows, without auxiliary losses. Raises `NonFiniteLoss`."""
         self.module.eval()
         loss_sum = num_labels = 0.0
         for batch in batches:
             loss_sum += sum(summed_loss(self.model, m).item() for m in batch.micro_batches)
             num_labels += batch.num_label_tokens
         self.module.train()
-        return self._sum_over_tokens(loss_sum) / max(self._sum_over_rows([num_labels])[0], 1)
+        loss = self._sum_over_tokens(loss_sum) / max(self._sum_over_rows([num_labels])[0], 1)
+        if not math.isfinite(loss):  # it would be neither better nor worse than any other
+            raise NonFiniteLoss(
+                f"validation loss {loss} after step {self.step}: inspect the validation rows, lower the learning rate, "
+                "or train in fp32; earlier checkpoints are kept"
+            )
+        return loss
 
     def save(self, *, wait: bool) -> float:
         """Checkpoint the present step; with `wait` it is complete on return. Returns the seconds that took here."""
