@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from dayzero import slurm
+from dayzero import attempts, slurm
 from dayzero.attempts import Attempts, recorded
 from dayzero.interruption import EXIT_INTERRUPTED, MAX_WITHOUT_A_STEP, stop_or_go_on
 from dayzero.run_lock import LOCK, RunHeld, RunLock, read_lock
@@ -157,6 +157,26 @@ def test_attempts_tell_how_each_start_ended(tmp_path: Path) -> None:
     assert (first["outcome"], first["from_step"], first["to_step"]) == ("failed", 0, 3)
     assert (second["outcome"], third["outcome"], third["requeues"]) == ("lost", "finished", 1)
     assert second["gpu_hours"] == pytest.approx(4, abs=0.01)  # alive for an hour, as its lock told
+
+
+def test_energy_is_read_while_the_ranks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SLURM tells it of running steps only, so at the end it is too late; a site that measures none is asked once."""
+    readings = [100, 250]
+    told = threading.Event()
+
+    def energy(job_id: str) -> int | None:
+        assert job_id == "5"
+        if not readings:
+            told.set()
+            return None
+        return readings.pop(0)
+
+    monkeypatch.setattr(slurm, "energy_joules", energy)
+    monkeypatch.setattr(attempts, "ENERGY_SECONDS", 0.01)
+    with recorded(tmp_path, Job(job_id="5"), 0):
+        assert told.wait(20)
+    (attempt,) = Attempts(tmp_path).all()
+    assert attempt["energy_joules"] == 250
 
 
 def test_a_job_that_gets_nowhere_is_not_put_back_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,7 +158,8 @@ def test_the_report_shows_every_start_of_a_training(tmp_path: Path) -> None:
     summary = json.loads(file.read_text())
     job = {"job_id": "5", "nodes": "node[1-2]", "gpus": 8, "requeues": 1, "gpu_hours": 0.5, "energy_joules": 7200000}
     first = {**job, "started": 1.7e9, "seconds": 225.0, "outcome": "stopped", "requeues": 0}
-    summary["attempts"] = [first, {**job, "started": 1.7e9 + 900, "seconds": 60.0}]
+    last = {key: value for key, value in job.items() if key != "energy_joules"}  # shorter than a reading of energy
+    summary["attempts"] = [first, {**last, "started": 1.7e9 + 900, "seconds": 60.0}]
     summary["provenance"]["slurm"] = job
     file.write_text(json.dumps(summary))
     export = folder / "model/manifest.json"

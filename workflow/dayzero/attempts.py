@@ -73,6 +73,10 @@ class Attempts:
             f.write(json.dumps(event) + "\n")
 
 
+ENERGY_SECONDS = 60.0
+"""Between two readings of the energy that a training has used."""
+
+
 @contextmanager
 def recorded(
     folder: Path, job: slurm.Job | None, checkpoint_every: int, last_sign: float | None = None
@@ -87,13 +91,24 @@ def recorded(
     if job and job.time_limit and checkpoint_every:
         arguments = (folder / "checkpoints/metrics.jsonl", job.time_limit, checkpoint_every, watch)
         threading.Thread(target=_warn_of_a_short_limit, args=arguments, daemon=True).start()
+    energy: list[int] = []
+    if job:
+        threading.Thread(target=_read_energy, args=(job.job_id, energy, watch), daemon=True).start()
     outcome = "failed"
     try:
         yield
         outcome = "finished" if (folder / "summary.json").exists() else "stopped"
     finally:
         watch.set()
-        attempts.end(outcome, newest_step(folder), slurm.energy_joules(job.job_id) if job else None)
+        attempts.end(outcome, newest_step(folder), energy[-1] if energy else None)
+
+
+def _read_energy(job_id: str, read: list[int], done: threading.Event) -> None:
+    """Now and then while the ranks run: SLURM tells it of running steps only. Where it tells nothing, it is left."""
+    while not done.wait(ENERGY_SECONDS):
+        if (joules := slurm.energy_joules(job_id)) is None:
+            return
+        read.append(joules)
 
 
 def newest_step(folder: Path) -> int:

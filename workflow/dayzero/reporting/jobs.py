@@ -22,6 +22,8 @@ def jobs_table(runs: Sequence[Run]) -> Table | None:
             made = record.get("provenance") or {}
             job = made.get("slurm")
             attempts = [a for a in record.get("attempts") or [] if a.get("job_id")]
+            if attempts and job:  # measured to the training's end, where the attempt's is of a minute before
+                attempts[-1] = attempts[-1] | {k: v for k, v in job.items() if k == "energy_joules"}
             for attempt in attempts:
                 ended = attempt.get("outcome", "finished")  # the last one was still writing its own record
                 rows.append(_row(run.name, stage, attempt, datetime.fromtimestamp(attempt["started"], UTC), ended))
