@@ -46,7 +46,7 @@ defaults:
   resources:
     check_data: {mem_mb: 1500}
     tokenize: {threads: 1, mem_mb: 1500}
-    train: {threads: 2, mem_mb: 3000, runtime: 30, stop_before: 120}
+    train: {threads: 2, mem_mb: 3000, runtime: 30, stop_before: 60}
     export: {threads: 1, mem_mb: 1500}
     evaluate: {threads: 1, mem_mb: 2500}
     verify_serving: {threads: 1}

@@ -58,10 +58,6 @@ def test_small_runs_share_an_allocation(sweep: StandIns) -> None:
     assert len(sweep.cluster.jobs().keys() - before.keys()) == 2
 
 
-def test_an_array_of_eight_small_runs_of_which_one_fails(sweep: StandIns) -> None:
-    array_of_eight(sweep)
-
-
 def array_of_eight(sweep: StandIns) -> None:
     """All but the run that fails keep their results, and no task is judged by another's end."""
     sweep.run("--until", "tokenize", "check_data")

@@ -102,9 +102,9 @@ def test_the_time_limit_stops_with_a_checkpoint_and_the_job_goes_on(site: Site, 
     row = status(site, "limited")
     assert (row["stage"], row["job_id"], row["node"], row["state"]) == ("train", job, "node[1-2]", "running")
     assert (row["step"], row["total"]) == (7, 24)
-    # SLURM looks every 30 s and signals 120 s (stop_before) before the end as of its next look: at its next one.
+    # SLURM looks every 30 s and signals 60 s (stop_before) before the end as of its next look: at its next one.
     # With the signal it wakes (SIGCONT) what was stopped, so the ranks do a step or two and leave.
-    site.cluster.call("scontrol", "update", f"JobId={job}", "EndTime=now+150seconds")
+    site.cluster.call("scontrol", "update", f"JobId={job}", "EndTime=now+90seconds")
     site.wait(lambda: restarts(site, job) == 1, "the job back in the queue", 120)
     site.cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=30")
     code, printed = site.finish(process)
