@@ -437,17 +437,25 @@ TURNS = st.lists(st.tuples(st.sampled_from(["system", "user", "assistant"]), TEX
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
-@given(turns=TURNS, marked=st.booleans(), last=st.booleans())
-def test_the_supervised_tokens_are_what_the_assistant_says(
-    path: Path, turns: list[tuple[str, str]], marked: bool, last: bool
+@given(
+    turns=TURNS,
+    marked=st.booleans(),
+    last=st.booleans(),
+    roles=st.sampled_from([["assistant"], ["user", "assistant"], ["system", "user", "assistant"]]),
+)
+def test_the_supervised_tokens_are_what_the_chosen_roles_say(
+    path: Path, turns: list[tuple[str, str]], marked: bool, last: bool, roles: list[str]
 ) -> None:
     tokenizer = _cached(path)
     tokenizer.chat_template = MARKED if marked else CHATML
     messages = [{"role": role, "content": text} for role, text in turns]
-    options = Tokenize(loss_turns="last" if last else "all")
+    options = Tokenize(loss_turns="last" if last else "all", loss_roles=roles)
     ids, mask = ChatEncoder(tokenizer, options).encode(messages)
-    said = [text + "<|im_end|>" for role, text in turns if role == "assistant"]
-    assert supervised(tokenizer, ids, mask) == (said[-1:] if last else said)
+    chosen = [turn for turn in turns if turn[0] in roles]
+    chosen = chosen[-1:] if last else chosen
+    # an assistant may say nothing, and learns to; of others' blank turns there is nothing to learn
+    said = [text + "<|im_end|>" for role, text in chosen if role == "assistant" or text.strip()]
+    assert supervised(tokenizer, ids, mask) == said
     assert tokenizer.decode(ids) == tokenizer.apply_chat_template(messages, tokenize=False)
     for token in ("<|im_start|>", "<|im_end|>"):
         assert ids.count(tokenizer.convert_tokens_to_ids(token)) == len(turns)
