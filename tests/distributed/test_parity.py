@@ -416,17 +416,19 @@ def test_modules_to_save_are_trained(two: Results) -> None:
         ("attention=sdpa", 1e-5),
         ("cpu_offload=True", 1e-6),
         ("compile=True", 1e-5),
-        ("num_data_workers=2", 0.0),
+        ("num_data_workers=2", 1e-6),
     ],
 )
 def test_settings_that_must_not_change_the_curve(one: Results, setting: str, tolerance: float) -> None:
     base = one["train-llama-full-packed-fsdp2-8"]
     got = one[f"train-llama-full-packed-fsdp2-4-{setting}"]
-    if setting == "num_data_workers=2":  # the same micro-batches made elsewhere: equal to the bit
+    for_norms = max(tolerance, 1e-5)
+    if setting.startswith("activation_checkpointing"):  # the same micro-batches without it, made by two workers
+        base, for_norms = one["train-llama-full-packed-fsdp2-4-num_data_workers=2"], 1e-6
+    if setting == "num_data_workers=2":
         base = one["train-llama-full-packed-fsdp2-4-activation_checkpointing=full"]
-        tolerance = 1e-6
     torch.testing.assert_close(got["losses"], base["losses"], rtol=tolerance, atol=0)
-    torch.testing.assert_close(got["grad_norms"], base["grad_norms"], rtol=max(tolerance, 1e-5), atol=0)
+    torch.testing.assert_close(got["grad_norms"], base["grad_norms"], rtol=for_norms, atol=0)
 
 
 @pytest.mark.full

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from getpass import getuser
 from pathlib import Path
 
 import pytest
@@ -47,3 +48,18 @@ def test_an_account_of_others_is_refused_before_a_job_is_submitted(sweep: StandI
     (said,) = [line for line in printed.splitlines() if "slurm_account = 'chemistry'" in line]
     assert said.endswith("not one of yours, which are biology, physics, root")
     assert "submitted" not in printed
+
+
+def test_no_more_jobs_than_the_site_allows(sweep: StandIns) -> None:
+    limit = ("sacctmgr", "--immediate", "modify", "user", getuser(), "set", "MaxSubmitJobs={}")
+    sweep.fails = "none"
+    try:
+        sweep.cluster.call(*limit[:-1], limit[-1].format(3))
+        code, printed = sweep.finish(sweep.start("--until", "train"))
+        assert code != 0
+        assert "jobs = 100: this cluster lets you have 3 jobs in the queue (MaxSubmitJobs): set jobs to 3" in printed
+        assert "submitted" not in printed
+        sweep.run("--jobs", "3", "--retries", "0", "--until", "train")
+        assert all((sweep.path / sweep.summary_file(run)).exists() for run in RUNS)
+    finally:
+        sweep.cluster.call(*limit[:-1], limit[-1].format(-1))

@@ -25,7 +25,7 @@ from dayzero.errors import ConfigError
 from dayzero.experiment import Experiment
 from dayzero.slurm import Job, parse_job, parse_time
 from dayzero.slurm_plugin import states_query
-from dayzero.slurm_site import check_site, partitions
+from dayzero.slurm_site import check_site, limit_problem, partitions
 from dayzero.snakemake_resources import Site, backoff, job_resources
 from dayzero.wiring import Wiring
 from snakemake_executor_plugin_slurm.validation import get_forbidden_slurm_options
@@ -358,6 +358,14 @@ def test_what_a_profile_replaces_is_its_own_affair(cluster: Path) -> None:
         checked(SITE, "mine,theirs")
     (cluster / "sacctmgr").write_text("#!/bin/sh\nexit 1\n")
     checked(SITE, "mine")  # sacct answers, so there are accounts, which this user may not list
+
+
+def test_more_jobs_than_may_be_submitted(cluster: Path) -> None:
+    (cluster / "sacctmgr.txt").write_text("\n50\n")
+    assert limit_problem(50) is None
+    assert str(limit_problem(100)).startswith("jobs = 100: this cluster lets you have 50 jobs in the queue")
+    (cluster / "sacctmgr.txt").write_text("\n")
+    assert limit_problem(100) is None
 
 
 def test_half_an_hour_is_no_thirty_hours(cluster: Path) -> None:

@@ -46,6 +46,7 @@ def check_site(
     executor_settings: Any,
     overwritten: Overwritten | None = None,
     at_once: int | None = None,
+    jobs: int | None = None,
 ) -> None:
     """Hold the profile and the runs against the cluster. Raises ConfigError with a line for each mistake.
 
@@ -53,6 +54,7 @@ def check_site(
 
     Args:
         at_once: jobs that Snakemake hands over together at most. None: any number.
+        jobs: how many Snakemake keeps in the queue at most.
     """
     if shutil.which("sbatch") is None:
         raise ConfigError(
@@ -76,6 +78,8 @@ def check_site(
     problems += _too_much(wiring, site, there, overwritten or {})
     problems += array_problems(wiring, site, executor_settings, at_once)
     if account and (problem := account_problem(account)):
+        problems.append(problem)
+    if problem := limit_problem(jobs):
         problems.append(problem)
     if problems:
         raise ConfigError("\n".join(problems))
@@ -169,6 +173,20 @@ def account_problem(account: str) -> str | None:
     if wrong:
         return f"slurm_account = {wrong[0]!r} ({PROFILE}): not one of yours, which are {', '.join(accounts)}"
     return None
+
+
+def limit_problem(jobs: int | None) -> str | None:
+    """Why so many jobs cannot be in the queue: sbatch refuses those above the site's limit, and runs would be lost."""
+    listed = _output(
+        "sacctmgr", "--noheader", "--parsable2", "list", "assoc", f"user={_user()}", "format=maxsubmitjobs"
+    )
+    limits = [int(line) for line in (listed or "").split() if line.isdigit()]
+    if jobs is None or not limits or jobs <= min(limits):
+        return None
+    return (
+        f"jobs = {jobs}: this cluster lets you have {min(limits)} jobs in the queue (MaxSubmitJobs): set jobs to "
+        f"{min(limits)} or less, less what else you have there"
+    )
 
 
 def _user() -> str:

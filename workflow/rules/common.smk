@@ -87,6 +87,7 @@ onstart:
                     workflow.resource_settings.nodes or 1,
                     limit.max_jobs if limit else sys.maxsize,
                 ),
+                jobs=workflow.resource_settings.nodes,
             )
     except ConfigError as error:
         raise WorkflowError(str(error)) from None
