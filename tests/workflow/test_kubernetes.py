@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -76,20 +74,24 @@ def test_a_sweep_of_which_one_run_fails(project: Project) -> None:
     assert {pod["workingDir"] for pod in pods} == {str(project.path)}
 
 
-def test_interrupted_it_ends_its_jobs(project: Project) -> None:
-    """Between two looks at their states: Snakemake forgets those that it is asking about."""
-    profile = project.path / "profiles/kubernetes/config.yaml"
-    profile.write_text(profile.read_text().replace("checks: 1", "checks: 15"))
-    process = start(project, KUBECTL_STAND_IN_WAITS="yes")
-    jobs, end = project.path.parents[1] / "jobs", time.monotonic() + 120
-    while not (waiting := list(jobs.iterdir())) or not all((job / "asked").exists() for job in waiting):
-        assert time.monotonic() < end
-        assert process.poll() is None
-        time.sleep(0.2)
-    time.sleep(2)
-    process.send_signal(signal.SIGINT)
-    printed, _ = process.communicate(timeout=60)
-    assert all((job / "deleted").exists() for job in jobs.iterdir()), printed
+def test_jobs_are_ended_as_snakemake_does_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When it is interrupted: the command of the profile with the names of the jobs."""
+    monkeypatch.setenv("PATH", f"{KUBECTL}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("KUBECTL_STAND_IN", str(tmp_path / "jobs"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "script.sh").write_text("sleep 600\n")
+    asked = ["--cpus", "1", "--memory-mb", "100", "--minutes", "10", "--gpus", "0", "--mount", str(tmp_path)]
+    names = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-m", "dayzero.kubernetes", "submit", "--image", "i", "--claim", "c", *asked, "script.sh"],
+            env={**os.environ, "PYTHONPATH": str(ROOT / "workflow")}, text=True, capture_output=True, check=True,
+        )  # fmt: skip
+        names.append(done.stdout.strip())
+    assert len({*names}) == 2
+    subprocess.run([ROOT / "profiles/kubernetes/cancel", *names], check=True)
+    assert all((job / "deleted").exists() for job in (tmp_path / "jobs").iterdir())
 
 
 def test_what_the_cluster_refuses_is_said_in_one_line(project: Project) -> None:
