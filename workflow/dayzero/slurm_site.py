@@ -160,7 +160,7 @@ def partitions() -> dict[str, Partition]:
 
 def account_problem(account: str) -> str | None:
     """Why this account cannot be charged; None where it can, or nobody says so."""
-    listed = _output("sacctmgr", "--noheader", "--parsable2", "list", "assoc", f"user={_user()}", "format=account")
+    listed = _associations("account")
     if listed is None:
         if _answers("sacct", "--noheader", "-X"):
             return None  # there are accounts, which this user may not list
@@ -177,10 +177,7 @@ def account_problem(account: str) -> str | None:
 
 def limit_problem(jobs: int | None) -> str | None:
     """Why so many jobs cannot be in the queue: sbatch refuses those above the site's limit, and runs would be lost."""
-    listed = _output(
-        "sacctmgr", "--noheader", "--parsable2", "list", "assoc", f"user={_user()}", "format=maxsubmitjobs"
-    )
-    limits = [int(line) for line in (listed or "").split() if line.isdigit()]
+    limits = [int(line) for line in (_associations("maxsubmitjobs") or "").split() if line.isdigit()]
     if jobs is None or not limits or jobs <= min(limits):
         return None
     return (
@@ -189,8 +186,10 @@ def limit_problem(jobs: int | None) -> str | None:
     )
 
 
-def _user() -> str:
-    return getpass.getuser()
+def _associations(field: str) -> str | None:
+    """A field of this user's associations, a line each; None where sacctmgr does not answer."""
+    user = getpass.getuser()
+    return _output("sacctmgr", "--noheader", "--parsable2", "list", "assoc", f"user={user}", f"format={field}")
 
 
 def _answers(*command: str) -> bool:

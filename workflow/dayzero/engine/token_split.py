@@ -10,18 +10,16 @@ Shapes: B rows, T tokens, D model width, V vocabulary.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dayzero.engine.context_parallel import NAME, ContextParallel
 from dayzero.engine.structure import find_layers
 from dayzero.engine.tiny_copy import VOCAB_SIZE, tiny_copy
 from dayzero.errors import ConfigError, one_line
-
-if TYPE_CHECKING:
-    from dayzero.engine.context_parallel import ContextParallel
 
 ROUNDING = 1e-4
 """As a share of the largest logit. Right splits differ by up to 4e-7, the smallest wrong one seen by 3.5e-4."""
@@ -34,8 +32,6 @@ def require_context_parallel(model: PreTrainedModel, context: ContextParallel) -
 
     All ranks of its group call it together. Where no small copy can be made, nothing is known and nothing raised.
     """
-    from dayzero.engine.context_parallel import NAME
-
     says = f"parallelism.cp {context.size}: "
     whole, split = tiny_copy(model), tiny_copy(model)
     if whole is None or split is None:
