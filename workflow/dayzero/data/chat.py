@@ -133,9 +133,12 @@ class ChatEncoder:
     def _marked(self, message: Message) -> Message:
         """The message with the control tokens in its texts broken, but for the tags that are an assistant's to write:
         templates look for these, and a model that writes them must be shown them as tokens."""
-        marked: Message = {**self._texts.mark_all({**message, "content": ""}), "role": message["role"]}
-        keep = self._tags if message["role"] == "assistant" else ()
-        return {**marked, "content": self._texts.mark(message["content"], keep)}
+        role = message["role"]
+        marked: Message = {"role": role, "content": self._texts.mark(message["content"], self._tags if role == "assistant" else ())}
+        if len(message) > len(marked):
+            more = {key: value for key, value in message.items() if key not in marked}
+            marked |= self._texts.mark_all(more)
+        return marked
 
     def _check_shown(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> None:
         """Refuse a template that would drop tools or calls in silence; the first row that has some shows it."""
