@@ -195,3 +195,20 @@ def test_a_job_that_gets_nowhere_is_not_put_back_for_ever(tmp_path: Path, monkey
     with pytest.raises(SystemExit):
         stop_or_go_on(tmp_path / "new", job, max_requeues=2)
     assert not asked
+
+
+def test_runs_that_share_a_job_may_save_before_it_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(slurm, "put_back", lambda job_id: done.append("put back"))
+    monkeypatch.setattr("dayzero.interruption.SECONDS_TO_END", 0)
+    monkeypatch.setattr("dayzero.interruption.time.sleep", lambda seconds: done.append(f"{seconds:.0f}"))
+    monkeypatch.setenv("SLURM_JOB_ID", "5")
+    for ends, step, expected in ((100, True, "30"), (20, True, "10"), (-5, True, "0"), (100, False, "put back")):
+        done.clear()
+        monkeypatch.setenv("SLURM_STEP_ID", "1")
+        if not step:
+            monkeypatch.delenv("SLURM_STEP_ID")
+        with pytest.raises(SystemExit):
+            stop_or_go_on(tmp_path / "new", Job(job_id="5", ends=time.time() + ends), max_requeues=9, notice=60)
+        assert done[0] == expected
+        assert "put back" in done

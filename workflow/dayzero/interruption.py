@@ -42,11 +42,15 @@ def stopped_in_time(job: slurm.Job, seconds: float) -> Iterator[None]:
         over.set()
 
 
-def stop_or_go_on(folder: Path, job: slurm.Job | None, max_requeues: int) -> None:
+def stop_or_go_on(folder: Path, job: slurm.Job | None, max_requeues: int, notice: float = 0.0) -> None:
     """Put a SLURM job back into the queue, which ends this process; without one, or where that is refused or repeated
-    in vain, exit with `EXIT_INTERRUPTED`. SLURM lets a job that was put back wait (two minutes by default)."""
+    in vain, exit with `EXIT_INTERRUPTED`. SLURM lets a job that was put back wait (two minutes by default).
+
+    Runs that share the job were asked to stop together, `notice` seconds before its end. Putting it back ends them all,
+    so each has half of that for its checkpoint.
+    """
     checkpoint = f"stopped as asked with a checkpoint in {folder / 'checkpoints'}"
-    if job and (reason := _why_not(folder, job, max_requeues)):
+    if job and (reason := _why_not(folder, job, max_requeues, notice)):
         log.warning("%s: start again to continue (job %s is not put back: %s)", checkpoint, job.job_id, reason)
     elif job:
         log.warning("%s: job %s is back in the queue and will go on from there", checkpoint, job.job_id)
@@ -56,10 +60,12 @@ def stop_or_go_on(folder: Path, job: slurm.Job | None, max_requeues: int) -> Non
     raise SystemExit(EXIT_INTERRUPTED)
 
 
-def _why_not(folder: Path, job: slurm.Job, max_requeues: int) -> str | None:
+def _why_not(folder: Path, job: slurm.Job, max_requeues: int, notice: float) -> str | None:
     if job.restarts >= max_requeues:
         return f"it was put back {job.restarts} times, resources.train.max_requeues is {max_requeues}"
     last = Attempts(folder).all()[-MAX_WITHOUT_A_STEP:]
     if len(last) == MAX_WITHOUT_A_STEP and all(a.get("to_step", a["from_step"]) <= a["from_step"] for a in last):
         return f"its last {MAX_WITHOUT_A_STEP} starts did no step: raise resources.train.runtime"
+    if slurm.in_job_step() and job.ends:
+        time.sleep(max(0.0, min(notice, job.ends - time.time()) / 2))
     return slurm.put_back(job.job_id)

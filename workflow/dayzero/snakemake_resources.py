@@ -135,20 +135,13 @@ def _functions(wiring: Wiring, site: Site, stage: str) -> dict[str, Callable[...
         site.gpu_partition if wiring.gpus(stage, wildcards) else site.cpu_partition
     )
     resources["slurm_extra"] = lambda wildcards, attempt: _extra(wiring, site, stage, wildcards, attempt)
-    request = _gpu_request(site, stage)
-    if request == "gres":
-        resources["gpu"] = lambda wildcards: 0
-        resources["gres"] = lambda wildcards: _named(site, "gpu:", wiring.gpus(stage, wildcards))
-    elif request == "gpus-per-node":
-        resources["gpu"] = lambda wildcards: 0
-    else:  # over several nodes it might be given more of them on one than on another
-        resources["gpu"] = lambda wildcards: (
-            wiring.gpus(stage, wildcards) if _on_one_node(wiring, stage, wildcards) else 0
+    resources["gpu"] = lambda wildcards: _gpus_by("gpus", wiring, site, stage, wildcards)
+    if site.gpu_request == "gres":
+        resources["gres"] = lambda wildcards: _named(site, "gpu:", _gpus_by("gres", wiring, site, stage, wildcards))
+    if site.gpu_type:
+        resources["gpu_model"] = lambda wildcards: (
+            site.gpu_type if _gpus_by("gpus", wiring, site, stage, wildcards) else ""
         )
-        if site.gpu_type:
-            resources["gpu_model"] = lambda wildcards: (
-                site.gpu_type if wiring.gpus(stage, wildcards) and _on_one_node(wiring, stage, wildcards) else ""
-            )
     if train and not site.runs_are_small:
         # with `mpi` the rule's shell runs once, in the batch script, and starts the nodes itself; two tasks or more on
         # each node, which the plugin wants, share the node's CPUs
@@ -163,9 +156,7 @@ def _functions(wiring: Wiring, site: Site, stage: str) -> dict[str, Callable[...
 
 def _extra(wiring: Wiring, site: Site, stage: str, wildcards: Any, attempt: int) -> str:
     options = []
-    gpus = wiring.gpus(stage, wildcards)
-    request = _gpu_request(site, stage)
-    if gpus and (request == "gpus-per-node" or (request == "gpus" and not _on_one_node(wiring, stage, wildcards))):
+    if gpus := _gpus_by("gpus-per-node", wiring, site, stage, wildcards):
         options.append(_named(site, "--gpus-per-node=", gpus))
     asked = wiring.resources(stage, wildcards)
     if isinstance(asked, TrainResources) and asked.stop_before and not site.runs_are_small:
@@ -177,13 +168,14 @@ def _extra(wiring: Wiring, site: Site, stage: str, wildcards: Any, attempt: int)
     return " ".join(options)
 
 
-def _gpu_request(site: Site, stage: str) -> str:
-    """How the stage's GPUs are asked for. Of jobs in one allocation Snakemake adds up numbers, not texts."""
-    return "gpus" if stage == "train" and site.runs_are_small else site.gpu_request
-
-
-def _on_one_node(wiring: Wiring, stage: str, wildcards: Any) -> bool:
-    return wiring.nodes(stage, wildcards) == 1
+def _gpus_by(request: str, wiring: Wiring, site: Site, stage: str, wildcards: Any) -> int:
+    """GPUs (of each node) that the stage asks for by that one of `GPU_REQUESTS`; none where it asks by another."""
+    used = site.gpu_request
+    if stage == "train" and site.runs_are_small:
+        used = "gpus"  # of jobs in one allocation Snakemake adds up numbers, not texts
+    elif used == "gpus" and wiring.nodes(stage, wildcards) > 1:
+        used = "gpus-per-node"  # else one node might be given more of them than another
+    return wiring.gpus(stage, wildcards) if used == request else 0
 
 
 def backoff(attempt: int) -> int:

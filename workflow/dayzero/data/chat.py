@@ -134,7 +134,10 @@ class ChatEncoder:
         """The message with the control tokens in its texts broken, but for the tags that are an assistant's to write:
         templates look for these, and a model that writes them must be shown them as tokens."""
         role = message["role"]
-        marked: Message = {"role": role, "content": self._texts.mark(message["content"], self._tags if role == "assistant" else ())}
+        marked: Message = {
+            "role": role,
+            "content": self._texts.mark(message["content"], self._tags if role == "assistant" else ()),
+        }
         if len(message) > len(marked):
             more = {key: value for key, value in message.items() if key not in marked}
             marked |= self._texts.mark_all(more)

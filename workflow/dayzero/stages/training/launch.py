@@ -33,7 +33,7 @@ def launch(args: argparse.Namespace, arguments: list[str]) -> None:
         with attempts.recorded(args.output, job, run.train.checkpoint.every, lock.last_sign):
             finished = _run_ranks(run.parallelism.world_size, args, arguments, job)
     if not finished:
-        stop_or_go_on(args.output, job, args.max_requeues)
+        stop_or_go_on(args.output, job, args.max_requeues, args.stop_before)
 
 
 def _set_aside_other_checkpoints(run: RunConfig, args: argparse.Namespace) -> None:
