@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from dayzero.config import Fp8, Optimizer, Train
+from dayzero.engine.attention_blocks import EfficientOnCUDA, block_attention, difference
 from dayzero.engine.document_attention import has_varlen
 from dayzero.engine.float8 import CAPABILITY, FrozenFloat8Linear, product, to_float8
 from dayzero.engine.kernels import use_attention, use_fused_kernels
@@ -49,6 +50,14 @@ def test_attention_of_packed_rows(attention: Any) -> None:
     want = loss_and_gradients(model)
     assert use_attention(model, Train(max_steps=1, attention=attention), ONE) == attention
     close(loss_and_gradients(model), want)
+
+
+@pytest.mark.parametrize("width", [64, 128])
+def test_blocks_of_ring_attention(width: int) -> None:
+    assert difference(EfficientOnCUDA(), "cuda", torch.float32, width) < 1e-2
+    assert isinstance(
+        block_attention(torch.zeros(1, 1, 1, width, dtype=torch.bfloat16, device="cuda")), EfficientOnCUDA
+    )
 
 
 def test_liger() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from dayzero.config import Method
-from dayzero.engine.context_parallel import ContextParallel, use_context_parallel
+from dayzero.engine.context_parallel import ContextParallel, check_context_parallel
 from dayzero.engine.model import ModelSource, build_model
 from dayzero.engine.parallel_dims import ParallelDims
 from dayzero.errors import ConfigError
@@ -21,13 +21,21 @@ def empty(name: str):
 
 def test_heads_that_ulysses_cannot_split_are_refused_with_the_equation() -> None:
     with pytest.raises(ConfigError, match=r"ulysses splits num_attention_heads 4 / 3 = 1.333: use a divisor of 4"):
-        use_context_parallel(empty("llama"), 3, "ulysses")
-    use_context_parallel(empty("llama"), 3, "ring")
+        check_context_parallel(empty("llama"), 3, "ulysses")
+    check_context_parallel(empty("llama"), 3, "ring")
 
 
 def test_a_model_without_replaceable_attention_is_refused() -> None:
     with pytest.raises(ConfigError, match="cp 2: the attention of MambaForCausalLM cannot be replaced"):
-        use_context_parallel(empty("mamba"), 2, "ring")
+        check_context_parallel(empty("mamba"), 2, "ring")
+
+
+def test_dropout_of_attention_is_refused_where_a_ring_has_none() -> None:
+    model = empty("llama")
+    model.config.attention_dropout = 0.1
+    check_context_parallel(model, 2, "allgather")
+    with pytest.raises(ConfigError, match=r"cp_method ring: the model has attention_dropout 0.1, .* use allgather"):
+        check_context_parallel(model, 2, "ring")
 
 
 @pytest.fixture

@@ -6,7 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from dayzero.config import Train
 from dayzero.engine.context_parallel import ContextParallel
+from dayzero.engine.distillation import build_teacher
+from dayzero.engine.model import ModelSource
+from dayzero.engine.parallel_dims import ParallelDims
 from dayzero.engine.tensor_parallel import tensor_parallel_plan
 from dayzero.engine.token_split import require_context_parallel
 from dayzero.errors import ConfigError
@@ -63,6 +67,14 @@ def test_layers_that_mix_tokens_otherwise_are_refused(kind: str, alone: Any) -> 
         ConfigError, match=r"parallelism.cp 1: .* mixes tokens in other ways than the attention that cp"
     ):
         require_context_parallel(model_of(kind), alone)
+
+
+def test_a_teacher_is_asked_too(alone: Any) -> None:
+    architecture = {"model_type": "lfm2", **SIZES, **MODELS["lfm2"]}
+    source = ModelSource(directory=None, architecture=architecture)
+    dims = ParallelDims(strategy="fsdp2", world_size=2, cp=2)
+    with pytest.raises(ConfigError, match="Lfm2ForCausalLM mixes tokens in other ways"):
+        build_teacher(source, Train(max_steps=1), dims, None, torch.device("cpu"), alone)
 
 
 @pytest.mark.parametrize(("kind", "option"), [("gemma2", "softcap"), ("gpt_oss", "s_aux")])

@@ -6,8 +6,7 @@ Whatever the order of tokens, who may see whom follows from two numbers a token 
 - allgather: every rank collects all keys and values. One collective; memory for the whole row's keys and values.
 - ulysses: an all-to-all turns "all heads of some tokens" into "all tokens of some heads" and back (Jacobs et al. 2023,
   https://arxiv.org/abs/2309.14509). cp must divide the attention heads.
-- ring: keys and values travel round the ranks while each adds up its softmax (Liu et al. 2023,
-  https://arxiv.org/abs/2310.01889). Only one other rank's keys and values are held at a time.
+- ring: keys and values travel round the ranks, one other rank's held at a time: see `ring_attention.py`.
 
 Shapes: B rows, T tokens of the whole row, L = T / cp tokens of this rank, H query heads, K key and value heads, E head
 width.
@@ -24,14 +23,19 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import all_gather_tensor_autograd, all_to_all_single_autograd
+from torch.distributed import _functional_collectives
+from torch.distributed._functional_collectives import all_to_all_single_autograd
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
+from dayzero.engine.ring_attention import ring_attention
 from dayzero.errors import ConfigError
 
 NAME = "dayzero_context_parallel"
-METHODS = ("allgather", "ulysses", "ring")
+_newest = getattr(_functional_collectives, "all_gather_single_autograd", None)  # the other one's name since torch 2.13
+all_gather = _newest or _functional_collectives.all_gather_tensor_autograd
+_DROPOUTS = ("attention_dropout", "attn_pdrop")
+"""What configs call the dropout of attention's weights."""
 _REFUSED = ("softcap", "s_aux", "sinks")
 """What some attentions add to the scores and these do not compute."""
 
@@ -61,19 +65,26 @@ class _Score:
 _state: _State | None = None
 
 
-def use_context_parallel(model: PreTrainedModel, cp: int, method: str) -> None:
-    """Let `model` attend through this module. Raises as `check_context_parallel` does."""
-    check_context_parallel(model, cp, method)
+def use_context_parallel(model: PreTrainedModel) -> None:
+    """Let `model`, which passed `check_context_parallel`, attend through this module."""
     model.set_attn_implementation(NAME)
 
 
 def check_context_parallel(model: PreTrainedModel, cp: int, method: str) -> None:
-    """Raise `ConfigError` where the model's attention cannot be replaced, or ulysses cannot split its heads."""
+    """Raise `ConfigError` where the model's attention cannot be replaced, ulysses cannot split its heads, or the model
+    asks for a dropout that a ring has not."""
     if not getattr(model, "_supports_attention_backend", False):
         raise ConfigError(
             f"parallelism.cp {cp}: the attention of {type(model).__name__} cannot be replaced: use dp_shard or tp"
         )
-    heads = model.config.get_text_config().num_attention_heads
+    config = model.config.get_text_config()
+    for name in _DROPOUTS:
+        if method == "ring" and (dropout := getattr(config, name, None)):
+            raise ConfigError(
+                f"parallelism.cp_method ring: the model has {name} {dropout}, and a ring has no dropout of attention: "
+                f"use allgather or ulysses, or set model.overrides.{name} to 0"
+            )
+    heads = config.num_attention_heads
     if method == "ulysses" and heads % cp:
         raise ConfigError(
             f"parallelism.cp {cp}: ulysses splits num_attention_heads {heads} / {cp} = {heads / cp:.4g}: "
@@ -154,7 +165,7 @@ def attention(
 
 
 def _allgather(state: _State, query: Tensor, key: Tensor, value: Tensor, score: _Score) -> Tensor:
-    keys, values = (all_gather_tensor_autograd(x.contiguous(), 2, state.group) for x in (key, value))
+    keys, values = (all_gather(x.contiguous(), 2, state.group) for x in (key, value))
     rank = dist.get_rank(state.group)
     mask = _visible(state, state.order[rank], torch.cat(state.order), score.window)
     return _attend(query, keys, values, mask, score)
@@ -171,23 +182,13 @@ def _ulysses(state: _State, query: Tensor, key: Tensor, value: Tensor, score: _S
 
 
 def _ring(state: _State, query: Tensor, key: Tensor, value: Tensor, score: _Score) -> Tensor:
-    if score.dropout:
-        raise ConfigError("parallelism.cp_method ring has no attention dropout: use allgather or ulysses, or dropout 0")
-    cp, rank = dist.get_world_size(state.group), dist.get_rank(state.group)
-    repeat = query.shape[1] // key.shape[1]
-    block = torch.stack([key, value])
-    outputs, weights = [], []
-    for turn in range(cp):
-        k, v = (x.repeat_interleave(repeat, dim=1) for x in block)
-        mask = _visible(state, state.order[rank], state.order[(rank - turn) % cp], score.window)
-        scores = (query.float() @ k.float().transpose(-1, -2)) * score.scale
-        scores = scores.masked_fill(~mask, torch.finfo(torch.float32).min)  # finite: a block may be hidden altogether
-        outputs.append(scores.softmax(dim=-1) @ v.float())
-        weights.append(scores.logsumexp(dim=-1, keepdim=True))
-        if turn < cp - 1:
-            block = _Shift.apply(block, state.group)
-    share = torch.stack(weights).softmax(dim=0)  # of each block in the whole softmax
-    return (torch.stack(outputs) * share).sum(dim=0).to(query.dtype)
+    assert not score.dropout, "refused before"
+    rank = dist.get_rank(state.group)
+
+    def seen(other: int) -> Tensor:
+        return _visible(state, state.order[rank], state.order[other], score.window)
+
+    return ring_attention(query, key, value, score.scale, state.group, seen)
 
 
 _METHODS = {"allgather": _allgather, "ulysses": _ulysses, "ring": _ring}
@@ -222,32 +223,6 @@ def _tokens_to_heads(x: Tensor, group: dist.ProcessGroup, cp: int) -> Tensor:
     by_target = x.view(b, h, cp, tokens // cp, e).permute(2, 0, 1, 3, 4).contiguous()
     got = all_to_all_single_autograd(by_target, None, None, group).view(cp, b, h, tokens // cp, e)
     return got.transpose(0, 1).reshape(b, cp * h, tokens // cp, e)
-
-
-class _Shift(torch.autograd.Function):
-    """Give a tensor to the next rank of the ring and take the previous one's; gradients go the other way."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _exchange(tensor, group, 1)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _exchange(gradient, ctx.group, -1), None
-
-
-def _exchange(tensor: Tensor, group: dist.ProcessGroup, step: int) -> Tensor:
-    size, rank = dist.get_world_size(group), dist.get_rank(group)
-    received = torch.empty_like(tensor, memory_format=torch.contiguous_format)
-    to, source = ((rank + s) % size for s in (step, -step))
-    transfers = [
-        dist.P2POp(dist.isend, tensor.contiguous(), dist.get_global_rank(group, to), group),
-        dist.P2POp(dist.irecv, received, dist.get_global_rank(group, source), group),
-    ]
-    for transfer in dist.batch_isend_irecv(transfers):
-        transfer.wait()
-    return received
 
 
 AttentionInterface.register(NAME, attention)

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from dayzero.config import Kd, Method, Train
-from dayzero.engine.context_parallel import use_context_parallel
+from dayzero.engine.context_parallel import ContextParallel, use_context_parallel
 from dayzero.engine.loss import (
     IGNORE,
     CausalLMWithLoss,
@@ -37,6 +37,7 @@ from dayzero.engine.model import ModelSource
 from dayzero.engine.parallel_dims import ParallelDims
 from dayzero.engine.parallelize import parallelize
 from dayzero.engine.precision import computes_in_bf16
+from dayzero.engine.token_split import require_context_parallel
 from dayzero.engine.weights import Weights
 from dayzero.errors import ConfigError
 
@@ -68,16 +69,23 @@ class Teacher(CausalLMWithLoss):
 
 
 def build_teacher(
-    source: ModelSource, train: Train, dims: ParallelDims, mesh: DeviceMesh | None, device: torch.device
+    source: ModelSource,
+    train: Train,
+    dims: ParallelDims,
+    mesh: DeviceMesh | None,
+    device: torch.device,
+    context: ContextParallel | None = None,
 ) -> Teacher:
     """The teacher with its weights on the student's mesh; under ddp whole on each rank.
 
-    Where FSDP2 computes in bfloat16 its weights are kept so: they are never trained, and half the size.
+    Where FSDP2 computes in bfloat16 its weights are kept so: they are never trained, and half the size. Raises
+    `ConfigError` where its tokens cannot be split over `context`.
     """
     weights = Weights(source, source.config(), Method(name="none"), 0)
     model = weights.empty_model()
-    if dims.cp > 1:
-        use_context_parallel(model, dims.cp, dims.cp_method)
+    if context:
+        require_context_parallel(weights.template, context)
+        use_context_parallel(model)
     teacher = Teacher(model)
     load = partial(weights.load, teacher, model, device)
     if dims.strategy == "fsdp2":

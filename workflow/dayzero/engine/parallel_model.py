@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from dayzero.config import Method, Train
 from dayzero.console import log
 from dayzero.engine import distributed
-from dayzero.engine.context_parallel import ContextParallel, check_context_parallel, use_context_parallel
+from dayzero.engine.context_parallel import ContextParallel, use_context_parallel
 from dayzero.engine.distillation import Distillation, build_teacher, check_vocabularies
 from dayzero.engine.float8 import convert_to_float8
 from dayzero.engine.frozen import keep_frozen_in_bf16
@@ -63,12 +63,11 @@ class ParallelModel:
         self.context: ContextParallel | None = None
         if self.dims.cp > 1:
             self.context = ContextParallel(self.dims.build_cp_mesh(self.device.type).get_group(), self.dims.cp_method)
-            check_context_parallel(self.weights.template, self.dims.cp, self.dims.cp_method)
             require_context_parallel(self.weights.template, self.context)
         self.mesh = None if self.dims.strategy == "none" else self.dims.build_mesh(self.device.type)
         self.distillation: Distillation | None = None
         if self.teacher is not None:
-            teacher = build_teacher(self.teacher, self.train, self.dims, self.mesh, self.device)
+            teacher = build_teacher(self.teacher, self.train, self.dims, self.mesh, self.device, self.context)
             check_vocabularies(self.weights.template, teacher.model, str(self.method.kd.teacher))
             self.distillation = Distillation(teacher, self.method.kd)
         self.anatomy: Anatomy | None = None
@@ -110,7 +109,7 @@ class ParallelModel:
         if self.dims.pp > 1 and self.anatomy is None:
             self.anatomy = anatomy(model, self.dims.pp)
         if self.dims.cp > 1:
-            use_context_parallel(model, self.dims.cp, self.dims.cp_method)
+            use_context_parallel(model)
         else:
             self.attention = use_attention(model, self.train, self.dims)
         if not plain:

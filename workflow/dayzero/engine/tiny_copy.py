@@ -72,11 +72,6 @@ MISSING: list[tuple[str, Any]] = [
 DEPTH = r"^(num_(hidden_)?layers|n_layers?|decoder_layers|num_blocks)$"
 KEPT = r"inference|multiplier|factor|coef|eps|theta|limit|sinkhorn|_token_id|^seed$|kernel|conv|d_conv|expand|expansion"
 
-DROPPED = (
-    *("transformers_version", "architectures", "id2label", "label2id", "dtype", "problem_type", "model_type"),
-    *("quantization_config", "auto_map", "_name_or_path"),
-)
-
 LAYER_NUMBERS = r"(_ids|_idxs|_indices|only_layers|moe_layers)$"
 """Lists of the numbers of layers."""
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dayzero.engine.context_parallel import NAME, ContextParallel
+from dayzero.engine.context_parallel import ContextParallel, check_context_parallel, use_context_parallel
 from dayzero.engine.structure import find_layers
 from dayzero.engine.tiny_copy import VOCAB_SIZE, tiny_copy
 from dayzero.errors import ConfigError, one_line
@@ -30,8 +30,10 @@ TOKENS = 48
 def require_context_parallel(model: PreTrainedModel, context: ContextParallel) -> None:
     """Raise `ConfigError` where a small copy of `model` computes something else when its row is split over `context`.
 
-    All ranks of its group call it together. Where no small copy can be made, nothing is known and nothing raised.
+    All ranks of its group call it together. Where no small copy can be made, nothing is known and nothing raised but
+    what `check_context_parallel` does.
     """
+    check_context_parallel(model, context.size, context.method)
     says = f"parallelism.cp {context.size}: "
     whole, split = tiny_copy(model), tiny_copy(model)
     if whole is None or split is None:
@@ -42,7 +44,7 @@ def require_context_parallel(model: PreTrainedModel, context: ContextParallel) -
     heads = split.config.get_text_config().num_attention_heads
     if context.method == "ulysses" and heads % context.size:
         return  # the copy has fewer heads than the model, which is checked itself
-    split.set_attn_implementation(NAME)
+    use_context_parallel(split)
     context.enter(places)
     try:
         own = split(input_ids=context.split(ids), position_ids=context.split(places), use_cache=False).logits
