@@ -23,7 +23,7 @@ from dayzero.engine.document_attention import (
 from dayzero.engine.parallel_dims import ParallelDims
 from dayzero.engine.precision import computes_in_bf16
 from dayzero.engine.requirements import gpu_and_package_lacking, has_nvidia_gpu, require_gpu_and_package
-from dayzero.engine.tiny_copy import tiny_copy
+from dayzero.engine.tiny_copy import TOKENS, tiny_copy
 from dayzero.errors import ConfigError, one_line
 
 NAMES = {"documents": DOCUMENTS, "varlen": VARLEN, "flex": "flex_attention", "sdpa": "sdpa", "eager": "eager"}
@@ -92,13 +92,12 @@ def _attends_alike(model: PreTrainedModel) -> bool:
     small = tiny_copy(model)
     if small is None:
         return True
-    tokens = torch.arange(3, 32).unsqueeze(0)
     found = []
     try:
         for name in ("sdpa", DOCUMENTS):
             small.set_attn_implementation(name)
             forget_documents()
-            found.append(small(input_ids=tokens, use_cache=False).logits.float())
+            found.append(small(input_ids=TOKENS, use_cache=False).logits.float())
     except Exception:  # each has its own way to miss its mask
         return False
     finally:

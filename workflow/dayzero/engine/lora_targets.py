@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from dayzero.config import Lora, Method
 from dayzero.engine.derived_plan import wildcard
 from dayzero.engine.expert_parallel import find_experts
-from dayzero.engine.tiny_copy import tiny_copy
+from dayzero.engine.tiny_copy import TOKENS, tiny_copy
 
 
 class ResolvedLora(Lora):
@@ -129,7 +129,7 @@ def _never_called(model: PreTrainedModel) -> set[str]:
     for name in linears:
         small.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: called.add(wildcard(name)))
     with torch.no_grad():
-        small(input_ids=torch.arange(3, 32).unsqueeze(0), use_cache=False)
+        small(input_ids=TOKENS, use_cache=False)
     return {wildcard(name) for name in linears} - called
 
 

@@ -99,14 +99,15 @@ def _make(model: PreTrainedModel) -> PreTrainedModel | None:
                 small = type(model)._from_config(config, dtype=torch.float32).eval()
                 for parameter in small.parameters():  # what starts at zero or one would hide much
                     parameter.add_(torch.randn_like(parameter), alpha=0.02)
-                if small(input_ids=_TOKENS, use_cache=False).logits.isfinite().all():
+                if small(input_ids=TOKENS, use_cache=False).logits.isfinite().all():
                     return small
             except Exception:  # noqa: S112  # each architecture has its own way to refuse a size
                 continue
     return None
 
 
-_TOKENS = torch.arange(3, 32).unsqueeze(0)
+TOKENS = torch.arange(3, 32).unsqueeze(0)
+"""[1, T]: a row of tokens that a tiny model knows."""
 
 
 @torch.no_grad()
@@ -118,7 +119,7 @@ def mixes_dtypes(model: PreTrainedModel) -> bool:
     for parameter in small.parameters():
         parameter.data = parameter.data.bfloat16()
     try:
-        small(input_ids=_TOKENS, use_cache=False)
+        small(input_ids=TOKENS, use_cache=False)
     except RuntimeError:
         return True
     return False
