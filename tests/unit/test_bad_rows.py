@@ -18,7 +18,7 @@ import zstandard
 from dayzero.config import Tokenize
 from dayzero.data import rejects
 from dayzero.data.documents import DocumentEncoder
-from dayzero.data.readers import batch_rows
+from dayzero.data.stored_table import batch_rows
 from dayzero.stages import fetch_data
 from transformers import AutoTokenizer
 

@@ -206,7 +206,7 @@ def test_a_changed_source_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({}, "data.source is not set"),
+    ({}, "data.source: name the rows to use"),
     ({"source": "rows.jsn"}, "does not exist (did you mean rows.jsonl?)"),
     ({"source": "https://host/rows.jsonl"}, "is a URL, which is not a source"),
     ({"source": "empty.jsonl"}, "empty.jsonl: the file is empty"),
@@ -217,17 +217,19 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"source": "rows.jsonl", "columns": {"promt": "q"}}, "did you mean prompt?"),
     ({"source": "rows.jsonl", "sha256": "0" * 64}, "data.sha256: rows.jsonl has "),
     ({"source": "rows.jsonl", "sha256": {"row.jsonl": "0" * 64}}, "'row.jsonl' is not one of the sources"),
-    ({"source": ["rows.jsonl", "odd.jsonl"], "sha256": "0" * 64}, "give a mapping"),
+    ({"source": ["rows.jsonl", "odd.jsonl"], "sha256": "0" * 64}, "data.sha256: one sum for 2 sources: give a mapping"),
     ({"source": "rows.jsonl", "max_chars": 3}, "no rows are left after leaving out 20 too long"),
     ({"source": "rows.jsonl", "test_size": 20}, "leave no training row of 20"),
-    ({"source": "rows.jsonl", "test_size": 1.5}, "data.test_size = 1.5"),
+    ({"source": "rows.jsonl", "test_size": 1.5}, "data.test_size: a share must be at least 0 and below 1"),
     ({"source": "rows.jsonl", "test_source": "rows.jsonl", "validation_size": 0}, "no training row is left"),
     ({"source": "same.jsonl", "test_size": 2}, "no test row could be cut"),
-    ({"source": "rows.jsonl", "format": "function_calling"}, "data.answers is not set"),
-    ({"source": "rows.jsonl", "format": "text", "answers": "rows.jsonl"}, "only read by format function_calling"),
-    ({"source": "rows.jsonl", "answers": "rows.jsonl", "columns": {"id": "x"}}, "data.columns is not read"),
+    ({"source": "rows.jsonl", "format": "function_calling"}, "data.answers: data.format function_calling needs"),
+    (
+        {"source": "rows.jsonl", "format": "text", "answers": "rows.jsonl"},
+        "data.answers: only data.format function_calling",
+    ),
+    ({"source": "rows.jsonl", "answers": "rows.jsonl"}, "data.answers: only data.format function_calling"),
     ({"source": ["rows.jsonl", "odd.jsonl"], "max_rows": 1}, "data.max_rows: 1 rows for 2 sources, which share them"),
-    ({"source": "rows.jsonl", "subset": "en"}, "data.subset 'en' is only for `hf:` sources"),
 ]
 
 
@@ -250,6 +252,11 @@ def test_mistakes_give_one_line_and_leave_nothing(
     assert [p.name for p in Path("store").glob("*") if not p.name.endswith(".lock")] == []
 
 
+def test_a_setting_of_hub_data_sets_that_other_runs_share_stops_nothing(tmp_path: Path) -> None:
+    """The experiment's check refuses it where no run uses it, or where it is the run's own."""
+    _fetch(tmp_path / "out", source=_rows(tmp_path / "a.jsonl", _questions(20)), subset="en", split="all")
+
+
 def test_a_full_disk_and_a_read_only_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = _rows(tmp_path / "a.jsonl", _questions(20))
     blocker = tmp_path / "file"
@@ -265,15 +272,14 @@ def test_a_full_disk_and_a_read_only_store(tmp_path: Path, capsys: pytest.Captur
 
 COUNTING = """
 import sys, time
-from dayzero.data import data_files
-from dayzero.data import spill
+from dayzero.data import row_reading
 from dayzero.stages import fetch_data
-read = data_files.read_rows
+read = row_reading.read_rows
 def slow(*args):
     print("reading", flush=True)
     time.sleep(float(sys.argv[1]))
     yield from read(*args)
-data_files.read_rows = slow
+row_reading.read_rows = slow
 sys.exit(fetch_data.main(sys.argv[2:]))
 """
 """The stage as it is, but slow, so that another process comes in between."""

@@ -11,8 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from dayzero.data.file_kinds import data_files
 from dayzero.data.formats import Dropped, Example, check_columns, detect_format, normalise
-from dayzero.data.readers import data_files, read_rows
+from dayzero.data.readers import read_rows
 from dayzero.errors import ConfigError, DataError
 
 ROWS = [{"prompt": "why é 2+2?", "completion": "4"}, {"prompt": 'say "a,b"\nagain', "completion": "ab"}]
@@ -79,13 +80,13 @@ BAD = {
     "bad.jsonl": (b'{"text": "a"}\n{"text": \n', r"bad\.jsonl:2: not valid JSON"),
     "bad.json": (b'\n[{"text": "a"},\n {"text": }]', r"bad\.json:3: not valid JSON"),
     "list.jsonl": (b"[1]\n", r"list\.jsonl:1: a row must be a JSON object, found list"),
-    "one.json": (b'{\n"text": "a"}', "one JSON object; expected a list"),
+    "one.json": (b'{\n"text": "a"}', "one JSON object: write a list"),
     "bad.parquet": (b"PAR1 no", "cannot be read as parquet"),
     "cut.csv": (b"a,b\n1,2\n1\n", r"cut\.csv:3: fewer fields than the header's 2"),
     "more.csv": (b"a,b\n1,2,3\n", r"more\.csv:2: more fields"),
     "quote.csv": (b'a,b\n1,"2\n', "not valid CSV"),
     "latin.txt": ("é".encode("latin-1"), "not UTF-8 text"),
-    "rows.xlsx": (b"x", r"unknown kind of data file '\.xlsx'; known endings are \.jsonl"),
+    "rows.xlsx": (b"x", r"unknown kind of data file '\.xlsx': convert it, .*; known are \.jsonl"),
 }
 
 

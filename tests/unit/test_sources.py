@@ -9,12 +9,13 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from dayzero.data.file_kinds import data_files
 from dayzero.data.packages import download_package, extract, package_licence
-from dayzero.data.readers import data_files
-from dayzero.data.sources import Source, fetch_files, parse_source
+from dayzero.data.sources import fetch_files
 from dayzero.data.store_entry import Memory
 from dayzero.errors import ConfigError, DataError
 from dayzero.files import sha256_file
+from dayzero.source import Source, local_files, parse_source
 
 
 @pytest.mark.parametrize(
@@ -45,6 +46,9 @@ def test_parse(text: str, kind: str, name: str, revision: str | None, inside: st
         ("package:x==1", "package:NAME==VERSION/path/inside"),
         ("hf:a/b/c", "hf:org/name"),
         ("hf:a/b@", "hf:org/name@revision"),
+        ("hf:a/b c", "hf:org/name@revision"),
+        ("package:x==1=2/y", "package:NAME==VERSION/path/inside"),
+        ("package:x==1//", "package:NAME==VERSION/path/inside"),
         (" ", "empty"),
     ],
 )
@@ -53,6 +57,38 @@ def test_parse_refuses(text: str, said: str) -> None:
         parse_source(text, "data.source")
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_an_existing_file_with_a_colon_is_local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("odd:name.jsonl").write_text("{}")
+    assert parse_source("odd:name.jsonl", "data.source").kind == "local"
+
+
+def test_what_is_fetched_is_what_the_workflow_waits_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    home = tmp_path / "home"
+    names = ["a.jsonl", "sub/b.jsonl", "sub/deep/c.jsonl", "ids.bin", "ids.idx", "[x].jsonl"]
+    for name in [*names, "sub/.hidden/d.jsonl"]:
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_text(name)
+    wanted = {
+        "~/a.jsonl": ["a.jsonl"],
+        "~/*.jsonl": ["[x].jsonl", "a.jsonl"],
+        "~/[x].jsonl": ["[x].jsonl"],
+        "~/sub": ["sub/b.jsonl", "sub/deep/c.jsonl"],
+        "~/s*": ["sub/b.jsonl", "sub/deep/c.jsonl"],
+        "~/sub/**": ["sub/b.jsonl", "sub/deep/c.jsonl"],
+        "~/ids.idx": ["ids.bin", "ids.idx"],
+        "~/*.bin": ["ids.bin", "ids.idx"],
+    }
+    for text, files in wanted.items():
+        assert sorted(local_files(text)) == [str(home / file) for file in files], text
+        fetched = _fetch(tmp_path, text).path
+        below = [fetched] if fetched.is_file() else [p for p in fetched.rglob("*") if p.is_file()]
+        assert sorted(p.read_text() for p in below if ".hidden" not in p.parts) == files, text
+    assert local_files("hf:org/rows") == local_files("package:x==1/*.jsonl") == []
+    assert local_files("~/none/*.jsonl") == [str(home / "none/*.jsonl")], "so that its absence is noticed"
 
 
 def test_local_path_that_does_not_exist(tmp_path: Path) -> None:
@@ -101,7 +137,6 @@ def test_folders_that_are_links(tmp_path: Path) -> None:
     (tmp_path / "near" / "link").symlink_to(tmp_path / "far")
     (tmp_path / "far" / "back").symlink_to(tmp_path / "near")
     fetched = _fetch(tmp_path, str(tmp_path / "near"))
-    assert list(fetched.file_sha256) == ["a.jsonl", "link/b.jsonl"]
     assert [label for _, label in data_files(fetched.path, "n")] == ["n/a.jsonl", "n/link/b.jsonl"]
 
 

@@ -131,11 +131,9 @@ def test_normalisation_of_questions() -> None:
 
 
 def test_sizes() -> None:
-    assert num_rows(12, 100, "data.test_size") == 12
-    assert num_rows(0.05, 100, "data.test_size") == 5
-    assert num_rows(0.001, 100, "data.test_size") == 1
-    assert num_rows(0.0, 100, "data.test_size") == 0
-    with pytest.raises(ConfigError, match=r"data\.test_size = 1\.5: give rows as an integer"):
-        num_rows(1.5, 100, "data.test_size")
+    assert num_rows(12, 100) == 12
+    assert num_rows(0.05, 100) == 5
+    assert num_rows(0.001, 100) == 1
+    assert num_rows(0.0, 100) == 0
     with pytest.raises(ConfigError, match=r"test_size \(8 rows\) \+ data\.validation_size \(2 rows\).*of 10: lower"):
         assign([str(i) for i in range(10)], 2, 8, 0)

@@ -77,6 +77,22 @@ def test_single_stage_by_file_name(tiny: Project) -> None:
     assert "results/tiny has no run lo; did you mean low?" in unknown.stdout
 
 
+def test_what_make_asks_for_is_what_snakemake_makes(tiny: Project) -> None:
+    config = (tiny.path / "config/config.yaml").read_text().replace("results_dir: results", "results_dir: disk/out")
+    with tiny.edited("config/config.yaml", f"{config}tokenize: {{seq_len: 64}}\n"):
+        for stage, rule in (("inspect_rows", "tokenize"), ("serve", "export:low")):
+            command = [sys.executable, "-m", f"dayzero.stages.{stage}", "--run", "low", "--print-target"]
+            target = subprocess.run(command, cwd=tiny.path, text=True, capture_output=True, check=True).stdout.strip()
+            assert target.startswith("disk/out/")
+            assert rule in tiny.planned(target)
+
+
+def test_a_glob_names_the_files_that_it_matches(tiny: Project) -> None:
+    printed = tiny.run("-n", "--config", "set=data.source=local/*.jsonl data.weights=null")
+    (inputs,) = re.findall(r"rule fetch_data:\n    input: (.*)", printed)
+    assert set(inputs.split(", ")) == {"local/rows.jsonl", "local/more.jsonl"}
+
+
 def test_command_line_overrides(tiny: Project) -> None:
     texts = ["set=train.optimizer.lr=1e-3 runs.low.seed=3", "train={max_steps: 10}"]
     tiny.run("--cores", "1", "results/tiny/low/config.json", "results/tiny/high/config.json", "--config", *texts)
@@ -110,6 +126,10 @@ def test_command_line_overrides(tiny: Project) -> None:
         (
             ["set=data.source=[nothing.jsonl,local/more.jsonl]"],
             ["data.source = 'nothing.jsonl': no such file or directory"],
+        ),
+        (
+            ["set=data.source=[local/nothing*,local/more.jsonl]"],
+            ["data.source = 'local/nothing*': no such file or directory"],
         ),
         (
             ["set=train.global_batch_size=6"],

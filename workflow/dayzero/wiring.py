@@ -8,10 +8,11 @@ from typing import Any
 
 from dayzero import store
 from dayzero.config import RunConfig, StageResources, TrainResources
-from dayzero.config_errors import ConfigProblems, Problem, nearest
+from dayzero.config_errors import ConfigProblems, Problem, did_you_mean
 from dayzero.errors import ConfigError
 from dayzero.experiment import Experiment
 from dayzero.files import canonical_json
+from dayzero.source import is_missing, listed, local_files
 
 
 class Wiring:
@@ -41,9 +42,7 @@ class Wiring:
     def run(self, name: str) -> RunConfig:
         """The run of that name; ConfigError if the experiment has none."""
         if name not in self.runs:
-            near = nearest(name, self.runs)
-            there = f"did you mean {near}?" if near else f"its runs are {', '.join(list(self.runs)[:20])}"
-            raise ConfigError(f"{self.experiment} has no run {name}; {there}")
+            raise ConfigError(f"{self.experiment} has no run {name}; {did_you_mean(name, self.runs, 'its runs are')}")
         return self.runs[name]
 
     def of_key(self, key: str) -> RunConfig:
@@ -59,9 +58,12 @@ class Wiring:
             for key, sources in _named_sources(run).items():
                 if any(problem.value == sources for problem in problems):
                     continue  # a teacher that was said
-                missing = [source for source in _listed(sources) if _is_local(source) and not Path(source).exists()]
                 message = f"no such file or directory (looked from {Path.cwd()})"
-                problems += [Problem(self.name, key, message, source) for source in missing]
+                problems += [Problem(self.name, key, message, text) for text in listed(sources) if is_missing(text)]
+            for template in self.chat_template(run):
+                if not Path(template).is_file():
+                    message = f"no such file (looked from {Path.cwd()})"
+                    problems.append(Problem(self.name, "model.chat_template", message, template))
         if problems:
             raise ConfigProblems(problems)
 
@@ -79,8 +81,9 @@ class Wiring:
 
     def local_data(self, key: str) -> list[str]:
         """The local files among the sources of `store/data/{key}`."""
-        sources = _named_sources(self.of_key(key))
-        return [file for name in sources if name.startswith("data.") for file in _local_files(sources[name])]
+        named = _named_sources(self.of_key(key))
+        texts = [text for name, sources in named.items() if name.startswith("data.") for text in listed(sources)]
+        return [file for text in texts for file in local_files(text)]
 
     def streaming(self, key: str) -> str:
         """The option that tells `fetch_data` to stream `store/data/{key}`, or nothing."""
@@ -88,7 +91,7 @@ class Wiring:
 
     def local_model(self, key: str) -> list[str]:
         """The local files `store/models/{key}` is made of."""
-        return _local_files(self.of_key(key).model.source)
+        return [file for text in listed(self.of_key(key).model.source) for file in local_files(text)]
 
     # directories of the store, by run
     def _key(self, kind: str, run: RunConfig) -> str:
@@ -162,10 +165,9 @@ class Wiring:
             method = self.runs[teacher].method
             teacher = method.kd.teacher if method.name == "kd" else None
         teacher = run.method.kd.teacher
-        if teacher in self.runs or not _is_local(str(teacher)) or Path(str(teacher)).exists():
+        if teacher in self.runs or not is_missing(str(teacher)):
             return []
-        near = nearest(str(teacher), self.runs)
-        there = f"did you mean {near}?" if near else f"the runs are {', '.join(list(self.runs)[:20])}"
+        there = did_you_mean(str(teacher), self.runs, "the runs are")
         message = f"no run of this experiment and no such file or directory (looked from {Path.cwd()}); {there}"
         return [Problem(self.name, "method.kd.teacher", message, teacher, run.run)]
 
@@ -179,7 +181,7 @@ class Wiring:
 
     def chat_template(self, run: RunConfig) -> list[str]:
         """The file with the run's own chat template, if it has one."""
-        return _local_files(run.model.chat_template)
+        return listed(run.model.chat_template)
 
     def chat_template_of_run(self, name: str) -> list[str]:
         return self.chat_template(self.run(name))
@@ -281,34 +283,12 @@ class Wiring:
 
 
 def _named_sources(run: RunConfig) -> dict[str, str | list[str] | None]:
-    """What may be a local file: dotted key -> its value."""
+    """What may be local files: dotted key -> its value."""
     data = run.data
     return {
         "model.source": run.model.source,
-        "model.chat_template": run.model.chat_template,
         "data.source": data.source,
         "data.validation_source": data.validation_source,
         "data.test_source": data.test_source,
         "data.answers": data.answers,
     }
-
-
-def _listed(sources: str | list[str] | None) -> list[str]:
-    return [sources] if isinstance(sources, str) else sources or []
-
-
-def _is_local(source: str) -> bool:
-    return not source.startswith(("hf:", "package:"))
-
-
-def _local_files(sources: str | list[str] | None) -> list[str]:
-    """The files of local sources, those of a directory one by one."""
-    files: list[str] = []
-    for path in (Path(source) for source in _listed(sources) if _is_local(source)):
-        if other := {".bin": ".idx", ".idx": ".bin"}.get(path.suffix):  # the two files of a Megatron data set
-            files += [str(p) for p in [path.with_suffix(other)] if p.is_file()]
-        below = (
-            sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")) if path.is_dir() else []
-        )
-        files += [str(p) for p in below or [path]]
-    return files

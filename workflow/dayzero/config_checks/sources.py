@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 from dayzero.config import RunConfig
-
-CONTEXT_LENGTHS = (
-    "max_position_embeddings",
-    "n_positions",
-    "max_sequence_length",
-    "max_seq_len",
-    "seq_length",
-    "n_ctx",
-)
-"""What the configs of transformers call the longest sequence a model takes."""
-
-_PACKAGE = re.compile(r"package:[A-Za-z0-9][A-Za-z0-9._-]*==[^/=\s]+/[^\s].*")
-_HUB = re.compile(r"hf:[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
-_PREFIX = re.compile(r"([A-Za-z][A-Za-z0-9+]+):")
+from dayzero.context_length import context_field
+from dayzero.errors import ConfigError
+from dayzero.source import is_pattern, listed, parse_source
 
 
 def check_model(run: RunConfig) -> Iterator[tuple[str, str]]:
@@ -44,12 +32,12 @@ def check_model(run: RunConfig) -> Iterator[tuple[str, str]]:
                 "model.tokenizer",
                 "pretraining needs a tokenizer: train one (model.tokenizer.vocab_size) or take that of a model.source",
             )
-        context = next((n for n in CONTEXT_LENGTHS if isinstance(model.architecture.get(n), int)), None)
-        if context and run.tokenize.seq_len > model.architecture[context]:
+        context = context_field(model.architecture)
+        if context and run.tokenize.seq_len > context[1]:
             yield (
                 "tokenize.seq_len",
-                f"longer than the context of the new model, model.architecture.{context} "
-                f"{model.architecture[context]}: lower the one or raise the other",
+                f"longer than the context of the new model, model.architecture.{context[0]} {context[1]}: lower the "
+                "one or raise the other",
             )
         if model.tokenizer is not None and model.source is not None:
             yield (
@@ -66,29 +54,16 @@ def check_sources(run: RunConfig) -> Iterator[tuple[str, str]]:
         named[f"data.{key}"] = listed(getattr(run.data, key))
     for key, sources in named.items():
         for source in sources:
-            if problem := _bad_source(source):
-                yield key, problem
-
-
-def _bad_source(source: str) -> str | None:
-    prefix = _PREFIX.match(source)
-    if not source.strip():
-        return "an empty source: use hf:org/name@revision, package:NAME==VERSION/path/inside or a local path"
-    if prefix and prefix[1] == "hf":
-        return None if _HUB.fullmatch(source) else f"{source}: write hf:org/name@revision"
-    if prefix and prefix[1] == "package":
-        return None if _PACKAGE.fullmatch(source) else f"{source}: write package:NAME==VERSION/path/inside"
-    if prefix and len(prefix[1]) > 1:  # one letter: a Windows drive
-        return f"{source}: unknown kind of source {prefix[1]}:, use hf:, package: or a local path"
-    return None
+            try:
+                parse_source(source, key)
+            except ConfigError as error:
+                yield key, str(error).removeprefix(f"{key}: ")
+            else:
+                if not key.startswith("data.") and is_pattern(source):
+                    yield key, f"{source!r} is a glob, and a model is one folder or file: give its path"
 
 
 def rows_from(run: RunConfig) -> list[str]:
     """Every source of rows."""
     data = run.data
     return listed(data.source) + listed(data.validation_source) + listed(data.test_source)
-
-
-def listed(source: str | list[str] | None) -> list[str]:
-    """One or several sources, or none, as a list."""
-    return [source] if isinstance(source, str) else list(source or [])

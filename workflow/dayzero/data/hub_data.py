@@ -9,9 +9,10 @@ from typing import Any
 
 from dayzero.console import log
 from dayzero.data.rows import PaddedRow, Row
-from dayzero.data.sources import Fetched, Source, card_licence, hub_commit, unreachable
+from dayzero.data.sources import Fetched, card_licence, hub_commit, unreachable
 from dayzero.data.store_entry import Memory
 from dayzero.errors import ConfigError, DataError
+from dayzero.source import Source
 
 
 def load(
@@ -38,7 +39,7 @@ def load(
 
     with _errors(source, key):
         rows = datasets.load_dataset(source.name, subset, split=split, revision=commit, streaming=streaming)
-    fetched = Fetched(source, Path(), None, commit, card_licence(info), moved)
+    fetched = Fetched(source, Path(), None, commit, card_licence(info.card_data), moved)
     return fetched, _rows(rows, source, key)
 
 

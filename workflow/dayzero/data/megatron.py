@@ -22,12 +22,6 @@ DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.
 """By code, the integer types among those of the format (6 and 7 are floats)."""
 
 
-def partner(path: Path) -> Path | None:
-    """The other file of a .bin and .idx pair; None for any other file."""
-    other = {".bin": ".idx", ".idx": ".bin"}.get(path.suffix)
-    return path.with_suffix(other) if other else None
-
-
 def documents(index: Path, label: str) -> Iterator[np.ndarray]:
     """The token ids of each document in order, copied out of a memory map one at a time.
 

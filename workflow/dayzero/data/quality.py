@@ -26,7 +26,7 @@ from dayzero.console import ProgressBar, log
 from dayzero.data.histogram import LengthHistogram
 from dayzero.data.ngrams import Words, words
 from dayzero.data.spill import Spill, first_of_groups
-from dayzero.data.stored_table import open_table, table_bytes
+from dayzero.data.stored_table import batch_rows, open_table, table_bytes
 from dayzero.errors import DataError
 
 BATCH_ROWS, BATCH_BYTES = 512, 2**20
@@ -201,7 +201,7 @@ def check_split(
     languages: Counter[str] = Counter()
     empty = first = 0
     columns = [c for c in ("text", "prompt", "completion", "messages") if c in source.schema_arrow.names]
-    together = min(max(BATCH_BYTES * rows // max(table_bytes(source), 1), 1), BATCH_ROWS)
+    together = batch_rows(table_bytes(source), rows, BATCH_BYTES, BATCH_ROWS)
     with Spill(workspace / "contents", 1) as contents, ProgressBar(f"check {name}", rows) as bar:
         for batch in source.iter_batches(together, columns=columns, use_threads=False):
             texts = row_texts(batch, kind)

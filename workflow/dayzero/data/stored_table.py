@@ -10,6 +10,9 @@ import pyarrow.parquet as pq
 
 from dayzero.errors import DataError
 
+BATCH_ROWS, BATCH_BYTES = 1000, 32 * 2**20
+"""Rows of a table that are in memory at once, and bytes (rows can be large)."""
+
 
 def open_table(file: Path) -> pq.ParquetFile:
     """A Parquet file to read in batches; raises DataError where it cannot be read.
@@ -25,6 +28,11 @@ def open_table(file: Path) -> pq.ParquetFile:
 def table_bytes(file: pq.ParquetFile) -> int:
     """Size of its rows in memory."""
     return sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
+
+
+def batch_rows(size: int, rows: int, most_bytes: int = BATCH_BYTES, most_rows: int = BATCH_ROWS) -> int:
+    """How many rows of a table of `size` bytes to hold at once: `most_rows`, or fewer where rows are large."""
+    return max(1, min(most_rows, most_bytes * rows // max(size, 1)))
 
 
 def rows_of(batch: pa.RecordBatch) -> list[dict[str, Any]]:

@@ -30,7 +30,7 @@ from dayzero.data.documents import COLUMNS, OPTIONAL_COLUMNS, DocumentEncoder
 from dayzero.data.histogram import LengthHistogram
 from dayzero.data.mixing import by_source
 from dayzero.data.packing import Documents, pack_stream
-from dayzero.data.stored_table import open_table, rows_of, table_bytes
+from dayzero.data.stored_table import batch_rows, open_table, rows_of, table_bytes
 from dayzero.data.tokenizer import TokenizerSource, check_model_limits
 from dayzero.data.tokens import TokenWriter
 from dayzero.errors import DataError
@@ -191,8 +191,7 @@ def _encode(
 def _tasks(file: pq.ParquetFile, data_format: str) -> Iterator[tuple[int, pa.RecordBatch]]:
     """Pieces of the file with the number of their first row."""
     names = [c for c in ("id", "origin", *COLUMNS[data_format], *OPTIONAL_COLUMNS) if c in file.schema_arrow.names]
-    row_bytes = table_bytes(file) // max(file.metadata.num_rows, 1)
-    rows = min(max(BYTES_PER_TASK // max(row_bytes, 1), 1), ROWS_PER_TASK)
+    rows = batch_rows(table_bytes(file), file.metadata.num_rows, BYTES_PER_TASK, ROWS_PER_TASK)
     first = 0
     try:
         for batch in file.iter_batches(batch_size=rows, columns=names, use_threads=False):
