@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -289,8 +290,8 @@ def losses(stage: dict[str, Any]) -> list[float]:
     return [json.loads(line)["loss"] for line in (stage["output"] / "metrics.jsonl").read_text().splitlines()]
 
 
-def stop_after(stage: dict[str, Any], steps: int, number: signal.Signals) -> int:
-    """Start the stage, send `number` once `steps` steps are recorded, and return the step it stopped at."""
+def training(stage: dict[str, Any], steps: int) -> subprocess.Popen[str]:
+    """Start the stage and return once `steps` steps are recorded."""
     process = start(stage)
     live = stage["output"] / "checkpoints" / "metrics.jsonl"
     deadline = time.monotonic() + LONGEST
@@ -298,6 +299,19 @@ def stop_after(stage: dict[str, Any], steps: int, number: signal.Signals) -> int
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.05)
+    return process
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The ranks, and what they started."""
+    found = psutil.Process(process.pid).children(recursive=True)
+    assert len(found) >= 2
+    return found
+
+
+def stop_after(stage: dict[str, Any], steps: int, number: signal.Signals) -> int:
+    """Start the stage, send `number` once `steps` steps are recorded, and return the step it stopped at."""
+    process = training(stage, steps)
     process.send_signal(number)
     _, errors = process.communicate(timeout=LONGEST)
     assert process.returncode == 75, errors
@@ -325,6 +339,33 @@ def test_the_stage_saves_when_asked_to_stop_and_continues(stage: dict[str, Any])
     assert not list(stage["temporary"].iterdir())  # as torchrun would leave there, once a training
 
 
+def test_ranks_end_with_the_process_that_started_them(stage: dict[str, Any]) -> None:
+    process = training(stage, 3)
+    ranks = ranks_of(process)
+    process.kill()
+    assert not psutil.wait_procs(ranks, timeout=LONGEST)[1]
+
+
+def test_a_killed_rank_is_said_by_the_others(stage: dict[str, Any]) -> None:
+    process = training(stage, 3)
+    next(rank for rank in ranks_of(process) if rank.ppid() == process.pid).kill()
+    _, errors = process.communicate(timeout=LONGEST)
+    assert process.returncode == 1
+    assert re.search(r"rank [01] was killed by SIGKILL \(often the system's answer to too little memory", errors)
+
+
+def test_a_second_interrupt_ends_training_at_once(stage: dict[str, Any]) -> None:
+    process = training(stage, 3)
+    ranks = ranks_of(process)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+    _, errors = process.communicate(timeout=LONGEST)
+    assert process.returncode in (75, 130), errors  # 75: it had stopped by the first
+    assert not psutil.wait_procs(ranks, timeout=LONGEST)[1]
+    assert not (stage["output"] / "lock.json").exists()
+
+
 def test_a_checkpoint_of_another_config_is_refused_with_the_differing_keys(stage: dict[str, Any]) -> None:
     short = stage["run"].model_dump(mode="json", exclude={"resources"})
     short["train"]["max_steps"] = 2
@@ -332,6 +373,7 @@ def test_a_checkpoint_of_another_config_is_refused_with_the_differing_keys(stage
     process = start(stage)
     _, errors = process.communicate(timeout=LONGEST)
     assert process.returncode == 0, errors
+    first = losses(stage)
     short["train"]["optimizer"]["lr"] = 5e-4
     short["train"]["local_batch_size"] = 8  # free to change: must not be named
     stage["config"].write_text(json.dumps(short))
@@ -343,6 +385,15 @@ def test_a_checkpoint_of_another_config_is_refused_with_the_differing_keys(stage
     process = start(stage, "--set-aside-other-checkpoints")
     assert process.wait(timeout=LONGEST) == 0
     assert (stage["output"] / "checkpoints.superseded" / "step_2").is_dir()
+    assert losses(stage) != first
+    short["train"]["optimizer"]["lr"] = 1e-3  # and back: what was trained is still there
+    stage["config"].write_text(json.dumps(short))
+    process = start(stage, "--set-aside-other-checkpoints")
+    _, errors = process.communicate(timeout=LONGEST)
+    assert process.returncode == 0
+    assert "taking back this config's checkpoints" in errors
+    assert losses(stage) == first
+    assert len((stage["output"] / "attempts.jsonl").read_text().splitlines()) == 4  # the first start's and this one's
 
 
 def test_a_world_size_that_torchrun_did_not_give_is_refused_on_all_ranks(stage: dict[str, Any]) -> None:

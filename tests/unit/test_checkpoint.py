@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -11,11 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from dayzero.checkpoint_files import checkpoints
 from dayzero.config import Checkpoint
 from dayzero.engine import checkpoint_writer
-from dayzero.engine.checkpoint import best_checkpoint, checkpoints, load_checkpoint, state_of
+from dayzero.engine.checkpoint import best_checkpoint, check_identity, load_checkpoint, set_aside, state_of, take_back
 from dayzero.engine.checkpoint_writer import CheckpointFailed, CheckpointWriter
-from dayzero.errors import ConfigError
+from dayzero.errors import ConfigError, DataError
 from torch import nn
 
 
@@ -34,7 +37,9 @@ class Training:
         self.optimizer.zero_grad()
 
     def save(self, step: int, losses: dict[int, float] | None = None) -> None:
-        self.writer.save(step, state_of(self.model, self.optimizer), {"validation_losses": losses or {}})
+        self.writer.save(
+            step, state_of(self.model, self.optimizer), {"validation_losses": losses or {}, "identity": {"seed": 1}}
+        )
 
     def values(self) -> dict[str, torch.Tensor]:
         return {name: tensor.clone() for name, tensor in state_of(self.model, self.optimizer).items()}
@@ -176,3 +181,77 @@ def test_a_parameter_without_gradients_has_no_moments(tmp_path: Path) -> None:
     load_checkpoint(tmp_path / "step_1", again.model, again.optimizer)
     assert again.values().keys() == training.values().keys()
     assert "optimizer.1.bias.step" not in again.values()
+
+
+def spoil(path: Path, how: str) -> None:
+    data, trainer = path / "__0_0.distcp", path / "trainer.json"
+    if how == "truncated":
+        data.write_bytes(data.read_bytes()[:-1])
+    elif how == "missing":
+        data.unlink()
+    elif how == "no metadata":
+        (path / ".metadata").unlink()
+    elif how == "empty metadata":
+        (path / ".metadata").write_bytes(b"")
+    elif how == "no identity":
+        trainer.write_text(json.dumps({k: v for k, v in json.loads(trainer.read_text()).items() if k != "identity"}))
+    else:
+        trainer.write_text("")
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("truncated", r"__0_0.distcp has \d+ bytes of \d+"),
+        ("missing", "__0_0.distcp is missing"),
+        ("no metadata", ".metadata is missing"),
+        ("empty metadata", ".metadata has 0 bytes of"),
+        ("no identity", "trainer.json: KeyError: 'identity'"),
+        ("empty", "trainer.json: "),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_with_the_one_before_it(tmp_path: Path, how: str, message: str) -> None:
+    training = Training(tmp_path, keep_last=2)
+    training.step()
+    with training.writer:
+        training.save(1)
+        training.save(2)
+    check_identity(tmp_path / "step_2", {"seed": 1})
+    spoil(tmp_path / "step_2", how)
+    remedy = r"\): remove that folder, and training goes on from step_1"
+    with pytest.raises(DataError, match=rf"the checkpoint .*/step_2 is damaged \({message}.*{remedy}"):
+        check_identity(tmp_path / "step_2", {"seed": 1})
+    shutil.rmtree(tmp_path / "step_2")
+    spoil(tmp_path / "step_1", how)
+    with pytest.raises(DataError, match="remove that folder, and training begins afresh"):
+        check_identity(tmp_path / "step_1", {"seed": 1})
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
+def test_a_file_spoilt_while_it_is_read_is_named(tmp_path: Path, name: str) -> None:
+    training = Training(tmp_path)
+    training.step()
+    with training.writer:
+        training.save(1)
+    (tmp_path / "step_1" / name).write_bytes(b"")
+    with pytest.raises(DataError, match=r"the checkpoint .*/step_1 is damaged"):
+        load_checkpoint(tmp_path / "step_1", training.model, training.optimizer)
+
+
+def test_checkpoints_set_aside_are_taken_back_for_their_own_config(tmp_path: Path) -> None:
+    directory = tmp_path / "checkpoints"
+    training = Training(directory)
+    training.step()
+    assert not take_back(directory, {"seed": 1})
+    with training.writer:
+        training.save(1)
+    set_aside(directory)
+    assert not take_back(directory, {"seed": 2})
+    assert take_back(directory, {"seed": 1})  # where nothing was made since
+    assert [path.name for path in checkpoints(directory)] == ["step_1"]
+    set_aside(directory)
+    with training.writer:
+        training.save(7)
+    assert take_back(directory, {"seed": 1})
+    assert [path.name for path in checkpoints(directory)] == ["step_1"]
+    assert [path.name for path in checkpoints(tmp_path / "checkpoints.superseded")] == ["step_7"]

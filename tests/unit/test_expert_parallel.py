@@ -70,7 +70,7 @@ def test_what_cannot_be_shared_out_is_refused_with_the_equation(model: str, ep: 
     ("sizes", "message"),
     [
         ({"dp_shard": 6, "ep": 4, "world_size": 6}, r"ep: takes its ranks from dp_shard 6, but 6 / ep 4 = 1.5"),
-        ({"dp_shard": 1, "ep": 2, "world_size": 1}, r"dp_shard 1, but 1 / ep 2 = 0.5: use a divisor of 1"),
+        ({"dp_shard": 1, "ep": 2, "world_size": 1}, r"dp_shard 1, but 1 / ep 2 = 0.5: set dp_shard to a multiple of 2"),
         ({"dp_shard": 3, "cp": 2, "ep": 4, "world_size": 6}, r"dp_shard 3 x cp 2 = 6, but 6 / ep 4 = 1.5"),
         ({"dp_replicate": 2, "ep": 2, "world_size": 2, "strategy": "ddp"}, r"ep: 2 needs strategy fsdp2, not ddp"),
         ({"dp_shard": 2, "pp": 2, "ep": 2, "world_size": 4}, r"ep: 2 does not go with pp 2: set one of them to 1"),

@@ -35,8 +35,19 @@ def test_the_plan_names_every_split_linear_and_the_norms_between_them() -> None:
     ("model", "changed", "tp", "message"),
     [
         ("llama", {}, 4, r"tp 4: the model has num_key_value_heads 2 / 4 = 0.5: use a divisor of 2"),
-        ("llama", {}, 3, r"tp 3: the model has num_attention_heads 4 / 3 = 1.333: use a divisor of 4"),
-        ("llama", {"intermediate_size": 65}, 2, r"gate_proj has outputs 65 / 2 = 32.5: use a divisor of 65"),
+        ("llama", {}, 3, r"tp 3: the model has num_attention_heads 4 / 3 = 1.333: use a divisor of 2"),
+        (
+            "llama",
+            {"num_attention_heads": 8, "num_key_value_heads": 1},
+            2,
+            r"num_key_value_heads 1 / 2 = 0.5: no tp divides",
+        ),
+        (
+            "llama",
+            {"intermediate_size": 65},
+            2,
+            r"gate_proj has outputs 65 / 2 = 32.5: no tp divides all that it must: use",
+        ),
         (
             "mamba",
             {},

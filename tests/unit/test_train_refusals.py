@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from dayzero.engine.packing import packing_leak
 from dayzero.errors import ConfigError, DataError
 from dayzero.files import read_json, write_json
 from dayzero.stages import export, train
+from dayzero.stages.training.inputs import identity
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -324,3 +326,16 @@ def test_export(
     assert export.main(["--config", config, *arguments, "--output", str(tmp_path / "out")]) == 1
     assert said in _last_line(capsys)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_the_data_and_the_model_hold_decides_whether_a_checkpoint_is_continued(tmp_path: Path) -> None:
+    run = RunConfig.model_validate({"experiment": "e", "run": "r", "train": {"max_steps": 1}})
+    args = argparse.Namespace(model=tmp_path / "model", tokens=tmp_path / "tokens", teacher=None)
+    made = []
+    for model, tokens in (("a", "b"), ("c", "b"), ("a", "d"), ("a", "b")):
+        for path, content in ((args.model, model), (args.tokens, tokens)):
+            path.mkdir(exist_ok=True)
+            write_json(path / "manifest.json", {"files": {"file": content}, "provenance": len(made)})
+        made.append(json.dumps(identity(run, args)))
+    assert made[0] == made[3]
+    assert len(set(made)) == 3

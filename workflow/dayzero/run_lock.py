@@ -78,7 +78,11 @@ class RunLock:
         """Make the file with its content in one step; False where there is one."""
         text = json.dumps(self.content, indent=2) + "\n"
         temporary = self.path.with_name(f".{LOCK}.{self.content['token']}")
-        temporary.write_text(text)
+        try:
+            temporary.write_text(text)
+        except OSError as error:
+            error.filename = str(self.path.parent)  # the remedy is the folder's
+            raise
         try:
             os.link(temporary, self.path)
         except FileExistsError:

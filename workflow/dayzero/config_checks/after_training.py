@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from dayzero.config import RunConfig
 
-_SIZE = re.compile(r"\d+(\.\d+)?\s?[KMGT]i?B", re.IGNORECASE)
+_SIZE = re.compile(r"\d+(\.\d+)?\s?[KMGT]B", re.IGNORECASE)
 
 
 def check_averages(run: RunConfig) -> Iterator[tuple[str, str]]:
@@ -18,7 +18,8 @@ def check_averages(run: RunConfig) -> Iterator[tuple[str, str]]:
 
 
 def check_export_and_tasks(run: RunConfig) -> Iterator[tuple[str, str]]:
-    if not _SIZE.fullmatch(run.export.max_shard_size):
+    size = run.export.max_shard_size
+    if not _SIZE.fullmatch(size) or not float(size[:-2]):
         yield "export.max_shard_size", "write a number and a unit, e.g. 5GB"
     tasks = run.evaluate.tasks + run.evaluate.extra_tasks
     for task in sorted({task for task in tasks if tasks.count(task) > 1}):

@@ -7,8 +7,8 @@ renamed by rank 0 once every rank has written its part, so a process killed whil
 
 from __future__ import annotations
 
+import json
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,17 +18,19 @@ from typing import Any, cast
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.nn.parallel import DistributedDataParallel
 
+from dayzero.checkpoint_files import checkpoints, step_of
 from dayzero.console import log
 from dayzero.engine.adamw8bit import stored_parts
 from dayzero.engine.distributed import gather_objects, rank
 from dayzero.engine.float8 import plain_weight
 from dayzero.engine.megatron_fsdp import has_unequal_shards, locate_shards
 from dayzero.engine.optimizer import set_lr
-from dayzero.errors import ConfigError
-from dayzero.files import read_json
+from dayzero.errors import ConfigError, DataError, one_line
+from dayzero.nested import flatten
 
 OPTIONS = StateDictOptions(ignore_frozen_params=True)
 SHOWN = 3
@@ -82,9 +84,13 @@ def load_checkpoint(
 ) -> None:
     """Load weights and optimizer state in place, resharding to the present ranks; `copies`, `more`: see `state_of`.
 
-    Raises `ConfigError` naming the weights in which the checkpoint differs from the model.
+    Raises `ConfigError` naming the weights in which the checkpoint differs from the model, `DataError` where it is
+    damaged.
     """
-    saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    try:
+        saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    except Exception as error:
+        raise damaged(path, f".metadata: {one_line(error)}") from error
     _make_optimizer_state(optimizer)
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     for name, parameter in inner.named_parameters():
@@ -93,7 +99,10 @@ def load_checkpoint(
             optimizer.state.pop(parameter, None)
     state = state_of(model, optimizer, copies, more=more)
     _check_fits(path, saved, state)
-    dcp.load(state, checkpoint_id=path)
+    try:
+        dcp.load(state, checkpoint_id=path)
+    except CheckpointException as error:  # which is no Exception
+        raise damaged(path, one_line(first_failure(error))) from error
     parameters = dict(inner.named_parameters())
     for copy, name in copies.items():
         if copy in parameters and name in parameters and parameters[name] in optimizer.state:  # one rank holds both
@@ -130,26 +139,43 @@ def _check_fits(path: Path, saved: dict[str, Any], state: dict[str, Tensor]) -> 
         )
 
 
-def checkpoints(directory: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    found = [
-        p for p in directory.glob("step_*") if re.fullmatch(r"step_\d+", p.name) and (p / "trainer.json").is_file()
-    ]
-    return sorted(found, key=step_of)
+def read_trainer(path: Path) -> dict[str, Any]:
+    """The checkpoint's trainer.json. Raises `DataError` where it cannot be read, or a file is not as it was written."""
+    try:
+        saved: dict[str, Any] = json.loads((path / "trainer.json").read_text(encoding="utf-8"))
+        files, _, _ = saved["files"], saved["identity"], saved["step"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise damaged(path, f"trainer.json: {one_line(error)}") from error
+    for name, size in files.items():
+        file = path / name
+        if not file.is_file():
+            raise damaged(path, f"{name} is missing")
+        if file.stat().st_size != size:
+            raise damaged(path, f"{name} has {file.stat().st_size} bytes of {size}")
+    return saved
 
 
-def step_of(path: Path) -> int:
-    """The N of `step_N`."""
-    return int(path.name.removeprefix("step_"))
+def damaged(path: Path, what: str) -> DataError:
+    """The error of a checkpoint that cannot be read, with the remedy."""
+    before = [other for other in checkpoints(path.parent) if step_of(other) < step_of(path)]
+    then = f"goes on from {before[-1].name}" if before else "begins afresh"
+    return DataError(f"the checkpoint {path} is damaged ({what}): remove that folder, and training {then}")
+
+
+def first_failure(error: CheckpointException) -> Exception:
+    """What went wrong on the first of the ranks that failed."""
+    reason = error.failures[min(error.failures)][0]
+    return reason if isinstance(reason, Exception) else RuntimeError(str(reason))
 
 
 def check_identity(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
     """The checkpoint's trainer.json, if it was made by the same config.
 
-    Raises `ConfigError` naming every key that differs, since continuing would mix two experiments.
+    Raises `ConfigError` naming every key that differs, since continuing would mix two experiments, and what
+    `read_trainer` does.
     """
-    saved = read_json(path / "trainer.json")
-    old, new = _flatten(saved["identity"]), _flatten(identity)
+    saved = read_trainer(path)
+    old, new = flatten(saved["identity"]), flatten(identity)
     differing = [f"{k} {old.get(k)!r} -> {new.get(k)!r}" for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
     if differing:
         raise ConfigError(
@@ -182,10 +208,33 @@ def best_checkpoint(directory: Path, validation_losses: dict[int, float]) -> Pat
 
 def set_aside(directory: Path) -> Path:
     """Move a folder of checkpoints away so that training starts afresh; one such folder is kept."""
-    aside = directory.with_name(directory.name + ".superseded")
+    aside = superseded(directory)
     shutil.rmtree(aside, ignore_errors=True)
     os.replace(directory, aside)
     return aside
+
+
+def take_back(directory: Path, identity: dict[str, Any]) -> bool:
+    """Exchange `directory`, which may be missing, for what was set aside, if that has checkpoints of this identity."""
+    aside, between = superseded(directory), directory.with_name(directory.name + ".tmp")
+    found = checkpoints(aside)
+    try:
+        if not found or not check_identity(found[-1], identity):
+            return False
+    except ValueError:
+        return False
+    shutil.rmtree(between, ignore_errors=True)
+    if directory.exists():
+        os.replace(directory, between)
+    os.replace(aside, directory)
+    if between.exists():
+        os.replace(between, aside)
+    return True
+
+
+def superseded(directory: Path) -> Path:
+    """Where checkpoints of another config are set aside."""
+    return directory.with_name(directory.name + ".superseded")
 
 
 def remove_unfinished(directory: Path) -> None:
@@ -193,12 +242,6 @@ def remove_unfinished(directory: Path) -> None:
     for path in directory.glob("step_*.tmp"):
         log.warning("removing the unfinished checkpoint %s", path)
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, dict):
-        return {k: v for name, child in value.items() for k, v in _flatten(child, f"{prefix}.{name}").items()}
-    return {prefix.lstrip("."): value}
 
 
 def sync_directory(directory: Path) -> None:

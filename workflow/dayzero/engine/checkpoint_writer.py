@@ -127,7 +127,8 @@ class CheckpointWriter:
             temporary.mkdir(parents=True)
 
         def complete() -> None:
-            write_json(temporary / "trainer.json", {"step": step, **trainer})
+            files = {entry.name: entry.stat().st_size for entry in sorted(temporary.iterdir())}
+            write_json(temporary / "trainer.json", {"step": step, "files": files, **trainer})
             sync_directory(temporary)
             shutil.rmtree(final, ignore_errors=True)
             os.replace(temporary, final)

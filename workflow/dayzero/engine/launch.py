@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import os
 import signal
+import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -22,12 +25,18 @@ from dayzero.errors import one_line
 from dayzero.interruption import EXIT_INTERRUPTED as EXIT_INTERRUPTED
 
 _ERRORS = "DAYZERO_ERROR_DIR"
+_LAUNCHER = "DAYZERO_LAUNCHER"
+"""Environment variable: the process id of a rank's parent."""
 RANK_LOGS = "DAYZERO_RANK_LOGS"
 """Environment variable: the folder in which each rank keeps what it prints."""
 
 
 class RankFailed(ValueError):
     """A training process failed; the message is that rank's own last line (a ValueError: it is said as it is)."""
+
+
+class RankKilled(RankFailed):
+    """A training process was killed, which the errors of the others, who miss it, do not say."""
 
 
 def is_worker() -> bool:
@@ -50,9 +59,10 @@ def run_torchrun(
 ) -> bool:
     """Run `python -m module arguments` in `processes` local ranks; False when they stopped as asked.
 
-    SIGTERM, SIGUSR1 and SIGINT are passed on to the ranks, which have as long as they need to write a checkpoint.
-    `rendezvous` are torchrun's options of a world over several nodes; `errors` is then the folder for the errors of all
-    ranks. Raises `RankFailed` with the first failing rank's error.
+    SIGTERM, SIGUSR1 and SIGINT are passed on to the ranks, which have as long as they need to write a checkpoint; a
+    second SIGINT ends them at once, with KeyboardInterrupt here. `rendezvous` are torchrun's options of a world over
+    several nodes; `errors` is then the folder for the errors of all ranks. Raises `RankFailed` with the first failing
+    rank's error.
     """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
@@ -62,9 +72,9 @@ def run_torchrun(
     # what the whole job may use (Snakemake sets the variable to a rule's threads) is shared among the ranks
     cores = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
     os.environ["OMP_NUM_THREADS"] = str(max(1, cores // processes))
-    with tempfile.TemporaryDirectory(prefix="dayzero-torchrun-") as own, signals_passed_on() as asked:
+    with tempfile.TemporaryDirectory(prefix="dayzero-torchrun-") as own, signals_passed_on(kill=True) as asked:
         folders = [errors, Path(own)] if errors else [Path(own)]
-        os.environ[_ERRORS] = os.pathsep.join(map(str, folders))
+        os.environ |= {_ERRORS: os.pathsep.join(map(str, folders)), _LAUNCHER: str(os.getpid())}
         try:
             # torchrun would make a folder of logs in the machine's temporary folder and leave it there
             logs = f"--log-dir={own}/torchrun"
@@ -78,8 +88,32 @@ def run_torchrun(
             codes = {rank: failure.exitcode for rank, failure in failed.failures.items()}
             if EXIT_INTERRUPTED in codes.values() or (asked and not first_report(*folders) and _by_a_stop(codes)):
                 return False
-            raise RankFailed(_first_error(folders, codes)) from None
+            raise _failure(folders, codes) from None
     return True
+
+
+def end_with_launcher() -> None:
+    """In a rank: end as soon as the process that started it is gone. It would train on beside the next start."""
+    launcher = os.environ.get(_LAUNCHER)
+    if launcher is None:  # torchrun was started by hand
+        return
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1  # prctl(2)
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        _end_without(int(launcher))  # gone before that
+    else:
+        threading.Thread(target=_watch, args=(int(launcher),), daemon=True).start()
+
+
+def _end_without(launcher: int) -> None:
+    if os.getppid() != launcher:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _watch(launcher: int) -> None:
+    while True:
+        _end_without(launcher)
+        time.sleep(1)
 
 
 def keep_output() -> None:
@@ -111,15 +145,15 @@ def errors_reported(rank: int) -> Iterator[None]:
         raise
 
 
-def leave_report(folder: Path, name: str, line: str, text: str) -> None:
+def leave_report(folder: Path, name: str, line: str, text: str, when: float | None = None) -> None:
     """Leave an error, with its traceback `text`, where `first_report` finds it; a whole report or none.
 
-    Raises OSError where it cannot be written.
+    `when` it happened, if not now. Raises OSError where it cannot be written.
     """
     file = folder / f"{name}.json"
     partial = file.with_suffix(".tmp")
     try:
-        partial.write_text(json.dumps({"time": time.time(), "line": line, "traceback": text}))
+        partial.write_text(json.dumps({"time": time.time() if when is None else when, "line": line, "traceback": text}))
         partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)
@@ -136,29 +170,36 @@ def _by_a_stop(codes: dict[int, int]) -> bool:
     return all(-code in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT) for code in codes.values())
 
 
-def _first_error(folders: list[Path], codes: dict[int, int]) -> str:
+def _failure(folders: list[Path], codes: dict[int, int]) -> RankFailed:
+    killed = [rank for rank, code in codes.items() if code == -signal.SIGKILL]
+    if killed:
+        hint = "often the system's answer to too little memory: lower train.local_batch_size"
+        return RankKilled(f"rank {killed[0]} was killed by SIGKILL ({hint})")
     if found := first_report(*folders):
         name, first = found
         log.debug(first["traceback"])
-        return f"rank {name}: {first['line']}"
+        return RankFailed(f"rank {name}: {first['line']}")
     rank, code = next(iter(codes.items()))
-    if code < 0:
-        killer = signal.Signals(-code).name
-        hint = " (often the system's answer to too little memory: lower train.local_batch_size)" if code == -9 else ""
-        return f"rank {rank} was killed by {killer}{hint}"
-    return f"rank {rank} exited with code {code}"
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+    return RankFailed(f"rank {rank} {how}")
 
 
 @contextmanager
-def signals_passed_on() -> Iterator[list[int]]:
-    """Inside the block a request to stop goes on to the child processes; yields the list of those that came."""
+def signals_passed_on(*, kill: bool = False) -> Iterator[list[int]]:
+    """Inside the block a request to stop goes on to the child processes; yields the list of those that came.
+
+    With `kill` a second SIGINT kills them and interrupts this process.
+    """
     asked: list[int] = []
 
     def pass_on(number: int, _: FrameType | None) -> None:
+        at_once = kill and number == signal.SIGINT and number in asked
         asked.append(number)
         for child in psutil.Process().children():
             with suppress(psutil.NoSuchProcess):
-                child.send_signal(signal.SIGUSR1)
+                child.send_signal(signal.SIGKILL if at_once else signal.SIGUSR1)
+        if at_once:
+            raise KeyboardInterrupt
 
     before = {s: signal.signal(s, pass_on) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     try:

@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 
 from dayzero.console import log, setup_logging
-from dayzero.engine.launch import RANK_LOGS, RankFailed, first_report, leave_report, run_torchrun
+from dayzero.engine.launch import RANK_LOGS, RankFailed, RankKilled, first_report, leave_report, run_torchrun
 from dayzero.engine.launch_nodes import NODE_ERROR
 from dayzero.errors import ConfigError, one_line
 
@@ -58,8 +58,11 @@ def main(argv: list[str] | None = None) -> int:
         module, *arguments = args.command
         if not run_torchrun(module, arguments, args.processes, rendezvous=rendezvous, errors=args.meeting):
             (args.meeting / f"stopped-{number}").touch()
+    except RankKilled as error:
+        _say(args.meeting, number, f"{name}: {error}", when=0.0)  # before the errors of those who missed it
+        return 1
     except RankFailed as error:
-        if first_report(args.meeting) is None:  # killed, or on a full disk, so the rank itself could not say it there
+        if first_report(args.meeting) is None:  # on a full disk, say: the rank itself could not say it there
             _say(args.meeting, number, f"{name}: {error}")
         return 1
     except Exception as error:
@@ -105,10 +108,10 @@ def use_interface(interface: str, name: str) -> None:
     os.environ["NCCL_SOCKET_IFNAME"] = os.environ["GLOO_SOCKET_IFNAME"] = interface
 
 
-def _say(meeting: Path, number: str, line: str, text: str = "") -> None:
+def _say(meeting: Path, number: str, line: str, text: str = "", when: float | None = None) -> None:
     """Leave this node's error for the first node; where no file can be written, on the line that srun passes on."""
     try:
-        leave_report(meeting, f"{int(number)}-node", line, text or line)
+        leave_report(meeting, f"{int(number)}-node", line, text or line, when)
     except OSError:
         print(f"{NODE_ERROR}{line}", file=sys.stderr, flush=True)
 

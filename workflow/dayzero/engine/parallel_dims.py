@@ -94,7 +94,8 @@ class ParallelDims:
             raise SizeError(
                 "parallelism.ep",
                 f"takes its ranks from dp_shard {self.dp_shard}{cp}, but {shards} / ep {self.ep} = "
-                f"{shards / self.ep:.4g}: use a divisor of {shards}",
+                f"{shards / self.ep:.4g}: "
+                + (f"use a divisor of {shards}" if shards > 1 else f"set dp_shard to a multiple of {self.ep}"),
             )
         if self.pp > 1:
             raise SizeError("parallelism.ep", f"{self.ep} does not go with pp {self.pp}: set one of them to 1")

@@ -15,6 +15,7 @@ Shapes: B rows, T tokens, D model width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -69,19 +70,19 @@ def tensor_parallel_plan(model: PreTrainedModel, tp: int, *, sequence_parallel: 
     Raises `ConfigError` with the equation where a size does not divide by `tp`, or where no plan is right.
     """
     own = {name: style for name, style in (model.tp_plan or {}).items() if style in (COLUMN, ROW, GRADIENT_SUM)}
-    _check_heads(model, tp)
+    _check_divides(tp, _heads(model))
     # a plan may split nothing here: by styles of its own, or parameters of experts, which are no modules
     ships_one = any(own.get(wildcard(name)) in SPLIT for name, _ in model.named_modules())
     plan = _confirmed(model, own, tp) if ships_one else _derived(model, tp, sequence_parallel)
-    found: dict[str, str] = {}
-    for name, module in model.named_modules():
-        style = plan.styles.get(wildcard(name))
+    found = {name: plan.styles[key] for name, _ in model.named_modules() if (key := wildcard(name)) in plan.styles}
+    sizes = _heads(model)
+    for name, style in found.items():
         if style in SPLIT:
-            linear = getattr(module, "base_layer", module)
-            size = linear.out_features if style == COLUMN else linear.in_features
-            _check_divides(tp, f"{name} has {'outputs' if style == COLUMN else 'inputs'}", size)
-        if style:
-            found[name] = style
+            module = model.get_submodule(name)
+            linear = cast(nn.Linear, getattr(module, "base_layer", module))
+            what, size = ("outputs", linear.out_features) if style == COLUMN else ("inputs", linear.in_features)
+            sizes[f"{name} has {what}"] = size
+    _check_divides(tp, sizes)
     if sequence_parallel:
         require_sequence_parallel(model, [name for name, style in found.items() if style == COLUMN], tp)
     return DerivedPlan(found, {n: plan.divided.get(wildcard(n), ()) for n, _ in model.named_modules()})
@@ -170,16 +171,20 @@ def pad_tokens(x: Tensor, multiple: int, value: int | None) -> Tensor:
     return torch.nn.functional.pad(x, (0, missing), value=value)
 
 
-def _check_heads(model: PreTrainedModel, tp: int) -> None:
+def _heads(model: PreTrainedModel) -> dict[str, int]:
+    """What the model's config says of heads -> how many."""
     config = model.config.get_text_config()
-    for field in ("num_attention_heads", "num_key_value_heads"):
-        if heads := getattr(config, field, None):
-            _check_divides(tp, f"the model has {field}", heads)
+    fields = ("num_attention_heads", "num_key_value_heads")
+    return {f"the model has {field}": heads for field in fields if (heads := getattr(config, field, None))}
 
 
-def _check_divides(tp: int, what: str, size: int) -> None:
-    if size % tp:
-        raise ConfigError(f"parallelism.tp {tp}: {what} {size} / {tp} = {size / tp:.4g}: use a divisor of {size}")
+def _check_divides(tp: int, sizes: dict[str, int]) -> None:
+    """Raise `ConfigError` for the first of the sizes that tp does not divide, with one that divides them all."""
+    common = math.gcd(*sizes.values())
+    for what, size in sizes.items():
+        if size % tp:
+            remedy = f"use a divisor of {common}" if common > 1 else "no tp divides all that it must: use dp_shard"
+            raise ConfigError(f"parallelism.tp {tp}: {what} {size} / {tp} = {size / tp:.4g}: {remedy}")
 
 
 def _apply_sequence_parallel(model: PreTrainedModel, mesh: DeviceMesh, columns: list[str]) -> set[int]:

@@ -59,6 +59,7 @@ def body(args: argparse.Namespace) -> None:
             "splits": splits,
             "max_token_id": max(split.pop("max_token_id") for split in splits.values()),
             **tokenizer.describe(data["format"]),
+            "files": {str(f.relative_to(output)): sha256_file(f) for f in sorted(output.glob("*/*"))},
             "provenance": clock.provenance(inputs={"data": sha256_file(args.data / "manifest.json")}),
         }
         write_json(output / "manifest.json", manifest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 from dayzero.config import RunConfig
@@ -54,6 +55,16 @@ def teacher_source(run: RunConfig, args: argparse.Namespace) -> ModelSource | No
     return ModelSource(directory=args.teacher, trust_remote_code=run.model.trust_remote_code)
 
 
+def _content(folder: Path) -> str | None:
+    """A hash of what the files in a folder hold, by its manifest; None where that does not say, or there is none.
+
+    A folder's name says how it is made, not of what: a local file may have changed since.
+    """
+    manifest = folder / "manifest.json"
+    files = read_json(manifest).get("files") if manifest.is_file() else None
+    return sha256_json(files) if files else None
+
+
 def identity(run: RunConfig, args: argparse.Namespace) -> dict[str, Any]:
     """What decides the weights: the keys on which a checkpoint must agree to be continued."""
     config = run.resolved()
@@ -61,11 +72,16 @@ def identity(run: RunConfig, args: argparse.Namespace) -> dict[str, Any]:
     return {
         "seed": run.seed,
         "method": run.method.used(),
-        **({"teacher": sha256_json(read_json(args.teacher / "manifest.json")["files"])} if args.teacher else {}),
+        **({"teacher": _content(args.teacher)} if args.teacher else {}),
         "train": kept,
-        "model": {"store": args.model.name if args.model else None, "architecture": config["model"]["architecture"]},
+        "model": {
+            "store": args.model.name if args.model else None,
+            "content": _content(args.model) if args.model else None,
+            "architecture": config["model"]["architecture"],
+        },
         "tokens": {
             "store": args.tokens.name,
+            "content": _content(args.tokens),
             **({"weights": run.data.weights, "source": run.data.source} if run.data.weights else {}),
         },
     }

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import os
+import socket
+
+import torch
 
 from dayzero import attempts, slurm
+from dayzero.checkpoint_files import checkpoints
 from dayzero.config import RunConfig
 from dayzero.console import log
 from dayzero.engine import checkpoint
 from dayzero.engine.gpu_shares import own_gpus
 from dayzero.engine.launch import run_torchrun
 from dayzero.engine.launch_nodes import NodeSettings, run_on_nodes
+from dayzero.engine.node import use_interface
 from dayzero.errors import ConfigError
 from dayzero.interruption import stop_or_go_on, stopped_in_time
 from dayzero.run_lock import RunLock
@@ -37,16 +43,41 @@ def launch(args: argparse.Namespace, arguments: list[str]) -> None:
 
 
 def _set_aside_other_checkpoints(run: RunConfig, args: argparse.Namespace) -> None:
-    """Move checkpoints of another config away where the command line allows it. Raises `ConfigError` where not."""
-    directory = args.output / "checkpoints"
-    if found := checkpoint.checkpoints(directory):
+    """Move checkpoints of another config away, where the command line allows it, and take back this one's.
+
+    The record of their starts goes with them. Raises `ConfigError` where that is not allowed, `DataError` for a damaged
+    checkpoint.
+    """
+    directory, own, reason = args.output / "checkpoints", identity(run, args), ""
+    found = checkpoints(directory)
+    if found:
         try:
-            checkpoint.check_identity(found[-1], identity(run, args))
+            checkpoint.check_identity(found[-1], own)
+            return
         except ConfigError as error:
             if not args.set_aside_other_checkpoints:
                 raise
-            log.warning("training afresh; the old checkpoints are in %s: %s", checkpoint.set_aside(directory), error)
-            (args.output / attempts.FILE).unlink(missing_ok=True)
+            reason = str(error)
+    record, inside = args.output / attempts.FILE, directory / attempts.FILE
+    if found and record.exists():
+        os.replace(record, inside)
+    if args.set_aside_other_checkpoints and checkpoint.take_back(directory, own):
+        log.warning("taking back this config's checkpoints from %s", checkpoint.superseded(directory))
+        record.unlink(missing_ok=True)
+        if inside.exists():
+            os.replace(inside, record)
+    elif found:
+        log.warning("training afresh; the old checkpoints are in %s: %s", checkpoint.set_aside(directory), reason)
+
+
+def _require_gpus(processes: int) -> None:
+    """Raise `ConfigError` where this machine has GPUs, and fewer than processes."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else processes
+    if processes > gpus:
+        raise ConfigError(
+            f"parallelism: the sizes make {processes} processes on this machine, which has {gpus} GPUs: make them "
+            "smaller, or use more nodes (resources.train.nodes, on SLURM)"
+        )
 
 
 def _run_ranks(world_size: int, args: argparse.Namespace, arguments: list[str], job: slurm.Job | None) -> bool:
@@ -54,6 +85,9 @@ def _run_ranks(world_size: int, args: argparse.Namespace, arguments: list[str], 
     if job is None or slurm.in_job_step():
         if args.nodes > 1:
             log.info("not in a SLURM job's batch script: all %d processes run on this machine", world_size)
+        if args.network_interface:
+            use_interface(args.network_interface, socket.gethostname())
+        _require_gpus(world_size)
         if job is None:
             return run_torchrun(STAGE, arguments, world_size)
         with stopped_in_time(job, args.stop_before), own_gpus(world_size, job.job_id):
