@@ -90,7 +90,7 @@ def test_a_results_folder_that_is_a_file(tmp_path: Path) -> None:
         ),
         ("spoilt.json", "spoilt.json: not valid JSON"),
         ("list.json", "--config list.json: not a JSON object: give a run's config.json"),
-        ("{}", "data.source is not set: give `hf:org/name@revision`, a file or"),
+        ("{}", "data.source: name the rows to use (hf:, package: or local files)"),
         ('{"data": {"sorce": 1}}', "the config has sorce = 1: Extra inputs are not permitted"),
         ('{"data": {"max_rows": "1e3"}}', "the config has max_rows = '1e3': Input should be a valid integer"),
     ],

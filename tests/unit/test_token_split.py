@@ -7,14 +7,12 @@ from typing import Any
 import pytest
 import torch
 from dayzero.config import Train
-from dayzero.engine.context_parallel import ContextParallel
 from dayzero.engine.distillation import build_teacher
 from dayzero.engine.model import ModelSource
 from dayzero.engine.parallel_dims import ParallelDims
 from dayzero.engine.tensor_parallel import tensor_parallel_plan
 from dayzero.engine.token_split import require_context_parallel
 from dayzero.errors import ConfigError
-from torch import distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 SIZES = {
@@ -44,43 +42,31 @@ def model_of(kind: str) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SIZES, **MODELS[kind]}))
 
 
-@pytest.fixture
-def alone(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A group of one rank whose context puts its tokens in another order, as two ranks' would be."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    context = ContextParallel(dist.group.WORLD, "allgather")
-    # head and tail of the row first, its middle then: what one rank of two sees, and all of it in one process
-    order = torch.cat([torch.arange(48).chunk(4)[part] for part in (0, 3, 1, 2)])
-    monkeypatch.setattr(context, "_places", lambda tokens: [order])
-    yield context
-    dist.destroy_process_group()
-
-
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text", "mixtral"])
-def test_attention_alone_may_see_tokens_in_any_order(kind: str, alone: Any) -> None:
-    require_context_parallel(model_of(kind), alone)
+def test_attention_alone_may_see_tokens_in_any_order(kind: str) -> None:
+    require_context_parallel(model_of(kind), 2, "allgather")
 
 
 @pytest.mark.parametrize("kind", ["lfm2", "llama4_text", "granitemoehybrid", "minimax"])
-def test_layers_that_mix_tokens_otherwise_are_refused(kind: str, alone: Any) -> None:
+def test_layers_that_mix_tokens_otherwise_are_refused(kind: str) -> None:
     with pytest.raises(
-        ConfigError, match=r"parallelism.cp 1: .* mixes tokens in other ways than the attention that cp"
+        ConfigError, match=r"parallelism.cp 2: .* mixes tokens in other ways than the attention that cp"
     ):
-        require_context_parallel(model_of(kind), alone)
+        require_context_parallel(model_of(kind), 2, "allgather")
 
 
-def test_a_teacher_is_asked_too(alone: Any) -> None:
+def test_a_teacher_is_asked_too() -> None:
     architecture = {"model_type": "lfm2", **SIZES, **MODELS["lfm2"]}
     source = ModelSource(directory=None, architecture=architecture)
     dims = ParallelDims(strategy="fsdp2", world_size=2, cp=2)
     with pytest.raises(ConfigError, match="Lfm2ForCausalLM mixes tokens in other ways"):
-        build_teacher(source, Train(max_steps=1), dims, None, torch.device("cpu"), alone)
+        build_teacher(source, Train(max_steps=1), dims, None, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("kind", "option"), [("gemma2", "softcap"), ("gpt_oss", "s_aux")])
-def test_what_is_added_to_the_scores_is_refused_before_a_weight_is_read(kind: str, option: str, alone: Any) -> None:
-    with pytest.raises(ConfigError, match=f"attention uses {option}, which cp cannot"):
-        require_context_parallel(model_of(kind), alone)
+def test_what_is_added_to_the_scores_is_refused_before_a_weight_is_read(kind: str, option: str) -> None:
+    with pytest.raises(ConfigError, match=f"uses {option}, which that of cp lacks"):
+        require_context_parallel(model_of(kind), 2, "allgather")
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text", "mixtral"])

@@ -44,7 +44,7 @@ _REFUSED = ("softcap", "s_aux", "sinks")
 class _State:
     """What the attention of the present forward pass must know of the whole row."""
 
-    group: dist.ProcessGroup
+    group: dist.ProcessGroup | None
     method: str
     order: list[Tensor]
     """For each rank the places [L] of its tokens in the row."""
@@ -101,24 +101,39 @@ class ContextParallel:
 
     def split(self, tensor: Tensor) -> Tensor:
         """[B, T] -> this rank's [B, L]; T must be a multiple of 2 cp."""
-        return tensor[:, self._places(tensor.shape[1])[self.rank].to(tensor.device)]
+        return tensor[:, places_of(tensor.shape[1], self.size)[self.rank].to(tensor.device)]
 
     def join(self, local: Tensor) -> Tensor:
         """[B, L, ...] of every rank -> [B, T, ...] in the row's order, without gradient."""
         pieces = [torch.empty_like(local) for _ in range(self.size)]
         dist.all_gather(pieces, local.contiguous(), group=self.group)
         whole = torch.cat(pieces, dim=1)
-        return whole[:, torch.cat(self._places(whole.shape[1])).argsort().to(local.device)]
+        return whole[:, torch.cat(places_of(whole.shape[1], self.size)).argsort().to(local.device)]
 
     def enter(self, position_ids: Tensor) -> None:
         """Tell attention of the row that comes next. position_ids [B, T] restart with each document."""
         global _state
-        order = [places.to(position_ids.device) for places in self._places(position_ids.shape[1])]
-        _state = _State(self.group, self.method, order, (position_ids == 0).cumsum(dim=1))
+        order = [places.to(position_ids.device) for places in places_of(position_ids.shape[1], self.size)]
+        _state = _State(self.group, self.method, order, _documents(position_ids))
 
-    def _places(self, tokens: int) -> list[Tensor]:
-        pieces = torch.arange(tokens).chunk(2 * self.size)
-        return [torch.cat([pieces[r], pieces[2 * self.size - 1 - r]]) for r in range(self.size)]
+
+def places_of(tokens: int, size: int) -> list[Tensor]:
+    """For each of `size` ranks the places [tokens / size] that its tokens have in the row: a piece of the head and one
+    of the tail."""
+    pieces = torch.arange(tokens).chunk(2 * size)
+    return [torch.cat([pieces[r], pieces[2 * size - 1 - r]]) for r in range(size)]
+
+
+@contextmanager
+def one_rank_with_all(order: Tensor, position_ids: Tensor) -> Iterator[None]:
+    """For trying a model without other ranks: in the block attention expects the row's tokens [B, T] in that `order`
+    [T]. position_ids [B, T] are the row's."""
+    with _as_before(_State(None, "whole", [order], _documents(position_ids))):
+        yield
+
+
+def _documents(position_ids: Tensor) -> Tensor:
+    return (position_ids == 0).cumsum(dim=1)
 
 
 def recalled() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -156,7 +171,8 @@ def attention(
     for option in _REFUSED:
         if options.get(option) is not None:
             raise ConfigError(
-                f"parallelism.cp: this model's attention uses {option}, which cp cannot: use tp or dp_shard"
+                f"parallelism.cp: the attention of {type(module).__name__} uses {option}, which that of cp lacks: use "
+                "dp_shard"
             )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     score = _Score(scale, dropout, options.get("sliding_window"))
@@ -165,6 +181,7 @@ def attention(
 
 
 def _allgather(state: _State, query: Tensor, key: Tensor, value: Tensor, score: _Score) -> Tensor:
+    assert state.group is not None
     keys, values = (all_gather(x.contiguous(), 2, state.group) for x in (key, value))
     rank = dist.get_rank(state.group)
     mask = _visible(state, state.order[rank], torch.cat(state.order), score.window)
@@ -172,6 +189,7 @@ def _allgather(state: _State, query: Tensor, key: Tensor, value: Tensor, score: 
 
 
 def _ulysses(state: _State, query: Tensor, key: Tensor, value: Tensor, score: _Score) -> Tensor:
+    assert state.group is not None
     cp = dist.get_world_size(state.group)
     if key.shape[1] % cp:  # fewer key heads than ranks: each query head gets its own copy
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
@@ -182,6 +200,7 @@ def _ulysses(state: _State, query: Tensor, key: Tensor, value: Tensor, score: _S
 
 
 def _ring(state: _State, query: Tensor, key: Tensor, value: Tensor, score: _Score) -> Tensor:
+    assert state.group is not None
     assert not score.dropout, "refused before"
     rank = dist.get_rank(state.group)
 
@@ -191,7 +210,12 @@ def _ring(state: _State, query: Tensor, key: Tensor, value: Tensor, score: _Scor
     return ring_attention(query, key, value, score.scale, state.group, seen)
 
 
-_METHODS = {"allgather": _allgather, "ulysses": _ulysses, "ring": _ring}
+def _whole(state: _State, query: Tensor, key: Tensor, value: Tensor, score: _Score) -> Tensor:
+    places = torch.cat(state.order)
+    return _attend(query, key, value, _visible(state, places, places, score.window), score)
+
+
+_METHODS = {"whole": _whole, "allgather": _allgather, "ulysses": _ulysses, "ring": _ring}
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, score: _Score) -> Tensor:

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from dayzero.config import Kd, Method, Train
-from dayzero.engine.context_parallel import ContextParallel, use_context_parallel
+from dayzero.engine.context_parallel import use_context_parallel
 from dayzero.engine.loss import (
     IGNORE,
     CausalLMWithLoss,
@@ -69,22 +69,17 @@ class Teacher(CausalLMWithLoss):
 
 
 def build_teacher(
-    source: ModelSource,
-    train: Train,
-    dims: ParallelDims,
-    mesh: DeviceMesh | None,
-    device: torch.device,
-    context: ContextParallel | None = None,
+    source: ModelSource, train: Train, dims: ParallelDims, mesh: DeviceMesh | None, device: torch.device
 ) -> Teacher:
     """The teacher with its weights on the student's mesh; under ddp whole on each rank.
 
     Where FSDP2 computes in bfloat16 its weights are kept so: they are never trained, and half the size. Raises
-    `ConfigError` where its tokens cannot be split over `context`.
+    `ConfigError` where its tokens cannot be split over cp.
     """
     weights = Weights(source, source.config(), Method(name="none"), 0)
     model = weights.empty_model()
-    if context:
-        require_context_parallel(weights.template, context)
+    if dims.cp > 1:
+        require_context_parallel(weights.template, dims.cp, dims.cp_method)
         use_context_parallel(model)
     teacher = Teacher(model)
     load = partial(weights.load, teacher, model, device)

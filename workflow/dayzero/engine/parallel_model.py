@@ -63,11 +63,11 @@ class ParallelModel:
         self.context: ContextParallel | None = None
         if self.dims.cp > 1:
             self.context = ContextParallel(self.dims.build_cp_mesh(self.device.type).get_group(), self.dims.cp_method)
-            require_context_parallel(self.weights.template, self.context)
+            require_context_parallel(self.weights.template, self.dims.cp, self.dims.cp_method)
         self.mesh = None if self.dims.strategy == "none" else self.dims.build_mesh(self.device.type)
         self.distillation: Distillation | None = None
         if self.teacher is not None:
-            teacher = build_teacher(self.teacher, self.train, self.dims, self.mesh, self.device, self.context)
+            teacher = build_teacher(self.teacher, self.train, self.dims, self.mesh, self.device)
             check_vocabularies(self.weights.template, teacher.model, str(self.method.kd.teacher))
             self.distillation = Distillation(teacher, self.method.kd)
         self.anatomy: Anatomy | None = None

@@ -16,7 +16,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dayzero.engine.context_parallel import ContextParallel, check_context_parallel, use_context_parallel
+from dayzero.engine.context_parallel import (
+    check_context_parallel,
+    one_rank_with_all,
+    places_of,
+    use_context_parallel,
+)
 from dayzero.engine.structure import find_layers
 from dayzero.engine.tiny_copy import VOCAB_SIZE, tiny_copy
 from dayzero.errors import ConfigError, one_line
@@ -27,38 +32,36 @@ TOKENS = 48
 
 
 @torch.no_grad()
-def require_context_parallel(model: PreTrainedModel, context: ContextParallel) -> None:
-    """Raise `ConfigError` where a small copy of `model` computes something else when its row is split over `context`.
+def require_context_parallel(model: PreTrainedModel, cp: int, method: str) -> None:
+    """Raise `ConfigError` where a small copy of `model` computes something else when its tokens come in the order in
+    which `cp` ranks hold them, and only attention knows of it; and where `check_context_parallel` does.
 
-    All ranks of its group call it together. Where no small copy can be made, nothing is known and nothing raised but
-    what `check_context_parallel` does.
+    Where no small copy can be made, nothing more is known and nothing raised.
     """
-    check_context_parallel(model, context.size, context.method)
-    says = f"parallelism.cp {context.size}: "
+    check_context_parallel(model, cp, method)
     whole, split = tiny_copy(model), tiny_copy(model)
     if whole is None or split is None:
         return
-    ids = _row(2 * context.size)
+    ids = _row(2 * cp)
     places = torch.arange(ids.shape[1]).unsqueeze(0)
-    wanted = whole(input_ids=ids, position_ids=places, use_cache=False).logits
-    heads = split.config.get_text_config().num_attention_heads
-    if context.method == "ulysses" and heads % context.size:
-        return  # the copy has fewer heads than the model, which is checked itself
+    order = torch.cat(places_of(ids.shape[1], cp))
+    wanted = whole(input_ids=ids, position_ids=places, use_cache=False).logits[:, order]
     use_context_parallel(split)
-    context.enter(places)
     try:
-        own = split(input_ids=context.split(ids), position_ids=context.split(places), use_cache=False).logits
+        with one_rank_with_all(order, places):
+            own = split(input_ids=ids[:, order], position_ids=places[:, order], use_cache=False).logits
     except ConfigError:
         raise
     except Exception as error:
         raise ConfigError(
-            f"{says}{type(model).__name__} does not compute on a part of a row ({one_line(error)}): use dp_shard or tp"
+            f"parallelism.cp {cp}: {type(model).__name__} does not compute on tokens in another order "
+            f"({one_line(error)}): use dp_shard or tp"
         ) from error
-    moved = _moved(context.join(own), wanted)
+    moved = _moved(own, wanted)
     if not moved <= ROUNDING:
         raise ConfigError(
-            f"{says}{type(model).__name__} mixes tokens in other ways than the attention that cp replaces (logits of a "
-            f"small copy move by {moved:.2g}): use dp_shard or tp"
+            f"parallelism.cp {cp}: {type(model).__name__} mixes tokens in other ways than the attention that cp "
+            f"replaces (logits of a small copy move by {moved:.2g}): use dp_shard or tp"
         )
 
 

@@ -11,10 +11,8 @@ import torch
 
 from dayzero.config import Method, RunConfig
 from dayzero.data.loader import check_rows
-from dayzero.data.model_files import context_length
 from dayzero.data.tokenizer import check_same_tokens
 from dayzero.data.tokens import TokenRows
-from dayzero.engine.context_parallel import check_context_parallel
 from dayzero.engine.distillation import check_vocabularies
 from dayzero.engine.expert_parallel import check_expert_parallel
 from dayzero.engine.float8 import convert_to_float8, require_float8
@@ -28,8 +26,10 @@ from dayzero.engine.pipeline_cut import check_pipeline
 from dayzero.engine.quantized import require_qlora
 from dayzero.engine.router_loss import router_loss_coefficient
 from dayzero.engine.tensor_parallel import tensor_parallel_plan
+from dayzero.engine.token_split import require_context_parallel
 from dayzero.errors import ConfigError
 from dayzero.files import read_json
+from dayzero.pretrained import context_length
 from dayzero.stages.training.inputs import model_source, teacher_source
 
 
@@ -91,7 +91,8 @@ def _check_tokens(run: RunConfig, args: argparse.Namespace) -> None:
             "own tokenizer, or a larger model.architecture.vocab_size"
         )
     if args.teacher:
-        check_same_tokens(args.tokenizer or args.model, args.teacher, str(run.method.kd.teacher))
+        name, trust = str(run.method.kd.teacher), run.model.trust_remote_code
+        check_same_tokens(args.tokenizer or args.model, args.teacher, name, trust)
 
 
 def _check_model(run: RunConfig, args: argparse.Namespace, dims: ParallelDims) -> None:
@@ -104,7 +105,7 @@ def _check_model(run: RunConfig, args: argparse.Namespace, dims: ParallelDims) -
         teacher = build_model(of_teacher, of_teacher.config(), Method(name="none"), 0, meta=True)
         check_vocabularies(model, teacher, str(run.method.kd.teacher))
         if dims.cp > 1:
-            check_context_parallel(teacher, dims.cp, dims.cp_method)
+            require_context_parallel(teacher, dims.cp, dims.cp_method)
         if dims.tp > 1:
             tensor_parallel_plan(teacher, dims.tp, sequence_parallel=dims.sequence_parallel)
     if dims.strategy == "megatron_fsdp":
@@ -112,7 +113,7 @@ def _check_model(run: RunConfig, args: argparse.Namespace, dims: ParallelDims) -
     if run.train.fp8:
         convert_to_float8(model, run.train.fp8)
     if dims.cp > 1:
-        check_context_parallel(model, dims.cp, dims.cp_method)
+        require_context_parallel(model, dims.cp, dims.cp_method)
     if dims.ep > 1:
         check_expert_parallel(model, dims.ep)
     if dims.pp > 1:

@@ -15,7 +15,7 @@ from dayzero.data.loader import TrainBatches, ValidationBatches
 from dayzero.data.mixing import Mix
 from dayzero.data.tokens import TokenRows
 from dayzero.engine import distributed
-from dayzero.engine.launch import EXIT_INTERRUPTED, errors_reported, keep_output, reports_errors
+from dayzero.engine.launch import EXIT_INTERRUPTED, end_with_launcher, errors_reported, keep_output, reports_errors
 from dayzero.engine.packing import any_leak, require_causal
 from dayzero.engine.parallel_dims import ParallelDims
 from dayzero.engine.parallel_model import ParallelModel
@@ -31,6 +31,7 @@ from dayzero.stages.training.results import write_results
 
 def run_rank(args: argparse.Namespace) -> None:
     """Train as one rank; errors of all ranks reach the launching process, which says them once."""
+    end_with_launcher()
     # torchrun may have been started by hand: its number of processes is held against the config's before they meet
     run = read_run(args)
     ParallelDims(world_size=int(os.environ["WORLD_SIZE"]), **run.parallelism.model_dump())

@@ -12,10 +12,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dayzero import attempts
+from dayzero.checkpoint_files import step_of
 from dayzero.config import RunConfig
 from dayzero.data.tokens import TokenRows
-from dayzero.engine.checkpoint import best_checkpoint, step_of
-from dayzero.engine.gathering import float32_logits, whole_weights
+from dayzero.engine.checkpoint import best_checkpoint
+from dayzero.engine.gathering import float32_logits, whole_averages, whole_weights
 from dayzero.engine.lora import save_adapter
 from dayzero.engine.trainer import Trainer
 from dayzero.files import atomic_directory, atomic_file, write_json
@@ -36,11 +37,9 @@ def write_results(
     tensors = {"input_ids": probe, "logits": logits.contiguous()}
     adapters = {"adapter": whole_weights(model)} if run.method.adapters else {}
     if trainer.ema:
-        with trainer.ema.in_place():
-            tensors["ema_logits"] = float32_logits(model, probe, positions).contiguous()
-            if run.method.adapters:
-                # in one process they are the parameters themselves
-                adapters["adapter_ema"] = {n: tensor.clone() for n, tensor in whole_weights(model).items()}
+        tensors["ema_logits"] = float32_logits(model, probe, positions, trainer.ema).contiguous()
+        if run.method.adapters:
+            adapters["adapter_ema"] = whole_averages(model, trainer.ema)
     if not trainer.is_main:
         return
     for name, weights in adapters.items():
