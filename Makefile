@@ -1,6 +1,6 @@
 # Every target sets up .venv by itself from the lock; see `make help`.
 LOCK ?= envs/lock-cpu.txt
-EXPERIMENT ?= demo
+EXPERIMENT ?=
 RUN ?= lora
 ROW ?= 0
 HOST ?= 127.0.0.1
@@ -12,11 +12,12 @@ COVERAGE_ARGS ?=
 export PYTHON TORCH_INDEX_URL
 
 BIN := .venv/bin
-RESULTS := results/$(EXPERIMENT)
-INSPECT = $(BIN)/python -m dayzero.stages.inspect_rows --experiment $(EXPERIMENT) --run $(RUN)
+OF_EXPERIMENT = $(if $(EXPERIMENT),--experiment $(EXPERIMENT))
+INSPECT = $(BIN)/python -m dayzero.stages.inspect_rows $(OF_EXPERIMENT) --run $(RUN)
+SERVE = $(BIN)/python -m dayzero.stages.serve $(OF_EXPERIMENT) --run $(RUN)
 # The tests of a file share what they start, so a file stays on one worker; a process has one thread, a worker one core.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder
-SNAKEMAKE = $(BIN)/snakemake --cores all --config experiment=$(EXPERIMENT) --
+SNAKEMAKE = $(BIN)/snakemake --cores all $(if $(EXPERIMENT),--config experiment=$(EXPERIMENT)) --
 
 .DEFAULT_GOAL := help
 .PHONY: help env demo status inspect test test-full test-slurm coverage lint serve clean
@@ -29,10 +30,11 @@ help:
 	@echo "make coverage         every architecture of the installed transformers through the engine: docs/model-coverage.md"
 	@echo "make lint             ruff, mypy, import-linter, snakefmt, snakemake --lint"
 	@echo "make env              only install, into .venv (LOCK=envs/lock-gpu.txt with an NVIDIA GPU and CUDA 13)"
-	@echo "make status           a live table of an experiment's runs and jobs (EXPERIMENT=demo; ONCE=1 prints it once)"
-	@echo "make inspect RUN=lora ROW=0   a row of a run's tokens with what is supervised coloured (EXPERIMENT=demo)"
-	@echo "make serve RUN=lora   an OpenAI-compatible server on a run's model (EXPERIMENT=demo HOST=127.0.0.1 PORT=8000)"
+	@echo "make status           a live table of an experiment's runs and jobs (ONCE=1 prints it once)"
+	@echo "make inspect RUN=lora ROW=0   a row of a run's tokens with what is supervised coloured"
+	@echo "make serve RUN=lora   an OpenAI-compatible server on a run's model (HOST=127.0.0.1 PORT=8000)"
 	@echo "make clean            remove .venv and caches; results/ stays"
+	@echo "EXPERIMENT=name makes demo, status, inspect and serve act on another than config/config.yaml names (demo)."
 	@echo "PYTHON=/path/to/python3.12 chooses the interpreter; TORCH_INDEX_URL=... adds a wheel index for torch."
 
 env:
@@ -40,7 +42,8 @@ env:
 
 demo: env
 	$(SNAKEMAKE)
-	@$(BIN)/python -m dayzero.reporting.table $(RESULTS)/report/results.csv
+	@folder=$$($(BIN)/python -m dayzero.experiment $(EXPERIMENT) --print-folder) \
+	  && $(BIN)/python -m dayzero.reporting.table "$$folder/report/results.csv"
 
 test: env
 	$(PYTEST) $(PYTEST_ARGS)
@@ -64,15 +67,15 @@ lint: env
 	$(BIN)/snakemake --lint
 
 status: env
-	@$(BIN)/python -m dayzero.status --experiment $(EXPERIMENT) $(if $(ONCE),--once)
+	@$(BIN)/python -m dayzero.status $(OF_EXPERIMENT) $(if $(ONCE),--once)
 
 inspect: env
-	$(SNAKEMAKE) $$($(INSPECT) --print-target)
+	@target=$$($(INSPECT) --print-target) && $(SNAKEMAKE) "$$target"
 	@$(INSPECT) --row $(ROW)
 
 serve: env
-	$(SNAKEMAKE) $(RESULTS)/$(RUN)/model/manifest.json
-	$(BIN)/python -m dayzero.stages.serve --model $(RESULTS)/$(RUN)/model --host $(HOST) --port $(PORT)
+	@target=$$($(SERVE) --print-target) && $(SNAKEMAKE) "$$target"
+	$(SERVE) --host $(HOST) --port $(PORT)
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build workflow/*.egg-info

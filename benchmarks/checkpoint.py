@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from dayzero.checkpoint_files import checkpoints
 from dayzero.config import Checkpoint, Method, Train
 from dayzero.engine import checkpoint, distributed
 from dayzero.engine.checkpoint_writer import CheckpointWriter
@@ -110,7 +111,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> None:
         found["until it is complete"] = [time.perf_counter() - started]
         for name, seconds in found.items() if number else ():
             times.setdefault(name, []).extend(seconds)
-    size = sum(f.stat().st_size for path in checkpoint.checkpoints(folder) for f in path.iterdir())
+    size = sum(f.stat().st_size for path in checkpoints(folder) for f in path.iterdir())
     if distributed.rank() == 0:
         print(
             f"\n{model.total_parameters / 1e6:.0f} M parameters, checkpoints of {size / 2**20:.0f} MiB, {ranks} ranks"

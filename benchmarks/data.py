@@ -168,7 +168,7 @@ def tokenise_and_pack(args: argparse.Namespace, work: Work) -> None:
         return sum(len(flat) for chunk in lengths.chunks for flat in [chunk.flatten()]), len(packed)
 
     def render() -> tuple[int, int]:
-        encoder = ChatEncoder(tokenizer)
+        encoder = ChatEncoder(tokenizer, Tokenize())
         for row in work.rows:
             encoder.render(row)
         return 0, 0

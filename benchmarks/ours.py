@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from dayzero.config import Method, Train
 from dayzero.data.loader import TrainBatches
-from dayzero.data.tokens import IGNORE, TokenRows, write_token_store
+from dayzero.data.tokens import IGNORE, TokenRows
 from dayzero.engine import distributed
 from dayzero.engine.lora import save_adapter
 from dayzero.engine.model import ModelSource, build_model
@@ -32,6 +32,7 @@ from dayzero.engine.trainer import Trainer
 from torch.profiler import profile as profiler
 
 from benchmarks.workload import Clock, Measured, Task, report
+from tests.token_store import write_token_store
 
 WAYS: dict[str, dict[str, Any]] = {
     "dayzero": {},

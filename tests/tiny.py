@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from dayzero.data.tokens import write_token_store
+
+from tests.token_store import write_token_store
 
 VOCAB_SIZE = 128
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 import pytest
-from dayzero.attempts import read_lines
+from dayzero.files import read_json_lines
 
 from tests.exported import tiny_export
 from tests.slurm.cluster import NODES, Cluster, missing
@@ -124,11 +124,11 @@ class Site:
 
     def steps(self, run: str) -> list[dict[str, Any]]:
         """The live metrics."""
-        return read_lines(self.folder(run) / "checkpoints/metrics.jsonl")
+        return read_json_lines(self.folder(run) / "checkpoints/metrics.jsonl", growing=True)
 
     def curve(self, run: str) -> list[tuple[float, float]]:
         """Loss and gradient norm of every step of a finished run."""
-        return [(r["loss"], r["grad_norm"]) for r in read_lines(self.folder(run) / "metrics.jsonl")]
+        return [(r["loss"], r["grad_norm"]) for r in read_json_lines(self.folder(run) / "metrics.jsonl")]
 
     def wait(self, condition: Callable[[], Any], what: str, seconds: float = 400) -> Any:
         """Until `condition` holds; its value."""

@@ -1,4 +1,12 @@
-"""Chat templates as models have them: tools, calls, reasoning, in the two notations in use for arguments."""
+"""Chat templates as models have them: tools, calls, reasoning, in the two notations in use for arguments; and one
+conversation encoded by them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from dayzero.data.chat import ChatEncoder
 
 _HEAD = (
     "{% if tools %}<|im_start|>system\n# Tools\n{% for t in tools %}{{ t | tojson }}\n{% endfor %}<|im_end|>\n"
@@ -44,3 +52,11 @@ TAGGED = (
 )
 FORGETS_REASONING = JSON_CALLS.replace("m.reasoning_content %}", "m.reasoning_content and loop.last %}")
 """Reasoning of the last turn only, as most reasoning models want it."""
+
+
+def encode_chat(
+    encoder: ChatEncoder, messages: Sequence[dict[str, Any]], tools: list[dict[str, Any]] | None = None
+) -> tuple[list[int], list[bool]]:
+    """Token ids of a conversation and, for each, whether it is supervised."""
+    ids, mask = encoder.tokenize(encoder.render(messages, tools))
+    return ids.tolist(), mask.tolist()

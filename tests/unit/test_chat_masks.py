@@ -1,11 +1,13 @@
 """What is supervised in a conversation: the assistant's words and the end of each of its turns, and nothing else."""
 
 import pytest
+from dayzero.config import Tokenize
 from dayzero.data.chat import ChatEncoder
 from dayzero.errors import ConfigError, DataError
 from transformers import AutoTokenizer
 
 from tests.tiny_tokenizer import CHATML, tiny_tokenizer
+from tests.unit.chat_templates import encode_chat
 
 MARKED = CHATML.replace(
     "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}",
@@ -40,7 +42,7 @@ def tokenizer(path):
 
 def encode(tokenizer, messages, template=CHATML):
     tokenizer.chat_template = template
-    ids, mask = ChatEncoder(tokenizer).encode(messages)
+    ids, mask = encode_chat(ChatEncoder(tokenizer, Tokenize()), messages)
     assert len(ids) == len(mask)
     return ids, mask
 

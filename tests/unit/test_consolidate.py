@@ -17,6 +17,8 @@ from dayzero.engine.export import logits_of, reload, reloaded_logits, streamed_l
 from dayzero.engine.lora import save_adapter
 from dayzero.engine.model import ModelSource, build_model
 from dayzero.engine.trained_weights import TrainedWeights
+from dayzero.errors import ConfigError
+from dayzero.stages import export
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -108,7 +110,8 @@ def test_a_checkpoint_and_random_weights(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "want")
     same_weights(write(trained, tmp_path / "got", torch.float32), tmp_path / "want")
     other = ModelSource(directory=None, architecture=MODELS["gpt2"])
-    with pytest.raises(ValueError, match=r"step_3 lacks transformer.*: it is a checkpoint of another model"):
+    says = r"--train: .*step_3 lacks transformer.* another model: give this run's own train folder"
+    with pytest.raises(ConfigError, match=says):
         TrainedWeights(other, None, method, 0, tmp_path / "train")
 
 
@@ -167,3 +170,9 @@ def test_writing_holds_two_tensors(tmp_path: Path) -> None:
     for stored, peak in zip(STORED, peaks, strict=True):
         assert max(sizes) <= peak <= 2.2 * max(sizes) < 0.3 * sum(sizes), stored
     same_weights(tmp_path / "float32", tmp_path / "base/float32")
+
+
+@pytest.mark.parametrize("difference", [0.5, float("nan")])
+def test_logits_that_differ_are_said_with_a_remedy(difference: float) -> None:
+    with pytest.raises(ConfigError, match=r"nothing is exported: the x logits differ by .* than 0.001 .*: do this"):
+        export._require("x", difference, 1e-3, "do this")

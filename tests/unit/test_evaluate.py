@@ -213,6 +213,17 @@ def test_wrong_tasks_are_refused_in_one_line(tmp_path, model, data, tasks, words
     assert not (tmp_path / "eval").exists()
 
 
+@pytest.mark.parametrize(
+    ("is_local", "remedy"), [(True, "mend its file in config/tasks"), (False, "install what it needs")]
+)
+def test_a_task_that_does_not_load_is_said_with_a_remedy(is_local, remedy):
+    from dayzero.evaluation.tasks import _unloadable
+
+    said = str(_unloadable("fox", KeyError("metric\nlist"), is_local, {}))
+    assert "'fox' does not load: KeyError: 'metric" in said
+    assert said.endswith(f": {remedy}, or leave the task out")
+
+
 def test_a_missing_model_is_refused_in_one_line(tmp_path, data):
     code, _, _ = run(tmp_path, tmp_path / "nowhere", data, {"tasks": ["function_calling"]})
     assert code == 1

@@ -164,10 +164,15 @@ COMBINATIONS = {
     "{tokenize: {loss_parts: tool_arguments, loss_roles: [user]}}": "tokenize.loss_parts = 'tool_arguments': tool_arguments are the "
     "assistant's: leave tokenize.loss_roles at [assistant]",
     "data.source: null": "data.source = None: name the rows to use (hf:, package: or local files)",
-    "data.source: s3://bucket": "data.source = 's3://bucket': s3://bucket: unknown kind of source s3:, use hf:, package: or a "
-    "local path",
-    "data.source: package:x": "data.source = 'package:x': package:x: write package:NAME==VERSION/path/inside",
-    "model.source: 'hf:a/b c'": "model.source = 'hf:a/b c': hf:a/b c: write hf:org/name@revision",
+    "data.source: s3://bucket": "data.source = 's3://bucket': 's3://bucket' is a URL, which is not a source: download it and "
+    "give its path",
+    "data.source: pakage:x==1/y": "data.source = 'pakage:x==1/y': unknown source 'pakage:x==1/y' (did you mean `package:`?): give "
+    "`hf:org/name@revision`, a local path, or `package:NAME==VERSION/path/inside`",
+    "data.source: package:x": "data.source = 'package:x': 'package:x' is no package source: write "
+    "`package:NAME==VERSION/path/inside`",
+    "model.source: 'hf:a/b c'": "model.source = 'hf:a/b c': 'hf:a/b c' is no hub source: write `hf:org/name` or "
+    "`hf:org/name@revision`",
+    "model.source: 'models/*'": "model.source = 'models/*': 'models/*' is a glob, and a model is one folder or file: give its path",
     "model.architecture.model_type: llama": "model.architecture = {'model_type': 'llama'}: only with method.name pretrain, "
     "this run's is lora: set it to null",
     "{method.name: pretrain, model.source: null}": "model.architecture: method.name pretrain needs model.architecture, or a "
@@ -189,6 +194,18 @@ COMBINATIONS = {
     "data: {test_size: 0.5, validation_size: 0.5}": "data.test_size = 0.5: no rows left to train on: validation_size 0.5 + "
     "test_size 0.5 >= 1",
     "data: {source: [a, b], sha256: abc}": "data.sha256 = 'abc': one sum for 2 sources: give a mapping of source to sum",
+    "data: {validation_source: v, sha256: abc}": "data.sha256 = 'abc': one sum for 2 sources: give a mapping of source to sum",
+    "data: {sha256: {d.json: abc}}": "data.sha256 = {'d.json': 'abc'}: 'd.json' is not one of the sources: use a source's exact text",
+    "data: {source: hf:a/b, sha256: abc}": "data.sha256 = 'abc': hf:a/b is a hub data set: pin its commit instead, "
+    "`hf:org/name@commit`",
+    "data: {source: [a, b, c], max_rows: 2}": "data.max_rows = 2: 2 rows for 3 sources, which share them evenly: give at least one "
+    "row for each, or name fewer sources",
+    "data: {format: function_calling, answers: a.json, columns: {id: x}}": "data.columns = {'id': 'x'}: is not read by data.format "
+    "function_calling: leave it out",
+    "data: {format: function_calling, answers: hf:a/b}": "data.answers = 'hf:a/b': hf:a/b: answers are read from files: give a local "
+    "path or a package",
+    "data: {template: {text: '{a} {b}'}, columns: {c: x, a: y}}": "data.columns = {'c': 'x', 'a': 'y'}: 'c' is not in data.template, "
+    "which names a, b: use one of them",
     "evaluate: {tasks: [x], extra_tasks: [x]}": "evaluate.tasks = ['x']: x is named twice (in tasks and extra_tasks together)",
     "export.max_shard_size: big": "export.max_shard_size = 'big': write a number and a unit, e.g. 5GB",
     "{method.name: pretrain, tokenize.seq_len: 512, model: {source: null, tokenizer.vocab_size: 300, architecture: {model_type: gpt2, "
@@ -212,8 +229,8 @@ COMBINATIONS = {
     "dp_shard, tp or cp",
     "{method: {name: kd, kd.teacher: a}, parallelism: {dp_shard: 2, ep: 2}}": "method.name = 'kd': kd is not tried with "
     "parallelism.ep 2: use dp_shard, tp or cp",
-    "{method: {name: kd, kd.teacher: 's3://b'}}": "method.kd.teacher = 's3://b': s3://b: unknown kind of source s3:, use hf:, "
-    "package: or a local path",
+    "{method: {name: kd, kd.teacher: 's3://b'}}": "method.kd.teacher = 's3://b': 's3://b' is a URL, which is not a source: "
+    "download it and give its path",
     "{method.name: qlora, parallelism.tp: 2}": "method.name = 'qlora': qlora does not go with parallelism.tp 2: use dp_shard, "
     "dp_replicate or cp",
     "{method: {name: qlora, lora.dora: true}}": "method.lora.dora = True: needs the lengths of weight rows, which method.name "
@@ -247,14 +264,14 @@ def test_impossible_combination(tmp_path: Path, setting: str) -> None:
 
 
 IGNORED = {
-    "{method: {name: full, lora.rank: 4}}": "method.lora.rank = 4: only method.name lora uses it, this run's is full",
+    "{method: {name: full, lora.rank: 4}}": "method.lora.rank = 4: only method.name lora or qlora uses it, this run's is full",
     "{method.name: none, train.compile: true}": "train.compile = True: method.name none trains nothing, so this would be "
     "ignored",
     "{method.kd.temperature: 2.0}": "method.kd.temperature = 2.0: only method.name kd uses it, this run's is lora",
     "{method.name: none, parallelism.dp_shard: 2}": "parallelism.dp_shard = 2: method.name none trains nothing, so this would "
     "be ignored",
-    "{train: {loss: cross_entropy, loss_chunk_size: 8}}": "train.loss_chunk_size = 8: only train.loss chunked uses it, this "
-    "run's is cross_entropy",
+    "{train: {loss: cross_entropy, loss_chunk_size: 8}}": "train.loss_chunk_size = 8: only train.loss auto, chunked "
+    "or loss_parallel uses it, this run's is cross_entropy",
     "{train.lr_scheduler.decay_steps: 3}": "train.lr_scheduler.decay_steps = 3: only train.lr_scheduler.name wsd uses it, this "
     "run's is cosine",
     "{data: {test_source: t.jsonl, test_size: 5}}": "data.test_size = 5: data.test_source gives the rows: leave one of the two "
@@ -263,7 +280,47 @@ IGNORED = {
     "{data.streaming: true}": "data.streaming = True: only hf: sources have it",
     "{data.format: text, tokenize.loss_turns: last}": "tokenize.loss_turns = 'last': only conversations have turns, data.format text "
     "makes none",
+    "{data.format: text, tokenize.loss_reasoning: false}": "tokenize.loss_reasoning = False: only conversations have turns, "
+    "data.format text makes none",
+    "{train.optimizer.muon.nesterov: false}": "train.optimizer.muon.nesterov = False: only train.optimizer.name muon uses it, this "
+    "run's is adamw",
+    "{train.optimizer.adafactor.beta2_decay: 0.0}": "train.optimizer.adafactor.beta2_decay = 0.0: only train.optimizer.name "
+    "adafactor uses it, this run's is adamw",
+    "{method.name: none, train.checkpoint.every: 0}": "train.checkpoint.every = 0: method.name none trains nothing, so this would "
+    "be ignored",
+    "{method.name: none, train.optimizer.muon.lr: 0.1}": "train.optimizer.muon.lr = 0.1: method.name none trains nothing, so this "
+    "would be ignored",
+    "{method.name: none, data_check.ngram: 5}": "data_check.ngram = 5: method.name none trains nothing, so this would be ignored",
+    "{method.name: none, resources.train.gpu: 1}": "resources.train.gpu = 1: method.name none trains nothing, so this would be "
+    "ignored",
+    "{method.name: none, resources.check_data.threads: 3}": "resources.check_data.threads = 3: method.name none trains nothing, so "
+    "this would be ignored",
+    "{parallelism.cp_method: ring}": "parallelism.cp_method = 'ring': only parallelism.cp above 1 uses it, this run's is 1",
+    "{evaluate.limit: 5}": "evaluate.limit = 5: this run has no evaluate.tasks, so nothing is scored",
+    "{evaluate.batch_size: 5}": "evaluate.batch_size = 5: this run has no evaluate.tasks, so nothing is scored",
+    "{evaluate.dtype: float32}": "evaluate.dtype = 'float32': this run has no evaluate.tasks, so nothing is scored",
+    "{evaluate.seed: 0}": "evaluate.seed = 0: this run has no evaluate.tasks, so nothing is scored",
+    "{resources.evaluate.gpu: 1}": "resources.evaluate.gpu = 1: this run has no evaluate.tasks, so nothing is scored",
+    "{train.validate_every: 5, data.validation_size: 0}": "train.validate_every = 5: there are no validation rows, since "
+    "data.validation_size is 0: hold some out",
+    **{
+        f"{{method.name: pretrain, model: {{source: null, tokenizer: {{}}, architecture.model_type: llama, {key}: {value}}}}}": f"model.{key} = "
+        f"{shown}: only the files of model.source have it, and this run has none"
+        for key, value, shown in (
+            ("sha256", "abc", "'abc'"),
+            ("dtype", "float32", "'float32'"),
+            ("allow_pickle", "true", "True"),
+        )
+    },
 }
+ASKS_FOR_NOTHING = (
+    "{method: {name: full, lora.dora: false, lora.modules_to_save: []}}",
+    "{method.name: none, train.ema: null, train.checkpoint.keep_best: 0, resources.train.gpu: 0}",
+    "{train.optimizer.muon.lr: null, method.kd.teacher: null}",
+    "{data.streaming: false, data.subset: null, evaluate.limit: null}",
+    "{data: {validation_source: v.jsonl, validation_size: 0, test_source: t.jsonl, test_size: 0}}",
+    "{data.validation_size: 0, train.validate_every: 0}",
+)
 
 
 @pytest.mark.parametrize("setting", IGNORED)
@@ -273,16 +330,34 @@ def test_a_run_s_own_setting_is_never_ignored(tmp_path: Path, setting: str) -> N
     ]
 
 
+@pytest.mark.parametrize("setting", ASKS_FOR_NOTHING)
+def test_what_is_switched_off_may_be_said(tmp_path: Path, setting: str) -> None:
+    assert load(tmp_path, GOOD.replace("a: {}", f"a: {setting}\n  b: {{}}")).runs
+
+
 def test_shared_settings_may_be_of_use_to_some_runs_only(tmp_path: Path) -> None:
     shared = GOOD.replace("train.max_steps: 10", "train.max_steps: 10\n  method.lora.rank: 4")
     load(tmp_path, shared.replace("a: {}", "a: {method.name: none}\n  b: {}"))
     assert mistakes(tmp_path, shared.replace("a: {}", "a: {method.name: full}"))[1:] == [
-        "exp.yaml:7: method.lora.rank = 4: no run uses it: only method.name lora uses it, this run's is full"
+        "exp.yaml:7: method.lora.rank = 4: no run uses it: only method.name lora or qlora uses it, this run's is full"
     ]
     overridden = GOOD.replace("a: {}", "a: {method.name: full}")
     assert mistakes(tmp_path, overridden, {"method.lora.rank": 4})[1:] == [
-        "command line: method.lora.rank = 4: no run uses it: only method.name lora uses it, this run's is full"
+        "command line: method.lora.rank = 4: no run uses it: only method.name lora or qlora uses it, this run's is full"
     ]
+    several = """
+  resources: {train.gpu: 2, evaluate.gpu: 1, check_data.threads: 2}
+  data_check.ngram: 5
+  evaluate: {limit: 5, dtype: float32}
+  parallelism.cp_method: ring
+  train.validate_every: 5"""
+    some = (
+        "a: {method.name: none}\n  b: {parallelism.cp: 2}\n  c: {evaluate.tasks: [t]}\n  d: {data.validation_size: 0}"
+    )
+    text = GOOD.replace("train.max_steps: 10", f"train.max_steps: 10{several}")
+    assert len(load(tmp_path, text.replace("a: {}", some)).runs) == 4
+    assert len(mistakes(tmp_path, text.replace("a: {}", "a: {method.name: none}"))[1:]) == 9
+    load(tmp_path, GOOD, {"resources.evaluate.gpu": 1})  # config.yaml's, for every experiment on this machine
     recipe = load(tmp_path, "recipe: r\n" + overridden, r="{method.lora.rank: 4}")  # recipes are ready-made
     assert recipe.runs["a"].method.lora.rank == 4
 
@@ -304,7 +379,8 @@ def test_mistakes_in_shared_settings_are_said_once(tmp_path: Path) -> None:
             "runs: !!python/object/apply:os.system [ls]",
             "exp.yaml:1: tag:yaml.org,2002:python/object/apply:os.system is not allowed",
         ),
-        ("defaults: &x {train: *x}", "an alias that contains itself"),
+        ("defaults: &x {train: *x}", "an alias that contains itself: write its values out"),
+        ("? [a]\n: 1\n", "exp.yaml:1: a key must be a plain word, not a list or mapping: put it in quotes"),
         ("", "exp.yaml: runs: name at least one run"),
         ("[1]", "the file = [1]: expected a mapping of keys"),
         ("recipe: lara\n" + GOOD, "recipe = 'lara': no recipes/lara.yaml; did you mean lora?"),
@@ -430,7 +506,10 @@ def test_schemas_are_in_sync() -> None:
     assert read_json(ROOT / "workflow/schemas/run.schema.json") == run_schema()
 
 
-def test_command_checks_an_experiment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_checks_an_experiment(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
     (tmp_path / "exp.yaml").write_text(GOOD)
     assert main([str(tmp_path / "exp.yaml")]) == 0
     assert capsys.readouterr().out == "a\n"

@@ -39,6 +39,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     (path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (path / "exp.yaml").write_text(EXPERIMENT)
+    (path / "config").mkdir()
+    (path / "config/config.yaml").write_text("experiment: demo\nresults_dir: results\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
         wiring = Wiring(load_experiment(path / "exp.yaml"), "results")

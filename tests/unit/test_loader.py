@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 from dayzero.data import loader
-from dayzero.data.loader import Padding, TrainBatches, ValidationBatches, steps_of
-from dayzero.data.tokens import FILL, IGNORE, TokenRows, write_token_store
+from dayzero.data.loader import TrainBatches, ValidationBatches, steps_of
+from dayzero.data.tokens import FILL, IGNORE, TokenRows
 from dayzero.errors import ConfigError, DataError
+
+from tests.token_store import num_documents, num_label_tokens, write_token_store
 
 SEQ_LEN = 24
 
@@ -80,7 +82,7 @@ def test_a_row_is_its_documents_one_after_another_and_labels_stay_inside_them(tm
         rows=[[1], [0, 2]],
     )
     rows = TokenRows(tmp_path, seq_len=4)
-    assert rows.lengths.tolist() == [2, 4]
+    assert rows.lengths_of([0, 1]).tolist() == [2, 4]
     row = rows.row(1)
     assert row.input_ids.tolist() == [5, 6, 7, 4]
     assert row.labels.tolist() == [6, 7, IGNORE, IGNORE]
@@ -89,7 +91,7 @@ def test_a_row_is_its_documents_one_after_another_and_labels_stay_inside_them(tm
     assert row.cu_seqlens.tolist() == [0, 3, 4]
     assert rows.lengths_of([1, FILL, 0]).tolist() == [4, 0, 2]
     assert rows.longest() == 4
-    assert rows.num_label_tokens([0, 1]).tolist() == [1, 2]
+    assert num_label_tokens(rows) == [1, 2]
     assert rows.source_rows([1, 0]) == [0, 2, 1]
     unpacked = TokenRows(tmp_path, packed=False)
     assert [unpacked.row(i).input_ids.tolist() for i in range(3)] == [[8, 9], [5, 6, 7], [4]]
@@ -98,7 +100,7 @@ def test_a_row_is_its_documents_one_after_another_and_labels_stay_inside_them(tm
 
 def test_a_store_that_cannot_be_right_is_refused(tmp_path):
     write_token_store(tmp_path, [([5, 6, 7], [True] * 3)], rows=[[0]])
-    with pytest.raises(DataError, match=r"3 tokens, more than tokenize\.seq_len 2"):
+    with pytest.raises(DataError, match=r"3 tokens, more than tokenize\.seq_len 2: tokenize again"):
         TokenRows(tmp_path, seq_len=2)
     np.save(tmp_path / "input_ids.npy", np.array([5, 6], dtype=np.int32))
     with pytest.raises(DataError, match="do not belong together"):
@@ -115,7 +117,7 @@ def test_every_row_once_an_epoch_whatever_the_ranks(store, dp_size, local_batch_
     assert len(steps) == steps_of(37, 8, max_steps=None, num_epochs=2) == 10
     assert {len(b.micro_batches) for step in steps for b in step} == {8 // local_batch_size // dp_size}
     assert {m["labels"].shape[0] for step in steps for b in step for m in b.micro_batches} == {local_batch_size}
-    assert Counter(d for step in steps for d in step[0].row_ids) == {d: 2 for d in range(rows.num_documents)}
+    assert Counter(d for step in steps for d in step[0].row_ids) == {d: 2 for d in range(num_documents(rows))}
     assert sum(b.num_tokens for step in steps for b in step) == 2 * rows.num_tokens
     expected = Counter()
     for i in range(37):
@@ -200,12 +202,11 @@ def test_an_epoch_goes_on_exactly_on_other_ranks_and_workers(store, stops):
 
 
 def test_padding_is_masked_and_continues_positions(store):
-    lengths = TokenRows(store).lengths
     padded = real = 0
-    for batch in batches(store, padding=Padding(multiple=4)):
+    for batch in batches(store):
         for m in batch.micro_batches:
             assert m["input_ids"].dtype == m["labels"].dtype == m["position_ids"].dtype == torch.int64
-            assert m["input_ids"].shape[1] % 4 == 0
+            assert m["input_ids"].shape[1] == m["lengths"].max()
             for ids, labels, positions in zip(m["input_ids"], m["labels"], m["position_ids"], strict=True):
                 length = int((ids != 0).sum())
                 assert (ids[length:] == 0).all()
@@ -215,15 +216,12 @@ def test_padding_is_masked_and_continues_positions(store):
                 padded, real = padded + len(ids), real + length
         assert batch.num_tokens == sum(int((m["input_ids"] != 0).sum()) for m in batch.micro_batches)
     assert real / padded > 0.75, "rows of like length share a micro-batch"
-    for batch in batches(store, padding=Padding(length=SEQ_LEN), max_steps=None, num_epochs=1):
-        assert {tuple(m["labels"].shape) for m in batch.micro_batches} == {(2, SEQ_LEN)}
-    assert lengths.max() <= SEQ_LEN
 
 
 def test_short_last_batch_is_filled_with_rows_that_count_nothing(store):
     last = [list(batches(store, dp_rank=r, dp_size=4, max_steps=None, num_epochs=1))[-1] for r in range(4)]
     assert last[0].step == 4
-    assert sum(b.num_tokens for b in last) == sum(TokenRows(store).lengths[batches(store).global_batch(4)[:5]])
+    assert sum(b.num_tokens for b in last) == TokenRows(store).lengths_of(batches(store).global_batch(4)[:5]).sum()
     assert last[3].num_label_tokens == 0, "37 = 4 * 8 + 5 rows: nothing is left for the last rank"
     assert all((m["labels"] == IGNORE).all() for m in last[3].micro_batches)
     assert {len(b.micro_batches) for b in last} == {1}
@@ -245,10 +243,10 @@ def test_validation_sees_every_row_once_in_order(store):
             for r in range(dp_size)
         ]
         assert {len(r) for r in ranks} == {-(-37 // (3 * dp_size))}
-        assert [d for b in ranks[0] for d in b.row_ids] == list(range(rows.num_documents))
+        assert [d for b in ranks[0] for d in b.row_ids] == list(range(num_documents(rows)))
         assert sum(b.num_tokens for r in ranks for b in r) == rows.num_tokens
         labels = sum(b.num_label_tokens for r in ranks for b in r)
-        assert labels == rows.num_label_tokens(range(37)).sum() > 0
+        assert labels == sum(num_label_tokens(rows)) > 0
 
 
 def test_more_ranks_than_rows(tmp_path):

@@ -302,6 +302,26 @@ def test_weights_that_do_not_fit_their_config(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("card", "licence"),
+    [
+        (b"---\nlicense: mit\n---\n", "mit"),
+        (b"---\nlicense: [mit, apache-2.0]\n---\n", "mit, apache-2.0"),
+        (b"---\ntags: [a]\n---\n", None),
+        (b"---\nlicense: [\n---\n", None),
+        (b"---\n- license\n---\n", None),
+        (b"---\nlicense: \xff\n---\n", None),
+        (b"# no front matter", None),
+        (None, None),
+    ],
+)
+def test_the_licence_of_a_local_model_s_card(source: Path, tmp_path: Path, card: bytes | None, licence: str) -> None:
+    (source / "README.md").unlink()
+    if card is not None:
+        (source / "README.md").write_bytes(card)
+    assert _fetch(tmp_path / "out", source)["licence"] == licence
+
+
 def test_other_files_are_no_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "weights.safetensors").write_bytes(b"x")
     assert _main(tmp_path / "out", tmp_path / "weights.safetensors") == 1

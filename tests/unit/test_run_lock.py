@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from dayzero import attempts, slurm
 from dayzero.attempts import Attempts, recorded
+from dayzero.errors import DataError
+from dayzero.files import read_json_lines
 from dayzero.interruption import EXIT_INTERRUPTED, MAX_WITHOUT_A_STEP, stop_or_go_on
 from dayzero.run_lock import LOCK, RunHeld, RunLock, read_lock
 from dayzero.slurm import Job
@@ -157,6 +159,28 @@ def test_attempts_tell_how_each_start_ended(tmp_path: Path) -> None:
     assert (first["outcome"], first["from_step"], first["to_step"]) == ("failed", 0, 3)
     assert (second["outcome"], third["outcome"], third["requeues"]) == ("lost", "finished", 1)
     assert second["gpu_hours"] == pytest.approx(4, abs=0.01)  # alive for an hour, as its lock told
+
+
+def test_half_a_line_of_a_killed_process_costs_no_attempt(tmp_path: Path) -> None:
+    record = Attempts(tmp_path)
+    record.begin(None, 0, "n1")
+    with open(record.path, "a") as f:
+        f.write('{"end": {"ended"')
+    assert [attempt["host"] for attempt in record.all()] == ["n1"]
+    record.begin(None, 2, "n2")
+    assert [attempt["host"] for attempt in record.all()] == ["n1", "n2"]
+    assert record.path.read_bytes().count(b"\n") == 2
+
+
+def test_lines_of_a_file_that_grows(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert read_json_lines(path) == []
+    path.write_text('{"step": 1}\n{"st')
+    assert read_json_lines(path, growing=True) == [{"step": 1}]
+    for text, says in (('{"step": 1}\n{"st', "2 is not JSON .*: remove it"), ("[1]\n", "1 holds no JSON object")):
+        path.write_text(text)
+        with pytest.raises(DataError, match=f"metrics.jsonl:{says}"):
+            read_json_lines(path)
 
 
 def test_energy_is_read_while_the_ranks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

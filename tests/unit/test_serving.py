@@ -10,12 +10,15 @@ import urllib.request
 
 import numpy as np
 import pytest
-from dayzero.data.tokens import write_token_store
+from dayzero.config import Serving
 from dayzero.errors import ConfigError, DataError
-from dayzero.serving.parity import choose_prompts, judge, write_verdict
+from dayzero.pretrained import context_length
+from dayzero.serving.parity import choose_prompts, compare, judge, write_verdict
 from dayzero.stages import serve, verify_serving
+from transformers import BloomConfig, Gemma3Config, GPT2Config, MambaConfig, MptConfig, XLNetConfig
 
 from tests.exported import tiny_export
+from tests.token_store import write_token_store
 
 PROMPTS = [[5, 6, 7], [8, 9]]
 SERVED = [
@@ -121,12 +124,48 @@ def test_serving_refuses_a_missing_model_and_a_taken_port(tmp_path, capfd):
 
 
 def test_too_many_new_tokens_for_the_context_is_refused(tmp_path):
-    from dayzero.config import Serving
-    from dayzero.serving.parity import compare
-
     model = tiny_export(tmp_path / "model")
     with pytest.raises(ConfigError, match=r"serving.max_new_tokens = 511 leaves no room"):
-        compare(Serving(max_new_tokens=511), model, tmp_path)
+        compare(Serving(max_new_tokens=511), model, tmp_path, trust_remote_code=False)
+
+
+@pytest.mark.parametrize(
+    ("config", "context", "length"),
+    [
+        (MptConfig(max_seq_len=512), 512, 512),
+        (BloomConfig(seq_length=4096), 4096, 4096),
+        (GPT2Config(n_positions=77), 77, 77),
+        (Gemma3Config(), 131072, 4096),
+        (MambaConfig(), None, 4096),
+        (XLNetConfig(), None, 4096),  # it says -1
+    ],
+)
+def test_the_server_s_context_is_the_model_s(tmp_path, monkeypatch, config, context, length):
+    started = []
+
+    def start(command, **_):
+        started.append(command)
+        raise OSError("not now")
+
+    monkeypatch.setattr("dayzero.serving.server.subprocess.Popen", start)
+    monkeypatch.setattr("dayzero.serving.server._require_free", lambda *_: None)
+    config.save_pretrained(tmp_path)
+    assert context_length(config) == context
+    assert serve.main(["--model", str(tmp_path)]) == 1
+    (command,) = started
+    assert command[command.index("--max-model-len") + 1] == str(length)
+
+
+def test_a_model_without_a_context_length_takes_any_prompt(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("dayzero.serving.parity.choose_prompts", lambda *given: asked.append(given) or [[1]])
+    monkeypatch.setattr("dayzero.serving.parity.run_vllm", lambda *_: {"answers": []})
+    monkeypatch.setattr("dayzero.serving.parity._transformers", lambda *_: [])
+    monkeypatch.setattr("dayzero.serving.parity.judge", lambda *_: {})
+    monkeypatch.setattr("dayzero.serving.parity._versions", lambda *_: {})
+    MambaConfig().save_pretrained(tmp_path)
+    compare(Serving(max_prompt_tokens=5000), tmp_path, tmp_path, trust_remote_code=False)
+    assert asked == [(tmp_path, 4, 5000)]
 
 
 @pytest.mark.end_to_end

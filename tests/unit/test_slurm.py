@@ -27,6 +27,7 @@ from dayzero.slurm import Job, parse_job, parse_time
 from dayzero.slurm_plugin import states_query
 from dayzero.slurm_site import check_site, limit_problem, partitions
 from dayzero.snakemake_resources import Site, backoff, job_resources
+from dayzero.stages.training import launch
 from dayzero.wiring import Wiring
 from snakemake_executor_plugin_slurm.validation import get_forbidden_slurm_options
 
@@ -144,6 +145,23 @@ def test_network_interfaces(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"resources.train.network_interface ib7: node2 has .*"):
         use_interface("ib7", "node2")
     use_interface(sorted(psutil.net_if_addrs())[0], "node2")
+
+
+@pytest.mark.parametrize("job", [None, Job(job_id="7")], ids=["one machine", "small runs of an allocation"])
+def test_the_network_interface_holds_on_one_machine_too(monkeypatch: pytest.MonkeyPatch, job: Job | None) -> None:
+    names = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
+    for name in (*names, "SLURM_JOB_ID", "SLURM_STEP_ID"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setattr(launch, "run_torchrun", lambda *_: [os.environ[name] for name in names])
+
+    def started(interface: str) -> object:
+        args = SimpleNamespace(nodes=1, network_interface=interface, stop_before=0)
+        return launch._run_ranks(2, args, [], job)
+
+    there = sorted(psutil.net_if_addrs())[0]
+    assert started(there) == [there, there]
+    with pytest.raises(ConfigError, match=r"resources.train.network_interface ib7: .* or leave it null"):
+        started("ib7")
 
 
 def wiring(**values: object) -> Wiring:
@@ -344,6 +362,28 @@ def test_what_a_site_has_not(
     with pytest.raises(ConfigError, match=says.replace("?", r"\?")) as refused:
         checked(replace(SITE, **site), account, parallelism={"dp_shard": 8}, resources={"train": train})
     assert "\n" not in str(refused.value)
+
+
+def test_stages_that_runs_share_are_held_against_the_partition_too(cluster: Path) -> None:
+    """Each once for its key, with the resources that its job will ask for: those of the first run."""
+    long, tokenizer = {"runtime": 5000}, {"tokenizer": {}, "architecture": {"model_type": "llama"}, "source": None}
+    base = {"experiment": "exp", "train": {"max_steps": 1}, "data": {"source": "rows.jsonl"}}
+    resources = {"tokenize": long, "check_data": long, "fetch": long, "report": long, "evaluate": long}
+    runs = {
+        name: RunConfig.model_validate({**base, "run": name, **values})
+        for name, values in {
+            "a": {"model": {"source": "hf:org/m"}, "resources": resources},
+            "b": {"model": {"source": "hf:org/m"}, "resources": {"tokenize": {"runtime": 6000}}},
+            "c": {"model": tokenizer, "method": {"name": "pretrain"}, "resources": {"tokenize": {"runtime": 7000}}},
+        }.items()
+    }
+    with pytest.raises(ConfigError) as refused:
+        check_site(Wiring(Experiment("exp", "", runs), "results"), SITE, "", SimpleNamespace())
+    assert [line.partition(" minutes")[0] for line in str(refused.value).splitlines()] == [
+        "run a: resources.check_data.runtime is 5000",
+        "run c: resources.tokenize.runtime is 7000",
+        "run a: resources.tokenize.runtime is 5000",
+    ]
 
 
 def test_what_a_profile_replaces_is_its_own_affair(cluster: Path) -> None:

@@ -94,6 +94,8 @@ def test_the_command_for_scripts(
     monkeypatch.chdir(tmp_path)
     text = "defaults: {model.source: m, data.source: d, train.max_steps: 3}\nruns: {first: {}, second: {}}\n"
     (tmp_path / "e.yaml").write_text(text)
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config/config.yaml").write_text("experiment: demo\nresults_dir: results\n")
     assert main(["--experiment", "e.yaml", "--once"]) == 0
     assert "first" in (printed := capsys.readouterr().out)
     assert "second" in printed

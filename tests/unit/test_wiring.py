@@ -155,3 +155,24 @@ def test_local_files(tmp_path: Path) -> None:
     assert it.local_data(store.data_key(run)) == [str(files[2]), str(tmp_path / "none.json")]
     with pytest.raises(ConfigError, match=r"data\.answers = '.*none\.json': no such file or directory"):
         it.check_local_files()
+
+
+def test_local_files_of_a_glob_and_of_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    files = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl")]
+    for file in files:
+        Path(file).touch()
+    for source in ("~/*.jsonl", str(tmp_path / "*.jsonl"), ["~/a.jsonl", "~/b.jsonl"]):
+        it = wiring(a={"model": {"source": "hf:org/m"}, "data": {"source": source}})
+        assert it.local_data(store.data_key(it.run("a"))) == files
+        it.check_local_files()
+    for source in ("~/*.csv", "~/c.jsonl"):
+        with pytest.raises(ConfigError, match="no such file or directory"):
+            wiring(a={"data": {"source": source}}).check_local_files()
+
+
+def test_a_chat_template_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "t.jinja").touch()
+    wiring(a={"model": {"source": "hf:org/m", "chat_template": str(tmp_path / "t.jinja")}}).check_local_files()
+    with pytest.raises(ConfigError, match=r"model\.chat_template = 'hf:org/m': no such file"):
+        wiring(a={"model": {"source": "hf:org/m", "chat_template": "hf:org/m"}}).check_local_files()

@@ -194,7 +194,7 @@ def test_what_vllm_answered_is_not_what_other_weights_answer(done: Project, tmp_
     used = read_json(done.path / "results/tiny/lora/train/summary.json")["provenance"]["identity"]["tokens"]["store"]
     prompts = choose_prompts(done.path / "results/store/tokens" / used, 4, 256)
     answers = [prompt["tokens"] for prompt in parity["prompts"]]
-    own, changed = (_transformers(path, prompts, answers, "float32") for path in (model, tmp_path / "other"))
+    own, changed = (_transformers(path, prompts, answers, "float32", False) for path in (model, tmp_path / "other"))
     served = [{**record, "tokens": answer} for record, answer in zip(own, answers, strict=True)]
     assert judge(prompts, served, own, 1e-3)["verdict"] == "pass"
     assert judge(prompts, served, changed, 1e-3)["verdict"] == "fail"

@@ -13,7 +13,9 @@ from statistics import median
 from typing import Any
 
 from dayzero import slurm
+from dayzero.checkpoint_files import checkpoints, step_of
 from dayzero.console import log
+from dayzero.files import read_json_lines
 
 FILE = "attempts.jsonl"
 
@@ -50,11 +52,7 @@ class Attempts:
         The newest without an end is counted until now.
         """
         attempts: list[dict[str, Any]] = []
-        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []:
-            try:
-                event = json.loads(line)
-            except json.JSONDecodeError:  # half a line of a killed process
-                continue
+        for event in read_lines(self.path):
             if begun := event.get("begin"):
                 until = begun.pop("previous_until", begun["started"])
                 if attempts and "ended" not in attempts[-1]:
@@ -69,8 +67,10 @@ class Attempts:
 
     def _append(self, event: dict[str, Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a", encoding="utf-8") as f:
-            f.write(json.dumps(event) + "\n")
+        with open(self.path, "ab+") as f:
+            f.seek(0)
+            f.truncate(f.read().rfind(b"\n") + 1)  # without half a line of a killed process
+            f.write(json.dumps(event).encode() + b"\n")
 
 
 ENERGY_SECONDS = 60.0
@@ -113,8 +113,8 @@ def _read_energy(job_id: str, read: list[int], done: threading.Event) -> None:
 
 def newest_step(folder: Path) -> int:
     """The step of the newest complete checkpoint; 0 without one."""
-    found = [path.parent.name for path in (folder / "checkpoints").glob("step_*/trainer.json")]
-    return max((int(name.removeprefix("step_")) for name in found if name[5:].isdigit()), default=0)
+    found = checkpoints(folder / "checkpoints")
+    return step_of(found[-1]) if found else 0
 
 
 def _warn_of_a_short_limit(metrics: Path, limit: float, every: int, done: threading.Event) -> None:
@@ -136,8 +136,4 @@ def _warn_of_a_short_limit(metrics: Path, limit: float, every: int, done: thread
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The complete lines of a JSON-lines file that may be growing; nothing where there is none."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    except FileNotFoundError:
-        return []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return read_json_lines(path, growing=True)

@@ -81,6 +81,12 @@ def nearest(key: str, valid: Collection[str]) -> str | None:
     return by_last[close[0]] if close else None
 
 
+def did_you_mean(name: str, known: Collection[str], there: str = "there are") -> str:
+    """The hint at a name that does not exist: the nearest one that does, or the first of them."""
+    near = nearest(name, known)
+    return f"did you mean {near}?" if near else f"{there} {', '.join(list(known)[:20]) or 'none'}"
+
+
 def _is_number(text: str) -> bool:
     try:
         float(text)

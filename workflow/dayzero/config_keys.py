@@ -58,6 +58,11 @@ def expected(key: str) -> str:
     return _words(schema) if schema else ""
 
 
+def default_of(key: str) -> Any:
+    """The value of `key` where nobody sets it; None where it has no default of its own, as inside an open mapping."""
+    return _schemas().get(key, {}).get("default")
+
+
 def experiment_schema() -> dict[str, Any]:
     """JSON schema of config/experiments/*.yaml, for editors; `load_experiment` checks the same and more."""
     run = run_schema()

@@ -10,6 +10,7 @@ from typing import Any
 from dayzero.config_errors import ConfigProblems, Problem, nearest
 from dayzero.config_keys import SECTIONS
 from dayzero.errors import ConfigError
+from dayzero.nested import flatten
 from dayzero.strict_yaml import Entry, parse_value
 
 PLACE = "command line"
@@ -39,7 +40,7 @@ def config_overrides(config: Mapping[str, Any], site_keys: Collection[str]) -> d
             texts = value if isinstance(value, list) else shlex.split(str(value))
             overrides.update(parse_assignments(map(str, texts)))
         elif key == "runs" or key in SECTIONS:
-            overrides.update(_flat(key, parse_value(value)))
+            overrides.update(flatten(parse_value(value), key))
         elif key not in site_keys:
             near = nearest(key, [*site_keys, "set", "runs", *SECTIONS])
             problems.append(
@@ -65,10 +66,3 @@ def entry_of(value: Any) -> Entry:
     if isinstance(value, dict):
         return Entry({str(key): entry_of(item) for key, item in value.items()}, PLACE)
     return Entry(value, PLACE)
-
-
-def _flat(key: str, value: Any) -> dict[str, Any]:
-    """Nested mappings as dotted keys."""
-    if not isinstance(value, dict) or not value:
-        return {key: value}
-    return {k: v for name, below in value.items() for k, v in _flat(f"{key}.{name}", below).items()}

@@ -15,6 +15,11 @@ class DataError(ValueError):
     """A file or row cannot be used. The message names the file (and row) and the remedy, in one line."""
 
 
+def short(error: Exception | str, length: int = 160) -> str:
+    """The beginning of what an error says, in one line."""
+    return " ".join(str(error).split())[:length]
+
+
 def one_line(error: Exception) -> str:
     """An error as its reader needs it: a user's mistake in its own words, trouble with the disk with its remedy, any
     other with its type."""

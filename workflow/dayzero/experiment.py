@@ -19,8 +19,8 @@ from pydantic import ValidationError
 from dayzero import config_overrides
 from dayzero.config import RunConfig
 from dayzero.config_checks import Finding, impossible, without_effect
-from dayzero.config_errors import ConfigProblems, Problem, nearest, unknown_key, wrong_value
-from dayzero.config_keys import EXPERIMENT_KEYS, KEYS, experiment_schema, run_schema
+from dayzero.config_errors import ConfigProblems, Problem, did_you_mean, unknown_key, wrong_value
+from dayzero.config_keys import EXPERIMENT_KEYS, KEYS, default_of, experiment_schema, run_schema
 from dayzero.config_layers import (
     COMMAND_LINE,
     COMMAND_LINE_RUN,
@@ -185,9 +185,7 @@ class _Loader:
                 p.relative_to(self.recipes_folder).with_suffix("").as_posix()
                 for p in self.recipes_folder.rglob("*.yaml")
             )
-            near = nearest(name, known)
-            there = f"did you mean {near}?" if near else f"there are: {', '.join(known) or 'none'}"
-            self.problems.append(Problem(where, "recipe", f"no {path}; {there}", name))
+            self.problems.append(Problem(where, "recipe", f"no {path}; {did_you_mean(name, known)}", name))
             return {}
         entries = self._mapping(read_yaml(path), "the file")
         entries.pop("description", None)
@@ -213,9 +211,7 @@ class _Loader:
         )
 
     def _no_such_run(self, where: str, name: str, runs: Collection[str]) -> Problem:
-        near = nearest(name, runs)
-        there = f"did you mean {near}?" if near else f"the runs are {', '.join(list(runs)[:20])}"
-        return Problem(where, f"runs.{name}", f"no such run; {there}")
+        return Problem(where, f"runs.{name}", f"no such run; {did_you_mean(name, runs, 'the runs are')}")
 
     def _mapping(self, entry: Entry | None, name: str) -> dict[str, Entry]:
         if entry is None or entry.value is None:
@@ -263,38 +259,46 @@ class _Loader:
             unused = {(key, leaf.where): (finding, leaf) for finding, key, leaf in _ignored(run, merged)}
             used |= {(key, leaf.where) for key, leaf in walk(merged)} - unused.keys()
             for (key, where), (finding, leaf) in unused.items():
-                if leaf.level in (DEFAULTS, COMMAND_LINE):
+                # config.yaml's resources are the machine's, for whatever experiment runs there
+                if leaf.level == DEFAULTS or (leaf.level == COMMAND_LINE and not key.startswith("resources.")):
                     ignored[key, where] = Problem(where, key, f"no run uses it: {finding.message}", leaf.value)
         self.problems += [problem for place, problem in ignored.items() if place not in used]
 
 
 def _ignored(run: RunConfig, merged: Tree) -> Iterator[tuple[Finding, str, Leaf]]:
-    """The set keys that do nothing in `run`; null and 0 switch something off and are no such setting."""
+    """The set keys that do nothing in `run`; null, and a default that means off, ask for nothing and are none."""
     for finding in without_effect(run):
         node: Any = merged
         for part in finding.key.split("."):
             node = node.get(part) if isinstance(node, dict) else None
         found = walk(node, f"{finding.key}.") if isinstance(node, dict) else [(finding.key, node)] if node else []
-        yield from ((finding, key, leaf) for key, leaf in found if leaf.value not in (None, 0))
+        yield from ((finding, key, leaf) for key, leaf in found if not _asks_for_nothing(key, leaf.value))
+
+
+def _asks_for_nothing(key: str, value: Any) -> bool:
+    return value is None or (not value and value == default_of(key))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Check an experiment file, or write the JSON schemas."""
+    """Check an experiment as `snakemake` would run it here, or write the JSON schemas."""
+    from dayzero import site_config  # it loads experiments itself
+
     parser = argparse.ArgumentParser(prog="dayzero.experiment", description=main.__doc__)
     parser.add_argument("experiment", nargs="?", help="a name in config/experiments or a file: check it, list its runs")
-    parser.add_argument("--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="over config.yaml")
+    parser.add_argument("--print-folder", action="store_true", help="print the folder of its results, not its runs")
     parser.add_argument("--write-schemas", metavar="FOLDER", help="write the JSON schemas (workflow/schemas)")
     args = parser.parse_args(argv)
     if args.write_schemas:
         for name, schema in (("experiment", experiment_schema()), ("run", run_schema())):
             write_json(Path(args.write_schemas) / f"{name}.schema.json", schema)
-    if args.experiment:
+    if args.experiment or not args.write_schemas:
         try:
-            experiment = load_experiment(experiment_path(args.experiment), config_overrides.parse_assignments(args.set))
+            experiment, results = site_config.load(args.experiment, config_overrides.parse_assignments(args.set))
         except ConfigError as error:
             print(error, file=sys.stderr)
             return 1
-        print("\n".join(experiment.runs))
+        print(f"{results}/{experiment.name}" if args.print_folder else "\n".join(experiment.runs))
     return 0
 
 

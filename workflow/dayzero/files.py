@@ -27,7 +27,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb") as f:
             os.fsync(f.fileno())
-        temporary.chmod(0o666 & ~_umask())
+        temporary.chmod(0o666 & ~umask())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -39,7 +39,7 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
-    temporary.chmod(0o777 & ~_umask())
+    temporary.chmod(0o777 & ~umask())
     try:
         yield temporary
         if path.is_dir() and not path.is_symlink():
@@ -67,6 +67,31 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{path}: not valid JSON ({error}): delete it, or what made it, and run that again") from error
+
+
+def read_json_lines(path: str | Path, *, growing: bool = False) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file; none where there is no file. Raises DataError naming a line that is none.
+
+    `growing`: it is being written, or its writer was killed, so that half a line at its end is left out.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    if growing and lines and not lines[-1].endswith("\n"):
+        lines.pop()
+    return [json_object(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def json_object(text: str, where: object) -> dict[str, Any]:
+    """The JSON object that a stage wrote as `text`. Raises DataError where it is none."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where} is not JSON ({error.msg}): remove it and run its stage again") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{where} holds no JSON object: remove it and run its stage again")
+    return value
 
 
 def check_folder(directory: str | Path) -> None:
@@ -103,7 +128,8 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def _umask() -> int:
+def umask() -> int:
+    """The mode bits that this user's new files lack."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -6,27 +6,43 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from dayzero.console import log
+from dayzero.context_length import CONTEXT_LENGTHS, context_field
 from dayzero.errors import ConfigError, DataError
+from dayzero.remote_code import require_trusted_code
 
 SHOWN = 3
 """Names of weights in a message."""
 
 
+def load_config(directory: Path, trust_remote_code: bool) -> PretrainedConfig:
+    """The config of a model directory. Raises `ConfigError` for code that may not be run."""
+    require_trusted_code(directory, trust_remote_code)
+    return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code, local_files_only=True)
+
+
 def load_causal_lm(
-    directory: Path, what: str = "", model_class: Any = AutoModelForCausalLM, **options: Any
+    directory: Path,
+    what: str = "",
+    model_class: Any = AutoModelForCausalLM,
+    *,
+    trust_remote_code: bool = False,
+    **options: Any,
 ) -> PreTrainedModel:
     """`model_class.from_pretrained(directory, **options)`; weights that it has no use for are a warning.
 
     With a `state_dict` among the options, the directory is only named: nothing is read from it.
 
     Raises `DataError`, naming `what` (default: the directory), where the stored weights lack some of the model's or
-    have another shape: transformers itself would put random values there and go on.
+    have another shape: transformers itself would put random values there and go on. Raises `ConfigError` for code that
+    may not be run.
     """
     what = what or str(directory)
+    if "state_dict" not in options:
+        require_trusted_code(directory, trust_remote_code, what)
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # its own report is a table of many lines
     try:
@@ -35,6 +51,7 @@ def load_causal_lm(
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             local_files_only=True,
+            trust_remote_code=trust_remote_code,
             **options,
         )
     finally:
@@ -62,6 +79,13 @@ def require_causal_lm(config: PretrainedConfig, what: str) -> None:
         raise ConfigError(
             f"{what}: model_type {config.model_type!r} is not a causal language model: choose one that generates text"
         )
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """The longest sequence in tokens that the model takes by its config; None where that names none."""
+    text = config.get_text_config(decoder=True)
+    field = context_field({name: getattr(text, name, None) for name in CONTEXT_LENGTHS})
+    return field[1] if field else None
 
 
 def _some(names: list[str]) -> str:

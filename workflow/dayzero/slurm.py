@@ -78,7 +78,7 @@ def in_job_step() -> bool:
 
 
 def _shown(job_id: str) -> Job:
-    lines = _call("scontrol", "show", "job", "-o", job_id).splitlines()
+    lines = ask("scontrol", "show", "job", "-o", job_id).splitlines()
     return parse_job(next((line for line in lines if line.startswith(f"JobId={job_id} ")), "".join(lines[:1])))
 
 
@@ -143,7 +143,7 @@ def job_states(job_ids: Iterable[str]) -> dict[str, str] | None:
     if not wanted:
         return {}
     try:
-        lines = _call("squeue", "--noheader", "--states=all", "--format=%i|%A|%T").splitlines()
+        lines = ask("squeue", "--noheader", "--states=all", "--format=%i|%A|%T").splitlines()
     except SlurmError:
         return None
     # a task of an array goes by two ids: 7_3, and one of its own
@@ -157,7 +157,7 @@ def put_back(job_id: str) -> str | None:
         job = _shown(job_id)
         if job.state != "RUNNING":  # cancelled or preempted: what becomes of it is settled already
             return f"it is {job.state}"
-        _call("scontrol", "requeue", job.array_task or job_id)
+        ask("scontrol", "requeue", job.array_task or job_id)
     except SlurmError as error:
         return str(error)
     return None
@@ -166,14 +166,15 @@ def put_back(job_id: str) -> str | None:
 def energy_joules(job_id: str) -> int | None:
     """Energy used by the job's running steps; None where the site does not measure it."""
     try:
-        lines = _call("sstat", "--allsteps", "--noheader", "--parsable2", "-o", "ConsumedEnergyRaw", "-j", job_id)
+        lines = ask("sstat", "--allsteps", "--noheader", "--parsable2", "-o", "ConsumedEnergyRaw", "-j", job_id)
     except SlurmError:
         return None
     values = [int(float(line)) for line in lines.split() if re.fullmatch(r"\d+(\.\d+)?", line)]
     return sum(values) or None
 
 
-def _call(*command: str) -> str:
+def ask(*command: str) -> str:
+    """What a command of SLURM prints. Raises SlurmError where it fails, does not answer or is not there."""
     try:
         done = subprocess.run(command, text=True, capture_output=True, timeout=SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import getpass
 import re
 import shutil
-import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from dayzero.config_errors import nearest
+from dayzero.config import Resources
+from dayzero.config_errors import did_you_mean
 from dayzero.console import log
 from dayzero.errors import ConfigError
-from dayzero.slurm import SECONDS, parse_time
+from dayzero.slurm import SlurmError, ask, parse_time
 from dayzero.slurm_arrays import array_problems
 from dayzero.slurm_plugin import get_min_job_age, mend_sacct
 from dayzero.snakemake_resources import Run, Site
@@ -21,6 +22,8 @@ from dayzero.wiring import Wiring
 
 REMEMBERED = 300
 """Seconds for which squeue must know an ended job, where there is no sacct."""
+ON_THE_LOGIN_NODE = ("fetch", "report")
+"""Stages that ask SLURM for nothing."""
 PROFILE = "default-resources of profiles/slurm/config.yaml"
 
 
@@ -66,9 +69,7 @@ def check_site(
     for key in ("cpu_partition", "gpu_partition"):
         for name in _names(getattr(site, key)):
             if there and name not in there:
-                near = nearest(name, list(there))
-                hint = f"did you mean {near}?" if near else f"there are {', '.join(there)}"
-                problems.append(f"{key} = {name!r} ({PROFILE}): no such partition; {hint}")
+                problems.append(f"{key} = {name!r} ({PROFILE}): no such partition; {did_you_mean(name, there)}")
     for rule, resources in (overwritten or {}).items():
         if "slurm_extra" in resources:
             problems.append(
@@ -108,41 +109,64 @@ def _names(partition: str) -> list[str]:
     return [name for name in partition.split(",") if name]
 
 
-def _too_much(wiring: Wiring, site: Site, there: dict[str, Partition], overwritten: Overwritten) -> list[str]:
-    """Runs that ask for more than a node, or the partition, has; of what the profile replaces, nothing is said."""
-    problems = []
+@dataclass(frozen=True)
+class _Shared:
+    """The wildcards of a rule with a job for each key of the store."""
+
+    key: str
+
+
+def _jobs(wiring: Wiring) -> Iterator[tuple[str, str, str, Run | _Shared]]:
+    """Every job on a compute node: its rule, its stage in `resources`, the run whose resources it asks for, and its
+    wildcards; what runs share comes once."""
+    shared = {
+        "check_data": ("check_data", wiring.results("check")),
+        "train_tokenizer": ("tokenize", [wiring.tokenizer(run) for run in wiring.runs.values() if run.model.tokenizer]),
+        "tokenize": ("tokenize", [wiring.tokens(run) for run in wiring.runs.values()]),
+    }
+    for rule, (stage, places) in shared.items():
+        for key in dict.fromkeys(Path(place.removesuffix("/manifest.json")).name for place in places):
+            yield rule, stage, wiring.of_key(key).run, _Shared(key)
+    stages = [stage for stage in Resources.model_fields if stage not in (*ON_THE_LOGIN_NODE, "check_data", "tokenize")]
     for name, run in wiring.runs.items():
-        wildcards = Run(name)
-        stages = [stage for stage in ("train", "evaluate", "verify_serving", "export")]
-        for stage in stages if run.method.name != "none" else stages[1:]:
-            gpus, nodes = wiring.gpus(stage, wildcards), wiring.nodes(stage, wildcards)
-            partition_name = site.gpu_partition if gpus else site.cpu_partition
-            choices = [there[name] for name in _names(partition_name) if name in there]
-            replaced = overwritten.get(stage, {})
-            if not choices or "slurm_partition" in replaced:
-                continue
-            limits = [choice.limit for choice in choices]
-            partition = Partition(
-                gpus=max(choice.gpus for choice in choices),
-                limit=None if None in limits else max(limit for limit in limits if limit),
-                nodes=max(choice.nodes for choice in choices),
+        left_out = {"train"} if not wiring.trained(name) else set()
+        left_out |= {"evaluate"} if not (run.evaluate.tasks or run.evaluate.extra_tasks) else set()
+        yield from ((stage, stage, name, Run(name)) for stage in stages if stage not in left_out)
+
+
+def _too_much(wiring: Wiring, site: Site, there: dict[str, Partition], overwritten: Overwritten) -> list[str]:
+    """Jobs that ask for more than a node, or the partition, has; of what the profile replaces, nothing is said."""
+    problems = []
+    for rule, stage, run, wildcards in _jobs(wiring):
+        gpus, nodes = wiring.gpus(stage, wildcards), wiring.nodes(stage, wildcards)
+        partition_name = site.gpu_partition if gpus else site.cpu_partition
+        choices = [there[name] for name in _names(partition_name) if name in there]
+        replaced = overwritten.get(rule, {})
+        if not choices or "slurm_partition" in replaced:
+            continue
+        limits = [choice.limit for choice in choices]
+        partition = Partition(
+            gpus=max(choice.gpus for choice in choices),
+            limit=None if None in limits else max(limit for limit in limits if limit),
+            nodes=max(choice.nodes for choice in choices),
+        )
+        key, where = f"resources.{stage}", f"partition {partition_name}"
+        if gpus > partition.gpus:
+            more = "; spread the run over more resources.train.nodes" if stage == "train" else ""
+            problems.append(
+                f"run {run}: {key} asks for {gpus} GPUs of a node, but the nodes of {where} have {partition.gpus}"
+                + more
             )
-            key, where = f"resources.{stage}", f"partition {partition_name}"
-            if gpus > partition.gpus:
-                more = "; spread the run over more resources.train.nodes" if stage == "train" else ""
-                problems.append(
-                    f"run {name}: {key} asks for {gpus} GPUs of a node, but the nodes of {where} have {partition.gpus}"
-                    + more
-                )
-            if nodes > partition.nodes:
-                problems.append(f"run {name}: {key}.nodes is {nodes}, but {where} has {partition.nodes}")
-            runtime = wiring.resources(stage, wildcards).runtime
-            if partition.limit and runtime * 60 > partition.limit and "runtime" not in replaced:
-                problems.append(
-                    f"run {name}: {key}.runtime is {runtime} minutes, but {where} ends jobs after "
-                    f"{partition.limit / 60:.0f}: lower it (training goes on in a new job by itself)"
-                )
-    return problems
+        if nodes > partition.nodes:
+            problems.append(f"run {run}: {key}.nodes is {nodes}, but {where} has {partition.nodes}")
+        runtime = wiring.resources(stage, wildcards).runtime
+        if partition.limit and runtime * 60 > partition.limit and "runtime" not in replaced:
+            more = " (training goes on in a new job by itself)" if stage == "train" else ""
+            problems.append(
+                f"run {run}: {key}.runtime is {runtime} minutes, but {where} ends jobs after "
+                f"{partition.limit / 60:.0f}: lower it{more}"
+            )
+    return list(dict.fromkeys(problems))
 
 
 def partitions() -> dict[str, Partition]:
@@ -198,7 +222,6 @@ def _answers(*command: str) -> bool:
 
 def _output(*command: str) -> str | None:
     try:
-        done = subprocess.run(command, text=True, capture_output=True, timeout=SECONDS)
-    except (OSError, subprocess.TimeoutExpired):
+        return ask(*command)
+    except SlurmError:
         return None
-    return done.stdout if done.returncode == 0 else None

@@ -16,7 +16,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -24,8 +23,8 @@ from rich.table import Table
 from dayzero.attempts import read_lines
 from dayzero.config import RunConfig
 from dayzero.errors import ConfigError
-from dayzero.experiment import experiment_path, load_experiment
 from dayzero.run_lock import read_lock
+from dayzero.site_config import load
 from dayzero.slurm import SECONDS
 
 STAGES = {
@@ -160,31 +159,25 @@ def duration(seconds: float) -> str:
     return f"{days}d {text}" if days else text
 
 
-def results_folder(config: Path = Path("config/config.yaml")) -> Path:
-    """Where the workflow of this folder keeps its results."""
-    found = yaml.safe_load(config.read_text()) if config.is_file() else None
-    return Path((found or {}).get("results_dir") or "results")
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="dayzero.status", description=__doc__)
-    parser.add_argument("--experiment", default="demo", help="a name in config/experiments or a file")
+    parser.add_argument("--experiment", help="a name in config/experiments or a file; default: that of config.yaml")
     parser.add_argument("--results", type=Path, help="default: results_dir of config/config.yaml")
     parser.add_argument("--once", action="store_true", help="print the table once and end")
     parser.add_argument("--json", action="store_true", help="with --once: as JSON lines")
     parser.add_argument("--every", type=float, default=5.0, help="seconds between two looks (default 5)")
     args = parser.parse_args(argv)
     try:
-        experiment = load_experiment(experiment_path(args.experiment))
+        experiment, results = load(args.experiment)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 1
 
-    results = args.results or results_folder()
+    folder = (args.results or Path(results)) / experiment.name
 
     def look() -> list[RunStatus]:
         jobs = queue(Path.cwd())
-        return [run_status(run, results / experiment.name / name, jobs) for name, run in experiment.runs.items()]
+        return [run_status(run, folder / name, jobs) for name, run in experiment.runs.items()]
 
     def title() -> str:
         return f"{experiment.name}, {time.strftime('%Y-%m-%d %H:%M:%S')}"

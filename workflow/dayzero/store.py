@@ -105,7 +105,10 @@ def stage_config(run: RunConfig, stage: str) -> dict[str, Any]:
         sections = ["experiment", "run", "model", "method", "export"]
     config["method"] = run.method.used()
     config["data"].pop("streaming")
-    return {section: config[section] for section in sections}
+    given = {section: config[section] for section in sections}
+    if run.model.trust_remote_code and "model" not in given:  # whoever loads the model must be allowed its code
+        given["model"] = {"trust_remote_code": True}
+    return given
 
 
 def with_teacher(run: RunConfig) -> RunConfig | None:

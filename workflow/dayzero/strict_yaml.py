@@ -94,7 +94,7 @@ def _numbers(value: Any) -> Any:
 def _entry(loader: Any, node: yaml.Node, file: str, parents: tuple[yaml.Node, ...]) -> Entry:
     where = f"{file}:{node.start_mark.line + 1}"
     if any(node is parent for parent in parents):
-        raise ConfigError(f"{where}: an alias that contains itself")
+        raise ConfigError(f"{where}: an alias that contains itself: write its values out")
     if not isinstance(node, yaml.ScalarNode) and node.tag not in _PLAIN_TAGS:
         raise ConfigError(f"{where}: {node.tag} is not allowed: plain mappings and lists only")
     if isinstance(node, yaml.MappingNode):
@@ -109,7 +109,9 @@ def _mapping(loader: Any, node: yaml.MappingNode, file: str, parents: tuple[yaml
     for key_node, _ in node.value:
         line = key_node.start_mark.line + 1
         if not isinstance(key_node, yaml.ScalarNode):
-            raise ConfigError(f"{file}:{line}: a key must be a plain word")
+            raise ConfigError(
+                f"{file}:{line}: a key must be a plain word, not a list or mapping: put it in quotes if it is text"
+            )
         if key_node.value in lines and key_node.tag != "tag:yaml.org,2002:merge":
             raise ConfigError(
                 f"{file}:{line}: duplicate key {key_node.value} (first on line {lines[key_node.value]}): keep one"

@@ -6,12 +6,13 @@ import sys
 from snakemake.exceptions import WorkflowError
 from snakemake.resources import Resource
 
-from dayzero.config_overrides import config_overrides, override_arguments
+from dayzero.config_overrides import override_arguments
 from dayzero.wiring import Wiring
 from dayzero.errors import ConfigError
-from dayzero.experiment import experiment_path, load_experiment
+from dayzero.experiment import load_experiment
 from dayzero.failures import print_failures
 from dayzero.files import check_folder, check_writable
+from dayzero.site_config import site_config
 from dayzero.slurm_arrays import become_task
 from dayzero.slurm_site import check_site
 from dayzero.snakemake_resources import (
@@ -41,11 +42,8 @@ if workflow.resource_settings.nodes is not None:
     workflow.resource_settings.cores = sys.maxsize
     workflow.global_resources["_cores"] = Resource("_cores", sys.maxsize)
 
-RESULTS = str(config["results_dir"]).rstrip("/")
-EXPERIMENT_FILE = str(experiment_path(str(config["experiment"])))
-
 try:
-    OVERRIDES = config_overrides(config, site_keys=["experiment", "results_dir"])
+    EXPERIMENT_FILE, RESULTS, OVERRIDES = site_config(config)
     EXPERIMENT = load_experiment(EXPERIMENT_FILE, OVERRIDES)
     WIRING = Wiring(EXPERIMENT, RESULTS)
     SITE = Site.of(workflow.resource_settings._parsed_default_resources)

@@ -66,4 +66,4 @@ class LrScheduler(Section):
     decay_steps: NonNegativeInt | None = None
     """For wsd: steps of the final decay. null: a tenth of all steps."""
     min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
-    """The last learning rate as a share of the peak."""
+    """What the curve comes down to, in the step that would follow the last one, as a share of the peak."""

@@ -42,7 +42,8 @@ class TrainResources(_AnyResources):
     max_requeues: NonNegativeInt = 100
     """How often a job is put back into the queue before training gives up. 0: never put back."""
     network_interface: str | None = None
-    """Network interface of every node for NCCL and gloo (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME). null: they choose."""
+    """Network interface of every node, or of this machine without SLURM, for NCCL and gloo (NCCL_SOCKET_IFNAME,
+    GLOO_SOCKET_IFNAME). null: they choose."""
 
 
 class Resources(Section):

@@ -8,10 +8,9 @@ from __future__ import annotations
 from dayzero.config import RunConfig
 from dayzero.config_checks import after_training, data, method, parallelism, sources, training
 from dayzero.config_checks.finding import Finding
-from dayzero.config_checks.sources import CONTEXT_LENGTHS
 from dayzero.config_checks.unused import LOSS_KEYS, without_effect
 
-__all__ = ["CONTEXT_LENGTHS", "LOSS_KEYS", "Finding", "impossible", "without_effect"]
+__all__ = ["LOSS_KEYS", "Finding", "impossible", "without_effect"]
 
 OF_TRAINING = (
     training.check_steps_and_optimizer,

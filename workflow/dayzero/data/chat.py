@@ -55,14 +55,14 @@ class ChatEncoder:
     Raises ConfigError where the tokenizer has no chat template.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, options: Tokenize | None = None) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, options: Tokenize) -> None:
         if not tokenizer.chat_template:
             raise ConfigError(
                 f"the tokenizer in {tokenizer.name_or_path} has no chat template for data of format messages: "
                 "set model.chat_template to a template FILE, or make a format prompt_completion of the data (with "
                 "data.template)"
             )
-        self.tokenizer, self.options = tokenizer, options or Tokenize()
+        self.tokenizer, self.options = tokenizer, options
         self.template: str = tokenizer.get_chat_template()
         self.has_markers = bool(_GENERATION.search(self.template))
         self.counts: Counter[str] = Counter()
@@ -78,13 +78,6 @@ class ChatEncoder:
         self._shapes = Shapes(
             self.template, lambda messages: self._turns(messages, None, self._render(messages, None)[0])
         )
-
-    def encode(
-        self, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None
-    ) -> tuple[list[int], list[bool]]:
-        """Token ids of a conversation and, for each, whether it is supervised; raises what the two steps do."""
-        ids, mask = self.tokenize(self.render(messages, tools))
-        return ids.tolist(), mask.tolist()
 
     def learn(self, conversations: Iterable[Rendered]) -> None:
         """Have the tokenizer read conversations together, before `tokenize` asks for each: that is faster."""

@@ -44,6 +44,7 @@ def convert(file: Path, folder: Path, dtype: str | None) -> None:
         "pretrained_model_name_or_path": file.parent,
         "gguf_file": file.name,
         "local_files_only": True,
+        "trust_remote_code": False,  # of files that lie beside it: they are not what was asked for
     }
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(**where)

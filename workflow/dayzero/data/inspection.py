@@ -42,8 +42,6 @@ class Piece:
 class DocumentView:
     """One document of a row."""
 
-    source_row: int
-    """Index in the split's Parquet file."""
     origin: str
     """Where the row came from, `file:line`."""
     pieces: list[Piece]
@@ -79,7 +77,7 @@ def view_rows(
             here = slice(int(row.cu_seqlens[number]), int(row.cu_seqlens[number + 1]))
             ids, mask = row.input_ids[here].tolist(), supervised[here].tolist()
             pieces = _pieces(ids, mask, tokenizer, control)
-            documents.append(DocumentView(source_row, origins[source_row], pieces, len(ids), sum(mask)))
+            documents.append(DocumentView(origins[source_row], pieces, len(ids), sum(mask)))
         views.append(RowView(index, documents))
     return views
 

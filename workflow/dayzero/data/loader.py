@@ -78,23 +78,6 @@ class _Flat:
         return Batch(self.step, self.epoch, micro_batches, self.row_ids, self.num_label_tokens, self.num_tokens)
 
 
-@dataclass(frozen=True)
-class Padding:
-    """How long a micro-batch is: its longest row, rounded up."""
-
-    multiple: int = 1
-    """Round the length up to a multiple of this."""
-    length: int | None = None
-    """Always this long (static shapes for torch.compile). None: as long as needed."""
-
-    def __call__(self, longest: int) -> int:
-        """The padded length for a longest row of `longest` tokens."""
-        if self.length is not None:
-            assert longest <= self.length, f"a row of {longest} tokens does not fit {self.length}"
-            return self.length
-        return max(math.ceil(longest / self.multiple), 1) * self.multiple
-
-
 def steps_of(num_rows: int, global_batch_size: int, *, max_steps: int | None, num_epochs: float | None) -> int:
     """Optimizer steps of a run: `max_steps`, or those of `num_epochs` passes over `num_rows`, the last perhaps short.
 
@@ -123,11 +106,9 @@ MESSAGES_AHEAD = 2
 class _Batches:
     """What training and validation share: `self[step]` is this rank's batch; iterating walks `steps`."""
 
-    def __init__(
-        self, rows: TokenRows, local_batch_size: int, dp_rank: int, dp_size: int, padding: Padding, num_workers: int
-    ) -> None:
+    def __init__(self, rows: TokenRows, local_batch_size: int, dp_rank: int, dp_size: int, num_workers: int) -> None:
         assert 0 <= dp_rank < dp_size
-        self.rows, self.local_batch_size, self.padding = rows, local_batch_size, padding
+        self.rows, self.local_batch_size = rows, local_batch_size
         self.dp_rank, self.dp_size, self.num_workers = dp_rank, dp_size, num_workers
         self.steps = range(0)
         self.rows_per_step = local_batch_size
@@ -146,7 +127,7 @@ class _Batches:
         together = max(MESSAGE_TOKENS // tokens, 1)
         slots = _slots(
             self.num_workers * MESSAGES_AHEAD + 1,  # those that are made or wait, and the one that is read
-            together * self.rows_per_step * self.padding(self.rows.longest()),
+            together * self.rows_per_step * max(self.rows.longest(), 1),
         )
         messages = [self.steps[i : i + together] for i in range(0, len(self.steps), together)]
         # A generator of its own: DataLoader would draw its workers' seed from torch's global one, which a resumed run
@@ -170,7 +151,7 @@ class _Batches:
         """A batch of all `rows`, of which this rank has one micro-batch for each of `shares`, [micro-batches, B]."""
         mine = shares.ravel()
         lengths = self.rows.lengths_of(mine).reshape(shares.shape)
-        widths = [self.padding(longest) for longest in lengths.max(axis=1).tolist()]
+        widths = np.maximum(lengths.max(axis=1), 1).tolist()
         arrays = self.rows.batch(mine, np.repeat(widths, shares.shape[1]))
         return _Flat(
             step=step,
@@ -238,7 +219,6 @@ class TrainBatches(_Batches):
             ranks have equally many micro-batches of equal size.
         start_step: steps already done; iterating starts there.
         num_workers: loader processes. 0: none, batches are made when asked for.
-        padding: the length of micro-batches.
         mix: draws the rows of several sources by weight; an epoch is then as many samples as there are rows.
 
     Raises ConfigError where there are fewer rows than ranks.
@@ -257,10 +237,9 @@ class TrainBatches(_Batches):
         num_epochs: float | None = None,
         start_step: int = 0,
         num_workers: int = 0,
-        padding: Padding = Padding(),
         mix: Mix | None = None,
     ) -> None:
-        super().__init__(rows, local_batch_size, dp_rank, dp_size, padding, num_workers)
+        super().__init__(rows, local_batch_size, dp_rank, dp_size, num_workers)
         self.mix = mix
         assert global_batch_size % (local_batch_size * dp_size) == 0
         check_rows(rows, dp_size)
@@ -312,9 +291,8 @@ class ValidationBatches(_Batches):
         dp_rank: int = 0,
         dp_size: int = 1,
         num_workers: int = 0,
-        padding: Padding = Padding(),
     ) -> None:
-        super().__init__(rows, local_batch_size, dp_rank, dp_size, padding, num_workers)
+        super().__init__(rows, local_batch_size, dp_rank, dp_size, num_workers)
         self.steps = range(math.ceil(len(rows) / (local_batch_size * dp_size)))
 
     def _make(self, step: int) -> _Flat:

@@ -4,30 +4,28 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from dayzero.config import Model
-from dayzero.config_checks import CONTEXT_LENGTHS
 from dayzero.console import log
 from dayzero.data import gguf_files, weights
 from dayzero.data.sources import (
     Fetched,
-    Source,
     card_licence,
     check_sha256,
     hub_commit,
     locate,
-    parse_source,
     unreachable,
 )
 from dayzero.data.store_entry import Memory, make_entry
-from dayzero.errors import ConfigError, DataError
-from dayzero.files import read_json, sha256_file, sha256_json
+from dayzero.errors import ConfigError
+from dayzero.files import sha256_file, sha256_json
 from dayzero.provenance import Clock
+from dayzero.remote_code import read_object, require_trusted_code
+from dayzero.source import Source, parse_source
 
 KEY = "model.source"
 NOT_FETCHED = {"architecture", "tokenizer", "chat_template"}
@@ -95,7 +93,7 @@ def _download(source: Source, model: Model) -> Fetched:
         path = snapshot_download(source.name, revision=commit, allow_patterns=wanted)
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise unreachable(source, KEY, error) from error
-    return Fetched(source, Path(path), None, commit, card_licence(info))
+    return Fetched(source, Path(path), None, commit, card_licence(info.card_data))
 
 
 def _gguf_of(path: Path) -> Path | None:
@@ -156,26 +154,8 @@ def _check_config(path: Path, text: str, model: Model) -> dict[str, Any]:
         adapter = (path / "adapter_config.json").is_file()
         kind = "a PEFT adapter: merge it into its base model first" if adapter else "no Hugging Face model directory"
         raise ConfigError(f"{KEY} {text}: no config.json, so it is {kind}")
-    try:
-        config = read_json(file)
-    except ValueError as error:
-        raise DataError(f"{file}: not valid JSON ({error}): fetch the model again") from error
-    tokenizer_file = path / "tokenizer_config.json"
-    tokenizer = read_json(tokenizer_file) if tokenizer_file.is_file() else {}
-    for read, content in ((file, config), (tokenizer_file, tokenizer)):
-        if not isinstance(content, dict):
-            raise DataError(f"{read}: not a JSON object: fetch the model again")
-    for name, content in (("config.json", config), ("tokenizer_config.json", tokenizer)):
-        code = content.get("auto_map")
-        if not code:
-            continue
-        if not model.trust_remote_code:
-            raise ConfigError(
-                f"{KEY} {text}: its {name} asks to run Python code of its own (auto_map): read that code, then set "
-                "model.trust_remote_code: true, or use a version that transformers knows"
-            )
-        if "--" in str(code):
-            raise ConfigError(f"{KEY} {text}: the code in auto_map lies in another repository: copy it beside {name}")
+    config = read_object(file)
+    require_trusted_code(path, model.trust_remote_code, f"{KEY} {text}")
     try:
         parsed = transformers.AutoConfig.from_pretrained(
             path, trust_remote_code=model.trust_remote_code, local_files_only=True
@@ -224,7 +204,7 @@ def _describe(folder: Path, what: str, trust_remote_code: bool) -> dict[str, Any
     import torch
     import transformers
 
-    from dayzero.pretrained import load_causal_lm
+    from dayzero.pretrained import context_length, load_causal_lm
 
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     model: Any
@@ -246,12 +226,6 @@ def _describe(folder: Path, what: str, trust_remote_code: bool) -> dict[str, Any
     }
 
 
-def context_length(config: Any) -> int | None:
-    """The longest sequence a transformers config names; None when it names none."""
-    text = config.get_text_config(decoder=True)
-    return next((v for v in (getattr(text, name, None) for name in CONTEXT_LENGTHS) if isinstance(v, int)), None)
-
-
 def _has_chat_template(folder: Path, trust_remote_code: bool) -> bool:
     import transformers
 
@@ -271,17 +245,9 @@ def _has_chat_template(folder: Path, trust_remote_code: bool) -> bool:
 
 def _readme_licence(path: Path) -> str | None:
     """`license` in the front matter of the model card."""
-    card = path / "README.md"
-    if not card.is_file():
-        return None
-    match = re.match(r"---\s*\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    from huggingface_hub import metadata_load
+
     try:
-        front = yaml.safe_load(match[1]) if match else None
-    except yaml.YAMLError:
+        return card_licence(metadata_load(path / "README.md"))
+    except (OSError, ValueError, yaml.YAMLError):  # none, or one that says nothing in YAML
         return None
-    licence = front.get("license") if isinstance(front, dict) else None
-    return _joined(licence) if licence else None
-
-
-def _joined(licence: str | Iterable[str]) -> str:
-    return licence if isinstance(licence, str) else ", ".join(map(str, licence))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from dayzero.console import log
-from dayzero.files import atomic_directory, read_json, sha256_json, write_json
+from dayzero.files import atomic_directory, read_json, sha256_json, umask, write_json
 
 Make = Callable[[Path, Path, "Memory"], dict[str, Any]]
 
@@ -97,11 +96,9 @@ def _workspace(output: Path) -> Iterator[Path]:
 
 def _readable_as_usual(folder: Path) -> None:
     """Give the files the user's usual mode: safetensors writes them for the owner alone."""
-    mask = os.umask(0)
-    os.umask(mask)
     for file in folder.rglob("*"):
         if file.is_file() and file.stat().st_nlink == 1:
-            file.chmod(0o666 & ~mask)
+            file.chmod(0o666 & ~umask())
 
 
 def _remove_leftovers(output: Path) -> None:

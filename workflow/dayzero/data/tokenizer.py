@@ -16,9 +16,10 @@ from jinja2.exceptions import TemplateSyntaxError
 from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from dayzero.config_checks import CONTEXT_LENGTHS
 from dayzero.console import log
+from dayzero.context_length import context_field
 from dayzero.errors import ConfigError, one_line
+from dayzero.remote_code import require_trusted_code
 
 
 @dataclass(frozen=True)
@@ -33,16 +34,17 @@ class TokenizerSource:
     """Run Python code that ships with the tokenizer."""
 
     def load(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, without a length limit; ConfigError where it or the template cannot be read."""
+        """The tokenizer, without a length limit; ConfigError where it or the template cannot be read, or code of its
+        own may not be run."""
+        require_trusted_code(self.path, self.trust_remote_code)
         try:
             tokenizer = AutoTokenizer.from_pretrained(
                 self.path, trust_remote_code=self.trust_remote_code, local_files_only=True
             )
         except Exception as error:  # each tokenizer class has its own
-            remedy = "use a directory with tokenizer files"
-            if "trust_remote_code" in str(error):
-                remedy += ", or set model.trust_remote_code if you trust its code"
-            raise ConfigError(f"cannot load a tokenizer from {self.path} ({error}): {remedy}") from error
+            raise ConfigError(
+                f"cannot load a tokenizer from {self.path} ({error}): use a directory with tokenizer files"
+            ) from error
         # Lengths are ours to check: the library would only warn, and some tokenizers state a wrong limit.
         tokenizer.model_max_length = int(1e30)
         if self.chat_template is not None:
@@ -179,11 +181,11 @@ def check_model_limits(path: str | Path, *, seq_len: int | None = None, max_toke
     Raises ConfigError naming both numbers.
     """
     config = _model_config(path)
-    context = next((config[name] for name in CONTEXT_LENGTHS if isinstance(config.get(name), int)), None)
-    if seq_len is not None and context is not None and seq_len > context:
+    context = context_field(config)
+    if seq_len is not None and context is not None and seq_len > context[1]:
         raise ConfigError(
-            f"tokenize.seq_len {seq_len} exceeds the context length {context} of the model in {path}: "
-            f"set it to {context} or less"
+            f"tokenize.seq_len {seq_len} exceeds the context length {context[1]} of the model in {path}: "
+            f"set it to {context[1]} or less"
         )
     vocab_size = config.get("vocab_size")
     if max_token_id is not None and isinstance(vocab_size, int) and max_token_id >= vocab_size:
@@ -201,13 +203,13 @@ def _model_config(path: str | Path) -> dict[str, Any]:
     return {**config, **config.get("text_config", {})}  # models of several modalities keep the decoder's fields there
 
 
-def check_same_tokens(model: Path, teacher: Path, name: str) -> None:
+def check_same_tokens(model: Path, teacher: Path, name: str, trust_remote_code: bool = False) -> None:
     """Raise `ConfigError` where the tokenizers of two model folders give a token other ids; `name`: the teacher's."""
     try:
-        theirs = AutoTokenizer.from_pretrained(teacher).get_vocab()
-    except (OSError, ValueError) as error:
+        theirs = TokenizerSource(teacher, None, trust_remote_code).load().get_vocab()
+    except ConfigError as error:
         raise ConfigError(f"method.kd.teacher {name}: it has no tokenizer that loads: {one_line(error)}") from error
-    own = AutoTokenizer.from_pretrained(model).get_vocab()
+    own = TokenizerSource(model, None, trust_remote_code).load().get_vocab()
     if own != theirs:
         other = sorted(
             {token for token, number in [*own.items(), *theirs.items()] if own.get(token) != theirs.get(token)}

@@ -81,7 +81,9 @@ class TokenRows:
         ):
             raise DataError(f"{self.path}: the arrays do not belong together: delete the directory and tokenize again")
         if seq_len is not None and (longest := self.longest()) > seq_len:
-            raise DataError(f"{self.path}: a row has {longest} tokens, more than tokenize.seq_len {seq_len}")
+            raise DataError(
+                f"{self.path}: a row has {longest} tokens, more than tokenize.seq_len {seq_len}: tokenize again"
+            )
 
     def __reduce__(self) -> tuple[type[TokenRows], tuple[Path, None, bool]]:
         return TokenRows, (self.path, None, self.packed)  # a worker opens the maps, it is not sent their bytes
@@ -90,19 +92,9 @@ class TokenRows:
         return len(self._row_offsets) - 1 if self.packed else len(self._document_ids)
 
     @property
-    def num_documents(self) -> int:
-        """Documents in all rows."""
-        return len(self._document_ids)
-
-    @property
     def num_tokens(self) -> int:
         """Tokens in all rows."""
         return len(self._input_ids)
-
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        """[R] tokens of each row. For all rows at once: 8 bytes a row; see `lengths_of`."""
-        return np.concatenate(list(self._chunked_lengths()))
 
     def lengths_of(self, rows: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
         """[len(rows)] tokens of each given row, 0 for FILL."""
@@ -150,12 +142,6 @@ class TokenRows:
         position_ids = np.arange(total, dtype=np.int32)
         position_ids -= np.repeat(restarts.astype(np.int32), np.diff(restarts, append=total))
         return input_ids, labels, position_ids
-
-    def num_label_tokens(self, rows: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
-        """[len(rows)] supervised tokens of each given row; reads one byte a token of those rows."""
-        first, last = self._documents_of(np.asarray(rows, dtype=np.int64))
-        spans = zip(self._document_offsets[first], self._document_offsets[last], strict=True)
-        return np.array([np.count_nonzero(self._loss_mask[start:stop]) for start, stop in spans], dtype=np.int64)
 
     def source_rows(self, rows: Sequence[int] | NDArray[np.int64]) -> list[int]:
         """Indices into the split's Parquet file of all documents in the given rows, in order."""
@@ -246,19 +232,6 @@ class TokenWriter:
 
     def _write(self, name: str, array: NDArray) -> None:
         self._files[name].write(np.ascontiguousarray(array, dtype=_DTYPES[name]).data)
-
-
-def write_token_store(
-    path: str | Path, documents: Sequence[tuple[Sequence[int], Sequence[bool]]], rows: Sequence[Sequence[int]]
-) -> None:
-    """Write a small split from memory: `documents` as (token ids, loss mask), `rows` as lists of document indices."""
-    order = [d for row in rows for d in row]
-    lengths = np.array([len(documents[d][0]) for d in order])
-    mask = np.concatenate([documents[d][1] for d in order])
-    mask[np.cumsum(lengths) - lengths] = False
-    with TokenWriter(path) as writer:
-        input_ids = np.concatenate([documents[d][0] for d in order])
-        writer.append(input_ids, mask, lengths, np.array([len(row) for row in rows]), np.array(order))
 
 
 def _write_header(file: BinaryIO, name: str, size: int) -> None:

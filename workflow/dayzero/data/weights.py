@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import zipfile
@@ -18,8 +19,8 @@ from safetensors.torch import save_file
 from dayzero.console import ProgressBar, log, track
 from dayzero.errors import ConfigError, DataError
 from dayzero.files import read_json, write_json
+from dayzero.safetensors_file import INDEX, read_header
 
-INDEX = "model.safetensors.index.json"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 PICKLE = re.compile(r".*\.(bin|pt|pth|pkl|ckpt)$")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -98,8 +99,7 @@ def store_weights(source: Path, names: list[str], target: Path, dtype: str | Non
     elif changed and len(files) > 1:
         for name in files:
             if name.endswith(".safetensors") and name not in weight_map.values():
-                with _open(target / name) as f:
-                    weight_map |= dict.fromkeys(f.keys(), name)
+                weight_map |= {tensor.name: name for tensor in read_header(target / name)}
                 total_size += (target / name).stat().st_size
         write_json(target / INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
 
@@ -107,18 +107,9 @@ def store_weights(source: Path, names: list[str], target: Path, dtype: str | Non
 def tensor_dtypes(file: Path) -> Counter[torch.dtype]:
     """Number of elements by dtype in a safetensors file, from its header; raises DataError when it is damaged."""
     counts: Counter[torch.dtype] = Counter()
-    with _open(file) as f:
-        for name in f.keys():  # noqa: SIM118  not a dict
-            part = f.get_slice(name)
-            size = 1
-            for n in part.get_shape():
-                size *= n
-            counts[_DTYPES.get(part.get_dtype(), torch.uint8)] += size
+    for tensor in read_header(file):
+        counts[tensor.dtype] += math.prod(tensor.shape)
     return counts
-
-
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I8": torch.int8, "I32": torch.int32}
 
 
 def copy_file(source: Path, target: Path, link: bool) -> None:

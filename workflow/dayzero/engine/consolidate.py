@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from dayzero.console import track
-from dayzero.engine.safetensors_file import INDEX, NewFile
+from dayzero.safetensors_file import INDEX, NewFile
 
 
 def write_model(

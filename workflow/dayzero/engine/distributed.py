@@ -11,9 +11,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+TIMEOUT_MINUTES = 30.0
+"""How long one rank waits for another in a collective."""
+
 
 @contextmanager
-def process_group(timeout_minutes: float = 30) -> Iterator[torch.device]:
+def process_group() -> Iterator[torch.device]:
     """Join torchrun's process group (nccl beside gloo where there are GPUs, gloo elsewhere); yield this rank's device.
 
     Raises `RuntimeError` when not started by torchrun.
@@ -24,7 +27,7 @@ def process_group(timeout_minutes: float = 30) -> Iterator[torch.device]:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    dist.init_process_group(backend, timeout=timedelta(minutes=TIMEOUT_MINUTES))
     try:
         yield device
     finally:

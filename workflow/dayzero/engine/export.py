@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -22,6 +21,7 @@ from dayzero.config import Method
 from dayzero.engine.model import ModelSource
 from dayzero.engine.structure import find_layers
 from dayzero.engine.weights import Weights
+from dayzero.memory import available_memory
 
 TOLERANCE = 1e-5
 """Largest difference of logits that must be equal, as a share of the largest logit."""
@@ -99,7 +99,7 @@ def reloaded_logits(directory: Path, input_ids: Tensor, trust_remote_code: bool 
     weights = Weights(source, source.config(), Method(name="none"), 0)
     assert weights.stored is not None
     needed = 4 * sum(p.numel() for p in weights.stored.model.parameters())
-    if needed <= ROOM * psutil.virtual_memory().available:
+    if needed <= ROOM * available_memory(torch.device("cpu")):
         return logits_of(reload(directory, trust_remote_code), input_ids), "from_pretrained"
     _require_all(directory, {}, weights.stored.unused, [n for n, t in weights.stored.stored.items() if 0 in t.shape])
     return streamed_logits(weights.stored.model, weights.read, input_ids), "layer by layer"

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dayzero.files import atomic_file
+from dayzero.files import atomic_file, read_json_lines
 from dayzero.provenance import peak_memory_gib as peak_resident_gib
 
 
@@ -25,7 +25,7 @@ class MetricsLog:
         if not self.enabled:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.records = [r for r in read_metrics(self.path) if r["step"] <= step] if step else []
+        self.records = [r for r in read_json_lines(self.path, growing=True) if r["step"] <= step] if step else []
         with atomic_file(self.path) as temporary:
             temporary.write_text("".join(json.dumps(r) + "\n" for r in self.records))
 
@@ -36,14 +36,6 @@ class MetricsLog:
         self.records.append(record)
         with open(self.path, "a", encoding="utf-8") as f:
             f.write(json.dumps(record, allow_nan=False) + "\n")
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a metrics file; a half-written last line of a killed process is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def speed(

@@ -16,8 +16,9 @@ from dayzero.config import Method
 from dayzero.engine.float8 import frozen_float8
 from dayzero.engine.quantized import Nf4Linear
 from dayzero.engine.weights import Weights
-from dayzero.errors import ConfigError
-from dayzero.pretrained import require_causal_lm
+from dayzero.errors import ConfigError, short
+from dayzero.pretrained import load_config, require_causal_lm
+from dayzero.remote_code import require_trusted_code
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,16 +35,16 @@ class ModelSource:
     def config(self, tokenizer_directory: Path | None = None) -> PretrainedConfig:
         """The model's config; one from `architecture` takes vocabulary and special ids from the tokenizer.
 
-        Raises `ConfigError` for a directory without a model, a model that is not a causal LM, an unknown model_type or
-        field.
+        Raises `ConfigError` for a directory without a model, a model that is not a causal LM, code of its own that may
+        not be run, an unknown model_type or field.
         """
         if self.directory is not None:
             if not (self.directory / "config.json").is_file():
                 raise ConfigError(f"{self.directory} holds no model (no config.json): run the fetch_model stage first")
-            config = AutoConfig.from_pretrained(self.directory, trust_remote_code=self.trust_remote_code)
+            config = load_config(self.directory, self.trust_remote_code)
             require_causal_lm(config, str(self.directory))
         else:
-            config = _config_from_fields(self.architecture or {}, tokenizer_directory)
+            config = _config_from_fields(self.architecture or {}, tokenizer_directory, self.trust_remote_code)
         config.use_cache = False  # a cache in training costs memory, and packed documents would see one another
         return config
 
@@ -74,7 +75,9 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return trainable, total
 
 
-def _config_from_fields(fields: dict[str, Any], tokenizer_directory: Path | None) -> PretrainedConfig:
+def _config_from_fields(
+    fields: dict[str, Any], tokenizer_directory: Path | None, trust_remote_code: bool
+) -> PretrainedConfig:
     from transformers import AutoTokenizer
 
     fields = dict(fields)
@@ -82,7 +85,8 @@ def _config_from_fields(fields: dict[str, Any], tokenizer_directory: Path | None
     if model_type is None:
         raise ConfigError("model.architecture has no model_type: name one, e.g. model_type: llama")
     if tokenizer_directory is not None:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_directory)
+        require_trusted_code(tokenizer_directory, trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_directory, trust_remote_code=trust_remote_code)
         fields.setdefault("vocab_size", len(tokenizer))
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             fields.setdefault(name, getattr(tokenizer, name))
@@ -97,8 +101,7 @@ def _config_from_fields(fields: dict[str, Any], tokenizer_directory: Path | None
         if model_type not in CONFIG_MAPPING:
             hint = _did_you_mean(model_type, CONFIG_MAPPING) or ": give a model_type that transformers has"
             raise ConfigError(f"model.architecture.model_type {model_type!r} is unknown{hint}") from error
-        said = " ".join(str(error).split())[:300]
-        raise ConfigError(f"model.architecture: {model_type} cannot have these values: {said}") from error
+        raise ConfigError(f"model.architecture: {model_type} cannot have these values: {short(error, 300)}") from error
     require_causal_lm(config, "model.architecture")
     known = {*type(config)().to_dict(), *config.attribute_map}
     if unknown := sorted(set(fields) - known):

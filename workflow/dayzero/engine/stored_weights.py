@@ -31,9 +31,9 @@ from transformers.core_model_loading import (
 
 from dayzero.console import ProgressBar, log
 from dayzero.engine.distributed import rank
-from dayzero.engine.safetensors_file import StoredTensor, stored_tensors
 from dayzero.engine.share import Share
 from dayzero.pretrained import load_causal_lm
+from dayzero.safetensors_file import StoredTensor, stored_tensors
 
 
 @dataclass

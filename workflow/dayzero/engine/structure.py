@@ -9,13 +9,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from dayzero.errors import ConfigError
+
 
 def find_decoder(model: nn.Module) -> nn.Module:
     """The module that turns token ids into hidden states: the inner PreTrainedModel with the layers that `model` calls.
 
     `base_model_prefix` is not used: it is wrong for some architectures. Nor is it always the outermost one that is
     called: some heads reach past it.
-    Raises `ValueError` when the model has no such module.
+    Raises `ConfigError` when the model has no such module.
     """
     layers = find_layers(model)
     found = [
@@ -24,7 +26,7 @@ def find_decoder(model: nn.Module) -> nn.Module:
         if module is not model and isinstance(module, PreTrainedModel) and any(m is layers for m in module.modules())
     ]
     if not found:
-        raise ValueError(
+        raise ConfigError(
             f"{type(model).__name__} has no decoder module around its layers: use train.loss: cross_entropy"
         )
     return found[0] if len(found) == 1 else _first_called(model, found)
@@ -65,7 +67,7 @@ def _first_called(model: nn.Module, modules: Sequence[nn.Module]) -> nn.Module:
 def find_layers(model: nn.Module) -> nn.ModuleList:
     """The decoder's layers: the longest ModuleList that is not inside another one.
 
-    Raises `ValueError` when there is none.
+    Raises `ConfigError` when there is none.
     """
     best: nn.ModuleList | None = None
     pending: list[nn.Module] = [model]
@@ -76,5 +78,8 @@ def find_layers(model: nn.Module) -> nn.ModuleList:
             elif best is None or len(child) > len(best):
                 best = child
     if best is None:
-        raise ValueError(f"{type(model).__name__} has no list of layers: this architecture is not supported")
+        raise ConfigError(
+            f"{type(model).__name__} has no list of layers: this architecture is not supported, choose another "
+            "model.source (or model.architecture)"
+        )
     return best

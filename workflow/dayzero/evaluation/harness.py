@@ -21,13 +21,13 @@ BOOTSTRAP_ITERATIONS = 1000
 
 
 def evaluate_model(
-    config: Evaluate, model: Path, data: Path, tasks_dir: Path
+    config: Evaluate, model: Path, data: Path, tasks_dir: Path, trust_remote_code: bool
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Score the Hugging Face directory `model` on the configured tasks, with lm-eval.
 
     Returns (results, samples): results as eval/results.json holds them, without provenance; samples one for each item
     and task, with prompt, answer, target and the item's metrics, from which the scores can be computed again.
-    Raises ConfigError for unknown tasks, missing data or a directory without a model.
+    Raises ConfigError for unknown tasks, missing data, a directory without a model or code of it that may not be run.
     """
     names = list(dict.fromkeys([*config.tasks, *config.extra_tasks]))
     started = time.monotonic()
@@ -36,7 +36,7 @@ def evaluate_model(
     if names:
         if not (model / "config.json").is_file():
             raise ConfigError(f"{model} holds no exported model (no config.json): run the export stage first")
-        results["chat_template"], outcome, truncated = _run(config, names, model, data, tasks_dir)
+        results["chat_template"], outcome, truncated = _run(config, names, model, data, tasks_dir, trust_remote_code)
         for task, items in outcome["samples"].items():
             samples += [_sample(task, item, truncated) for item in items]
         for task in sorted(outcome["results"], key=lambda name: names.index(name) if name in names else len(names)):
@@ -48,7 +48,7 @@ def evaluate_model(
 
 
 def _run(
-    config: Evaluate, names: list[str], model: Path, data: Path, tasks_dir: Path
+    config: Evaluate, names: list[str], model: Path, data: Path, tasks_dir: Path, trust: bool
 ) -> tuple[bool, dict[str, Any], dict[str, bool]]:
     os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars; ours is the one to show
     import datasets
@@ -72,12 +72,14 @@ def _run(
             if task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=0)
             task.set_fewshot_seed(seed=config.seed)
-        chat = transformers.AutoTokenizer.from_pretrained(model).chat_template is not None
         # answers first: likelihoods of the same prompts are then nearly free
         order = sorted(tasks["tasks"].items(), key=lambda item: item[1].OUTPUT_TYPE != "generate_until")
         tasks["tasks"] = dict(order)
-        load_causal_lm(model, device_map="meta")  # lm-eval would fill missing weights with random values and go on
-        lm = ExactLM(model, dtype=config.dtype, batch_size=config.batch_size, chat=chat)
+        # lm-eval would fill missing weights with random values and go on
+        load_causal_lm(model, device_map="meta", trust_remote_code=trust)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=trust)
+        chat = tokenizer.chat_template is not None
+        lm = ExactLM(model, dtype=config.dtype, batch_size=config.batch_size, chat=chat, trust_remote_code=trust)
         lm.tasks = list(tasks["tasks"].values())
         log.info(
             "%s on %s in %s, prompts %s",

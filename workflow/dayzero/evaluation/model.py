@@ -26,7 +26,7 @@ from transformers.cache_utils import DynamicLayer
 
 from dayzero.console import ProgressBar, log
 from dayzero.evaluation.attention import decode_without_copies
-from dayzero.evaluation.memory import available_memory
+from dayzero.memory import available_memory
 
 MAX_BATCH = 64
 """Rows in a batch at most; more gain nothing."""
@@ -44,13 +44,20 @@ Tokens = tuple[int, ...]
 class ExactLM(HFLM):
     """`directory`: an exported Hugging Face model. `chat`: prompts come from the model's chat template."""
 
-    def __init__(self, directory: Path, *, dtype: str, batch_size: int | str, chat: bool) -> None:
+    def __init__(
+        self, directory: Path, *, dtype: str, batch_size: int | str, chat: bool, trust_remote_code: bool
+    ) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cpu":
             decode_without_copies()
         # a chat template writes its own BOS, if it wants one
         super().__init__(
-            str(directory), backend="causal", device=device, dtype=dtype, add_bos_token=False if chat else None
+            str(directory),
+            backend="causal",
+            device=device,
+            dtype=dtype,
+            add_bos_token=False if chat else None,
+            trust_remote_code=trust_remote_code,
         )
         self._rows = batch_size
         self._keeps_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters

@@ -14,7 +14,7 @@ from typing import Any
 from lm_eval.tasks import TaskManager
 
 from dayzero.console import log
-from dayzero.errors import ConfigError, DataError
+from dayzero.errors import ConfigError, DataError, short
 
 
 def load_tasks(names: Sequence[str], tasks_dir: Path, data: Path, work_dir: Path) -> dict[str, Any]:
@@ -113,13 +113,19 @@ def _check_columns(name: str, task: Any, data: Path) -> None:
 
 def _unloadable(name: str, error: Exception, is_local: bool, config: dict[str, Any]) -> Exception:
     """One line for a task that does not load; missing data of a built-in task is the usual reason."""
-    text = " ".join(str(error).split())
+    text = short(error, 300)
     if is_local:
-        return ConfigError(f"evaluate.tasks: {name!r} does not load: {type(error).__name__}: {text}")
+        return ConfigError(
+            f"evaluate.tasks: {name!r} does not load: {type(error).__name__}: {text}: mend its "
+            "file in config/tasks, or leave the task out"
+        )
     if isinstance(error, ConnectionError | FileNotFoundError) or "ffline" in text or "hub" in text.lower():
         source = ", ".join(repr(config[key]) for key in ("dataset_path", "dataset_name") if config.get(key))
         return ConfigError(
             f"evaluate.tasks: {name!r} is built into lm-eval, but its data is not on this machine and this stage works "
             f"offline: where there is a network, run datasets.load_dataset({source}) once, or leave the task out"
         )
-    return ConfigError(f"evaluate.tasks: lm-eval's {name!r} does not load: {type(error).__name__}: {text[:300]}")
+    return ConfigError(
+        f"evaluate.tasks: lm-eval's {name!r} does not load: {type(error).__name__}: {text}: install what it "
+        "needs, or leave the task out"
+    )

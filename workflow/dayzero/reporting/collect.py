@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from dayzero import store
 from dayzero.config import RunConfig
 from dayzero.errors import DataError
+from dayzero.files import json_object, read_json_lines
 
 Record = dict[str, Any]
 
@@ -119,10 +120,7 @@ def read_run(directory: Path) -> Run:
 
 
 def _metrics(path: Path) -> pd.DataFrame | None:
-    if not path.is_file():
-        return None
-    lines = path.read_text(encoding="utf-8").splitlines()
-    records = [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    records = read_json_lines(path)
     if not records:
         return None
     frame = pd.DataFrame.from_records(records)
@@ -133,18 +131,8 @@ def _metrics(path: Path) -> pd.DataFrame | None:
 
 
 def _json(path: Path) -> Record:
-    return _parse(path.read_text(encoding="utf-8"), path)
+    return json_object(path.read_text(encoding="utf-8"), path)
 
 
 def _json_or_none(path: Path) -> Record | None:
     return _json(path) if path.is_file() else None
-
-
-def _parse(text: str, where: object) -> Record:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where} is not JSON ({error.msg}): remove it and run its stage again") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{where} holds no JSON object: remove it and run its stage again")
-    return value

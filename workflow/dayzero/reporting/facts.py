@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from dayzero.nested import flatten
 from dayzero.reporting.collect import RUN_STAGES, Record, Run
 from dayzero.reporting.scores import DASH, run_facts
 
@@ -174,7 +175,10 @@ def tokens_table(runs: Sequence[Run]) -> Table:
 
 def differences_table(runs: Sequence[Run]) -> Table:
     """Every config key whose value is not the same in all runs."""
-    flat = [_flatten(run.config) for run in runs]
+    flat = [
+        {key: json.dumps(value, ensure_ascii=False).strip('"') for key, value in flatten(run.config).items()}
+        for run in runs
+    ]
     keys = dict.fromkeys(key for config in flat for key in config)
     rows = []
     for key in keys:
@@ -334,13 +338,3 @@ def by_key(runs: Sequence[Run], stage: str) -> dict[str, list[Run]]:
 
 def _used_by(key: str, users: Sequence[Run], runs: Sequence[Run]) -> str:
     return key if len(users) == len(runs) else f"{key} ({', '.join(run.name for run in users)})"
-
-
-def _flatten(config: Record, prefix: str = "") -> dict[str, str]:
-    flat = {}
-    for key, value in config.items():
-        if isinstance(value, dict) and value:
-            flat.update(_flatten(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = json.dumps(value, ensure_ascii=False).strip('"')
-    return flat

@@ -19,6 +19,8 @@ STAGE_COLOURS = [*COLOURS, MUTED, INK]
 """One for each stage of RUN_STAGES and SHARED_STAGES."""
 LANGUAGES = 8
 """The most frequent languages of a data set that are drawn."""
+WRAPPED = 18
+"""Letters in a line of a task's name."""
 LOG_SCALE_FROM = 20
 """Losses whose largest is this many times the smallest are drawn on a logarithmic axis."""
 
@@ -289,10 +291,10 @@ def _short(name: str, length: int = 28) -> str:
     return name if len(name) <= length else f"{name[: length - 1]}…"
 
 
-def _wrap(task: str, width: int = 18) -> str:
+def _wrap(task: str) -> str:
     """A long task name over two lines, broken at a separator."""
-    task = _short(task, 2 * width)
-    if len(task) <= width:
+    task = _short(task, 2 * WRAPPED)
+    if len(task) <= WRAPPED:
         return task
-    cut = max(task.rfind(c, 0, width) for c in "_-/ ")
+    cut = max(task.rfind(c, 0, WRAPPED) for c in "_-/ ")
     return f"{task[: cut + 1]}\n{task[cut + 1 :]}" if cut > 0 else task

@@ -1,9 +1,9 @@
 """Run vLLM once, in a process of its own: `python -m dayzero.serving.generate JOB.json ANSWER.json`.
 
 Its memory (and threads, and signal handlers) are gone when transformers takes its turn. JOB: {"model", "dtype",
-"prompts": lists of token ids, "max_new_tokens"}. ANSWER: {"vllm": version, "device", "answers": [{"tokens",
-"token_logprobs", "prompt_logprobs"}]} or {"error": one line}. Log probabilities are in nats; that of a prompt's first
-token does not exist and is left out.
+"trust_remote_code", "prompts": lists of token ids, "max_new_tokens"}. ANSWER: {"vllm": version, "device", "answers":
+[{"tokens", "token_logprobs", "prompt_logprobs"}]} or {"error": one line}. Log probabilities are in nats; that of a
+prompt's first token does not exist and is left out.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ def generate(job: dict[str, Any]) -> dict[str, Any]:
     llm = LLM(
         model=job["model"],
         dtype=job["dtype"],
+        trust_remote_code=job["trust_remote_code"],
         max_model_len=max(map(len, job["prompts"])) + job["max_new_tokens"] + 1,
         max_num_seqs=len(job["prompts"]),
         enforce_eager=True,  # compiling takes longer than these few prompts

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 import tempfile
@@ -21,7 +22,7 @@ from dayzero.config import Serving
 from dayzero.console import log, track
 from dayzero.errors import ConfigError, DataError
 from dayzero.files import read_json, write_json
-from dayzero.serving.vllm_settings import context_length, environment, require_model, require_vllm
+from dayzero.serving.vllm_settings import environment, require_model, require_vllm
 
 UNSUPERVISED_PROMPT = 32
 """Tokens taken as the prompt of a document whose labels begin at once (plain text)."""
@@ -54,34 +55,40 @@ def choose_prompts(tokens: Path, num_prompts: int, max_tokens: int) -> list[list
     return prompts
 
 
-def compare(config: Serving, model: Path, tokens: Path) -> dict[str, Any]:
+def compare(config: Serving, model: Path, tokens: Path, trust_remote_code: bool) -> dict[str, Any]:
     """Run both engines on the exported `model`; what parity.json holds, without provenance.
 
-    Raises ConfigError where vLLM is missing or cannot serve the model, naming its reason.
+    Raises ConfigError where vLLM is missing or cannot serve the model, naming its reason, or code of the model's own
+    may not be run.
     """
+    from dayzero.pretrained import context_length, load_config
+
     require_vllm()
     require_model(model)
-    room = context_length(model) - config.max_new_tokens - 1
-    if room < 2:
+    longest, context = config.max_prompt_tokens, context_length(load_config(model, trust_remote_code))
+    if context is not None:
+        longest = min(longest, context - config.max_new_tokens - 1)
+    if longest < 2 <= config.max_prompt_tokens:
         raise ConfigError(
             f"serving.max_new_tokens = {config.max_new_tokens} leaves no room for a prompt in the model's context "
-            f"of {context_length(model)} tokens: lower it"
+            f"of {context} tokens: lower it"
         )
-    prompts = choose_prompts(tokens, config.num_prompts, min(config.max_prompt_tokens, room))
+    prompts = choose_prompts(tokens, config.num_prompts, longest)
     log.info("vLLM answers %d prompts of up to %d tokens (loading takes a while)", len(prompts), max(map(len, prompts)))
-    served = run_vllm(model, prompts, config)
+    served = run_vllm(model, prompts, config, trust_remote_code)
     answers = [answer["tokens"] for answer in served["answers"]]
-    reference = _transformers(model, prompts, answers, config.dtype)
+    reference = _transformers(model, prompts, answers, config.dtype, trust_remote_code)
     return {**judge(prompts, served["answers"], reference, config.tolerance), **_versions(config, served)}
 
 
-def run_vllm(model: Path, prompts: list[list[int]], config: Serving) -> dict[str, Any]:
+def run_vllm(model: Path, prompts: list[list[int]], config: Serving, trust_remote_code: bool) -> dict[str, Any]:
     """What `generate.py` answers; ConfigError with vLLM's own reason when it fails."""
     job = {
         "model": str(model.resolve()),
         "dtype": config.dtype,
         "prompts": prompts,
         "max_new_tokens": config.max_new_tokens,
+        "trust_remote_code": trust_remote_code,
     }
     with tempfile.TemporaryDirectory(prefix="dayzero-vllm-") as folder:
         job_file, answer_file = Path(folder) / "job.json", Path(folder) / "answer.json"
@@ -93,7 +100,8 @@ def run_vllm(model: Path, prompts: list[list[int]], config: Serving) -> dict[str
         return answer
     for line in (done.stdout + done.stderr).splitlines()[-40:]:
         log.info("vLLM: %s", line)
-    hint = " (a head size that vLLM's attention lacks: serve with another engine)" if "head" in answer["error"] else ""
+    lacks = re.search(r"head[ _](size|dim)", answer["error"], re.IGNORECASE)
+    hint = " (a head size that vLLM's attention lacks: serve with another engine)" if lacks else ""
     raise ConfigError(f"vLLM cannot serve {model}: {answer['error'][:500]}{hint}")
 
 
@@ -155,14 +163,16 @@ def write_verdict(path: Path, result: dict[str, Any]) -> None:
     )
 
 
-def _transformers(model: Path, prompts: list[list[int]], answers: list[list[int]], dtype: str) -> list[dict[str, Any]]:
+def _transformers(
+    model: Path, prompts: list[list[int]], answers: list[list[int]], dtype: str, trust_remote_code: bool
+) -> list[dict[str, Any]]:
     """Log probabilities of prompt and answer tokens by transformers, and its own greedy choices."""
     import torch
 
     from dayzero.pretrained import load_causal_lm
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    network: Any = load_causal_lm(model, dtype=getattr(torch, dtype))
+    network: Any = load_causal_lm(model, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
     network = network.to(device).eval()
     results = []
     for prompt, answer in track(list(zip(prompts, answers, strict=True)), "transformers reads"):

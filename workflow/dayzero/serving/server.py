@@ -14,26 +14,33 @@ from pathlib import Path
 
 from dayzero.console import log
 from dayzero.errors import ConfigError
-from dayzero.serving.vllm_settings import context_length, environment, require_model, require_vllm
+from dayzero.serving.vllm_settings import environment, require_model, require_vllm
 
 DEFAULT_CONTEXT = 4096
 """Tokens of context where none is asked for: on a CPU the whole context of a long one would not fit the cache."""
 SECONDS_TO_END = 20
 
 
-def serve(model: Path, *, name: str, host: str, port: int, dtype: str, max_model_len: int | None) -> int:
+def serve(
+    model: Path, *, name: str, host: str, port: int, dtype: str, max_model_len: int | None, trust_remote_code: bool
+) -> int:
     """Serve `model` as `name` until ctrl-C; returns vLLM's exit code (0 after ctrl-C).
 
-    Raises ConfigError for a folder without a model, a taken port or a missing vLLM.
+    Raises ConfigError for a folder without a model, code of the model's own that may not be run, a taken port or a
+    missing vLLM.
     """
+    from dayzero.pretrained import context_length, load_config
+
     require_model(model)
     require_vllm()
     _require_free(host, port)
-    length = max_model_len or min(context_length(model), DEFAULT_CONTEXT)
+    context = context_length(load_config(model, trust_remote_code))
+    length = max_model_len or min(context or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
     # not the `vllm` command: it looks for a distribution called vllm, which the CPU build is not
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model.resolve())]
     command += ["--served-model-name", name, "--host", host, "--port", str(port)]
     command += ["--dtype", dtype, "--max-model-len", str(length)]
+    command += ["--trust-remote-code"] if trust_remote_code else []
     log.info("starting vLLM on %s; the first answer takes about a minute", model)
     # a group of its own: on ctrl-C it is asked to end once, by us, and not killed under its feet
     process = subprocess.Popen(command, env=environment(own_process=False), start_new_session=True)

@@ -41,14 +41,3 @@ def environment(*, own_process: bool) -> dict[str, str]:
     if own_process:
         settings["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     return {**settings, **os.environ}
-
-
-def context_length(model: Path) -> int:
-    """The model's longest sequence in tokens, by its config.json."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(model).get_text_config()
-    for name in ("max_position_embeddings", "n_positions", "n_ctx"):
-        if value := getattr(config, name, None):
-            return int(value)
-    return 2048

@@ -7,7 +7,7 @@ import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dayzero.console import SECONDS_BETWEEN_LINES, console, log, setup_logging
@@ -36,6 +36,13 @@ def read_config(text_or_path: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ConfigError(f"--config {text_or_path}: not a JSON object: give a run's config.json")
     return config
+
+
+def trusts_code(config: Mapping[str, Any]) -> bool:
+    """Whether the code of the run's model may be run: `model.trust_remote_code`, which is left out where it is off."""
+    from dayzero.config import Model
+
+    return Model.model_validate(config.get("model") or {}).trust_remote_code
 
 
 def run_stage(

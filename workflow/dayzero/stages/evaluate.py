@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dayzero.stages.base import read_config, run_stage, stage_parser
+from dayzero.stages.base import read_config, run_stage, stage_parser, trusts_code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,7 +18,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", required=True, type=Path, help="the data's folder in the store, with test.parquet")
     parser.add_argument("--tasks-dir", required=True, type=Path, help="the folder of the local task YAML files")
     parser.add_argument("--output", required=True, type=Path, help="folder for results.json and samples.jsonl")
-    parser.add_argument("--threads", type=int, help="CPU threads; default: what the environment says")
     return run_stage(parser, _evaluate, argv)
 
 
@@ -30,12 +29,9 @@ def _evaluate(args: argparse.Namespace) -> None:
     from dayzero.provenance import Clock
 
     clock = Clock()
-    config = Evaluate.model_validate(read_config(args.config).get("evaluate") or {})
-    if args.threads:
-        import torch
-
-        torch.set_num_threads(args.threads)
-    results, samples = evaluate_model(config, args.model, args.data, args.tasks_dir)
+    given = read_config(args.config)
+    config, trust = Evaluate.model_validate(given.get("evaluate") or {}), trusts_code(given)
+    results, samples = evaluate_model(config, args.model, args.data, args.tasks_dir, trust)
     with atomic_file(args.output / "samples.jsonl") as temporary, open(temporary, "w", encoding="utf-8") as f:
         for sample in samples:
             f.write(json.dumps(sample) + "\n")

@@ -13,6 +13,7 @@ from dayzero.console import log
 from dayzero.errors import ConfigError
 from dayzero.files import atomic_directory, read_json, sha256_file, write_json
 from dayzero.provenance import Clock
+from dayzero.remote_code import require_trusted_code
 from dayzero.stages.base import read_config, run_stage, stage_parser
 
 
@@ -38,6 +39,7 @@ def export(args: argparse.Namespace) -> None:
     import torch
     from transformers import AutoTokenizer, GenerationConfig
 
+    from dayzero.data.tokenizer import read_chat_template
     from dayzero.engine.consolidate import write_model
     from dayzero.engine.export import TOLERANCE, largest_difference, reloaded_logits, streamed_logits
     from dayzero.engine.model import ModelSource
@@ -53,15 +55,17 @@ def export(args: argparse.Namespace) -> None:
     ema = run.export.weights == "ema"
     weights = TrainedWeights(source, args.tokenizer, run.method, run.seed, args.train, ema=ema)
     model, read = weights.model, weights.read
+    require_trusted_code(args.tokenizer or args.model, trust)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model, trust_remote_code=trust)
     if run.model.chat_template:
-        tokenizer.chat_template = Path(run.model.chat_template).read_text(encoding="utf-8")
+        tokenizer.chat_template = read_chat_template(run.model.chat_template)
     probe = _probe(args, tokenizer)
     checks: dict[str, Any] = {"tokens": probe["input_ids"].shape[1]}
     logits = streamed_logits(model, read, probe["input_ids"])
     if args.train:
         difference = largest_difference(logits, probe["ema_logits" if ema else "logits"])
-        _require("exported and in-training", difference, TOLERANCE)
+        remedy = f"--train {args.train} is not of this model, or damaged: remove it and train again"
+        _require("exported and in-training", difference, TOLERANCE, remedy)
         checks["training"] = {"difference": difference, "tolerance": TOLERANCE}
 
     stored = read_json(args.model / "manifest.json").get("dtype") if args.model else None
@@ -78,7 +82,8 @@ def export(args: argparse.Namespace) -> None:
         num_parameters = sum(p.numel() for p in model.parameters())
         found, how = reloaded_logits(directory, probe["input_ids"], trust)
         difference = largest_difference(found, logits)
-        _require("reloaded and exported", difference, TOLERANCE)
+        remedy = "transformers does not read this architecture as it writes it: take another version of transformers"
+        _require("reloaded and exported", difference, TOLERANCE, remedy)
         checks |= {"max_logit_difference": difference, "tolerance": TOLERANCE, "loaded": how}
         log.info("reloads with logits within %.2g (allowed %.2g)", difference, TOLERANCE)
         files = {p.name: sha256_file(p) for p in sorted(directory.iterdir()) if p.is_file()}
@@ -105,11 +110,11 @@ def _probe(args: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
     return {"input_ids": torch.tensor([tokenizer("The exported model must be the model that was loaded.").input_ids])}
 
 
-def _require(what: str, difference: float, tolerance: float) -> None:
+def _require(what: str, difference: float, tolerance: float, remedy: str) -> None:
     if not difference <= tolerance:  # also refuses NaN
-        raise ValueError(
-            f"the {what} logits differ by {difference:.3g}, more than {tolerance:.3g} of their size: "
-            "nothing is exported"
+        raise ConfigError(
+            f"nothing is exported: the {what} logits differ by {difference:.3g}, more than {tolerance:.3g} of their "
+            f"size: {remedy}"
         )
 
 

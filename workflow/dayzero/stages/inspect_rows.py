@@ -13,9 +13,9 @@ from dayzero.stages.base import run_stage
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="dayzero.stages.inspect_rows", description=__doc__)
-    parser.add_argument("--experiment", required=True, help="a name in config/experiments, or a file")
+    parser.add_argument("--experiment", help="a name in config/experiments or a file; default: that of config.yaml")
     parser.add_argument("--run", required=True, help="one of its runs")
-    parser.add_argument("--results", default="results", help="the folder of all results")
+    parser.add_argument("--results", help="the folder of all results; default: results_dir of config.yaml")
     parser.add_argument("--split", default="train", choices=["train", "validation"])
     parser.add_argument("--row", type=int, default=0, help="the first row to show, from 0")
     parser.add_argument("--num-rows", type=int, default=1, help="how many rows to show")
@@ -27,10 +27,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _inspect(args: argparse.Namespace) -> None:
     from dayzero.errors import ConfigError
-    from dayzero.experiment import experiment_path, load_experiment
+    from dayzero.site_config import load
     from dayzero.wiring import Wiring
 
-    wiring = Wiring(load_experiment(experiment_path(args.experiment)), args.results)
+    experiment, results = load(args.experiment)
+    wiring = Wiring(experiment, args.results or results)
     run = wiring.run(args.run)
     tokens, data = Path(wiring.tokens(run)), Path(wiring.data(run))
     if args.print_target:
@@ -54,7 +55,7 @@ def _inspect(args: argparse.Namespace) -> None:
     views = view_rows(rows, indices, tokenizer, data / split["file"])
     print_rows(views, Console())
     title = f"{wiring.name}/{args.run}: rows {indices.start} to {indices.stop - 1} of {len(rows)} {args.split} rows"
-    page = args.html or Path(args.results) / wiring.name / args.run / "inspect.html"
+    page = args.html or Path(wiring.experiment) / args.run / "inspect.html"
     with atomic_file(page) as file:
         file.write_text(html_page(views, title), encoding="utf-8")
     log.info("also written to %s", page)

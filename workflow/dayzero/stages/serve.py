@@ -13,9 +13,11 @@ from dayzero.stages.base import run_stage
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="dayzero.stages.serve", description=__doc__)
-    parser.add_argument(
-        "--model", required=True, type=Path, help="an exported model's folder, results/EXPERIMENT/RUN/model"
-    )
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--run", help="a run of the experiment, whose model is served")
+    which.add_argument("--model", type=Path, help="an exported model's folder, results/EXPERIMENT/RUN/model")
+    parser.add_argument("--experiment", help="a name in config/experiments or a file; default: that of config.yaml")
+    parser.add_argument("--print-target", action="store_true", help="only print the manifest of the run's model")
     parser.add_argument("--name", help="the model's name in requests; default: the run's name")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all")
     parser.add_argument("--port", type=int, default=8000)
@@ -23,22 +25,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--max-model-len", type=int, help="longest sequence in tokens; default: the context, at most 4096"
     )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code that ships with the model; with --run its model.trust_remote_code decides",
+    )
     parser.add_argument("--log", help="also write the log to this file")
     return run_stage(parser, _serve, argv)
 
 
 def _serve(args: argparse.Namespace) -> None:
+    from dayzero.errors import ConfigError
+    from dayzero.remote_code import require_trusted_code
     from dayzero.serving.server import serve
+    from dayzero.site_config import load
+    from dayzero.wiring import Wiring
 
-    name = args.name or (args.model.resolve().parent.name if args.model.name == "model" else args.model.resolve().name)
+    if args.run is None and (args.experiment or args.print_target):
+        raise ConfigError("--experiment and --print-target go with --run, not with --model")
+    if args.run is not None and args.trust_remote_code:
+        raise ConfigError("--trust-remote-code goes with --model: set model.trust_remote_code of the run")
+    model, trust = args.model, args.trust_remote_code
+    if args.run is not None:
+        wiring = Wiring(*load(args.experiment))
+        trust = wiring.run(args.run).model.trust_remote_code
+        model = Path(wiring.experiment) / args.run / "model"
+    else:
+        require_trusted_code(model, trust, switch="--trust-remote-code")
+    if args.print_target:
+        print(model / "manifest.json")
+        return
+    name = args.name or (model.resolve().parent.name if model.name == "model" else model.resolve().name)
     raise SystemExit(
         serve(
-            args.model,
+            model,
             name=name,
             host=args.host,
             port=args.port,
             dtype=args.dtype,
             max_model_len=args.max_model_len,
+            trust_remote_code=trust,
         )
     )
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dayzero.stages.base import read_config, run_stage, stage_parser
+from dayzero.stages.base import read_config, run_stage, stage_parser, trusts_code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,8 +26,9 @@ def _verify(args: argparse.Namespace) -> None:
     from dayzero.serving.parity import compare, write_verdict
 
     clock = Clock()
-    config = Serving.model_validate(read_config(args.config).get("serving") or {})
-    result = compare(config, args.model, args.tokens)
+    given = read_config(args.config)
+    config = Serving.model_validate(given.get("serving") or {})
+    result = compare(config, args.model, args.tokens, trusts_code(given))
     result["provenance"] = clock.provenance()
     write_verdict(args.output / "parity.json", result)
     log.info(

@@ -26,8 +26,10 @@ BLOCK = 1 << 25
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U64": torch.uint64, "U32": torch.uint32,
+    "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool, "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
 }  # fmt: skip
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -121,19 +123,23 @@ class NewFile:
 
 
 def read_header(file: Path) -> Iterator[StoredTensor]:
-    """The tensors of one file. Raises `DataError` where it is missing or damaged."""
+    """The tensors of one file. Raises `DataError` where it is missing, damaged or cut off."""
     try:
         with open(file, "rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length))
+            size = os.fstat(stream.fileno()).st_size
+            start = 8 + int.from_bytes(stream.read(8), "little")
+            if start > size:
+                raise ValueError(f"its header is to end at byte {start}, the file does at {size}")
+            header = json.loads(stream.read(start - 8))
+        header.pop("__metadata__", None)
+        entries = {name: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()}
+        if (end := start + max((entry[3] for entry in entries.values()), default=0)) != size:
+            raise ValueError(f"its tensors are to end at byte {end}, the file does at {size}")
     except FileNotFoundError as error:
         raise DataError(f"{file} is missing: fetch the model again") from error
-    except ValueError as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise DataError(f"{file}: damaged or cut-off weights ({error}): fetch the model again") from error
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        if entry["dtype"] not in DTYPES:
-            raise DataError(f"{file}: {name} is stored as {entry['dtype']}, which is no dtype of torch's")
-        begin = entry["data_offsets"][0]
-        yield StoredTensor(file, name, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + begin)
+    for name, (dtype, shape, begin, _) in entries.items():
+        if dtype not in DTYPES:
+            raise DataError(f"{file}: {name} is stored as {dtype}, which is no dtype of torch's: use other weights")
+        yield StoredTensor(file, name, DTYPES[dtype], shape, start + begin)
