@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from dayzero.config import Lora, Method, Train
 from dayzero.data.loader import TrainBatches
-from dayzero.data.tokens import TokenRows, write_token_store
+from dayzero.data.tokens import TokenRows
 from dayzero.engine import distributed
 from dayzero.engine.consolidate import write_model
 from dayzero.engine.export import TOLERANCE, largest_difference, reloaded_logits, streamed_logits
@@ -37,6 +37,9 @@ from dayzero.errors import ConfigError
 from dayzero.files import write_json
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+from tests.token_store import write_token_store
+from tests.whole_weights import all_whole_weights
 
 SEED = 4
 STEPS = 4
@@ -181,7 +184,7 @@ class Subject:
     def adapted(self) -> Trainer:
         """The model after two steps of LoRA."""
         trainer = self.trainer("lora", "lora")
-        before = whole_weights(trainer.model, frozen=True)
+        before = all_whole_weights(trainer.model)
         self.adapted_before = {name: value.clone() for name, value in before.items()}
         self.adapted_records = self.steps(trainer, 2)
         return trainer
@@ -241,7 +244,7 @@ def lora(subject: Subject) -> str:
     trainer = subject.adapted
     first = subject.adapted_records[0]
     require("loss", first["loss"], subject.reference[0], LOSS)
-    after = whole_weights(trainer.model, frozen=True)
+    after = all_whole_weights(trainer.model)
     if distributed.rank() == 0:
         moved = {n for n, before in subject.adapted_before.items() if not torch.equal(before, after[n])}
         if frozen := sorted(n for n in moved if "lora_" not in n):
@@ -327,7 +330,7 @@ def checkpointing(subject: Subject) -> str:
 
 def resume(subject: Subject) -> str:
     """Continued from the middle, training ends with the same weights to the bit."""
-    want = whole_weights(subject.trained.model, frozen=True)
+    want = all_whole_weights(subject.trained.model)
     records = [record["loss"] for record in subject.trained.metrics.records]
     if distributed.rank() == 0:
         place = subject.folder / "resumed" / "checkpoints"
@@ -340,7 +343,7 @@ def resume(subject: Subject) -> str:
     if trainer.step != STEPS // 2:
         raise Differs(f"continued from step {trainer.step}")
     trainer.fit(lambda start: subject.batches(trainer, start), None)
-    got = whole_weights(trainer.model, frozen=True)
+    got = all_whole_weights(trainer.model)
     if distributed.rank() == 0:
         losses = [record["loss"] for record in trainer.metrics.records][-(STEPS // 2) :]
         if losses != records[-(STEPS // 2) :]:

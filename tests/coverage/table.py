@@ -27,8 +27,8 @@ def state(cell: dict[str, str] | None) -> str:
 
 
 def worse(results: Results, baseline: Results) -> list[str]:
-    """A line for each cell that passed in `baseline` and does not now."""
-    found = []
+    """A line for each cell that passed in `baseline` and does not now, and for each architecture that is gone."""
+    found = [f"{name}: in the table before, not tried now" for name in baseline if name not in results]
     for name, cells in results.items():
         for check, old in baseline.get(name, {}).items():
             now = cells.get(check)

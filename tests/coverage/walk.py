@@ -70,6 +70,8 @@ def report(folder: Path, names: list[str], *, write: bool, accept: bool) -> int:
         return 2
     results = {name: read(folder, name)["cells"] for name in names}
     baseline = json.loads(TWIN.read_text())["architectures"] if TWIN.is_file() else {}
+    if not write:  # a part of them
+        baseline = {name: baseline[name] for name in names if name in baseline}
     worse = table.worse(results, baseline)
     for text in worse:
         print(f"WORSE {text}")

@@ -25,7 +25,7 @@ from dayzero.data.loader import Batch, TrainBatches, ValidationBatches
 from dayzero.data.mixing import Mix
 from dayzero.data.tokens import TokenRows
 from dayzero.engine import checkpoint_writer, distributed
-from dayzero.engine.gathering import float32_logits, whole_weights
+from dayzero.engine.gathering import float32_logits, whole_averages, whole_weights
 from dayzero.engine.megatron_fsdp import has_unequal_shards
 from dayzero.engine.model import ModelSource, build_model
 from dayzero.engine.optimizer import clip_grad_norm
@@ -41,6 +41,7 @@ from tests.distributed.cuda_stand_in import cuda_stand_in
 from tests.distributed.loading import load
 from tests.distributed.optimizers import optimizers
 from tests.tiny import ARCHITECTURES, write_rows
+from tests.whole_weights import all_whole_weights
 
 STEPS = 10
 SEED = 4
@@ -134,7 +135,7 @@ def reference(job: dict[str, Any]) -> dict[str, Any]:
     decay = batches.num_steps - 2
     for batch in batches:
         step = batch.step + 1
-        lr = LR * (step / 2 if step <= 2 else 0.5 * (1 + math.cos(math.pi * (step - 2) / decay)))
+        lr = LR * (step / 2 if step <= 2 else 0.5 * (1 + math.cos(math.pi * (step - 3) / decay)))
         for group in groups:
             group["lr"] = lr
         optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = lr
@@ -213,13 +214,15 @@ def share_of(trainer: Trainer) -> tuple[int, int]:
 
 
 def all_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in whole_weights(trainer.model, frozen=True).items()}
+    return {name: tensor.clone() for name, tensor in all_whole_weights(trainer.model).items()}
 
 
 def averages(trainer: Trainer) -> dict[str, torch.Tensor]:
     """The trained weights' averages, whole; nothing without them."""
     if trainer.ema is None:
         return {}
+    if not has_unequal_shards(trainer.module):
+        return {name: tensor.clone() for name, tensor in whole_averages(trainer.model, trainer.ema).items()}
     with trainer.ema.in_place():
         return {name: tensor.clone() for name, tensor in whole_weights(trainer.model).items()}
 

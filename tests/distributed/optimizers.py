@@ -41,7 +41,7 @@ class Experts(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.num_experts = 4
+        self.num_experts, self.is_transposed = 4, False
         self.gate_up_proj = nn.Parameter(torch.empty(4, 12, 10))
 
 
@@ -57,7 +57,7 @@ class Weights(nn.Module):
         self.odd = nn.Linear(7, 13)
         self.low = nn.Linear(9, 1)
         self.norm = nn.LayerNorm(5)
-        self.experts = Experts()
+        self.mixture = nn.ModuleDict({"experts": Experts()})  # apart from `low`, which would be taken for its router
         self.load_state_dict(tensors(self, 0))
 
 
@@ -77,6 +77,7 @@ def reference_optimizers(model: Weights, config: Optimizer) -> list[torch.optim.
     if config.name == "adamw":
         return [torch.optim.AdamW(groups, **adam, foreach=False)]
     if config.name == "adafactor":
+        # of float32 weights: for bfloat16 ones torch's floor of squared gradients is that dtype's, ours stays float32's
         return [torch.optim.Adafactor(groups, lr=config.lr, foreach=False)]
     if config.name == "adamw8bit":
         from torchao.optim import AdamW8bit
@@ -112,7 +113,7 @@ def run_steps(
                     if p.grad is None:  # an expert's part of its stack
                         stack, index = next(
                             (s, i)
-                            for s in model.experts.parameters()
+                            for s in model.mixture.parameters()
                             for i, m in enumerate(s)
                             if m.data_ptr() == p.data_ptr()
                         )

@@ -49,6 +49,9 @@ def low(folder: Path) -> Results:  # noqa: F811
             if "wise" not in name or HAS_FLOAT8:
                 made = job("train", "qwen3", method, "packed", folder, strategy="fsdp2", train=train)
                 jobs.append({**made, "name": f"{method}-{name}", "folder": str(folder / f"low-{method}-{name}")})
+        if HAS_FLOAT8:
+            probe = job("leak", "qwen3", method, "packed", folder, strategy="fsdp2", train=LOW["compiled_tensorwise"])
+            jobs.append({**probe, "name": f"{method}-leak"})
     return run_ranks(1, jobs, folder / "low")
 
 
@@ -60,6 +63,12 @@ def test_low_precision_follows_the_float32_curve(low: Results, method: str, name
     got, want = low[f"{method}-{name}"]["losses"], low[f"{method}-fp32"]["losses"]
     assert got != want
     torch.testing.assert_close(got, want, rtol=1e-2 if "wise" in name else 2e-3, atol=0)
+
+
+@pytest.mark.skipif(not HAS_FLOAT8, reason="needs a GPU of compute capability 8.9")
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_one_scale_for_all_tokens_is_no_leak(low: Results, method: str) -> None:
+    assert low[f"{method}-leak"]["leak"] is None
 
 
 def test_resumed_equals_never_interrupted(folder: Path) -> None:  # noqa: F811

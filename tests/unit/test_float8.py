@@ -7,10 +7,15 @@ from typing import Any
 import pytest
 import torch
 from dayzero.config import Fp8, Lora, Method, Train
+from dayzero.engine.checkpoint import state_of
 from dayzero.engine.float8 import FrozenFloat8Linear, convert_to_float8, frozen_float8, require_float8, to_float8
+from dayzero.engine.gathering import float32_logits, whole_weights
 from dayzero.engine.loss import CausalLMWithLoss
 from dayzero.engine.model import ModelSource, build_model, count_parameters
-from dayzero.engine.transformer_engine import float8_autocast
+from dayzero.engine.optimizer import build_optimizer
+from dayzero.engine.parallel_dims import ParallelDims
+from dayzero.engine.parallel_model import ParallelModel
+from dayzero.engine.transformer_engine import float8_autocast, is_extra_state
 from dayzero.engine.weights import Weights
 from dayzero.errors import ConfigError
 from torch import nn
@@ -165,6 +170,11 @@ def test_what_is_skipped_stays() -> None:
     model = build_model(source, source.config(), LORA, 0, meta=True)
     convert_to_float8(model, Fp8(emulate=True, skip=["gate_proj", "up_proj", "down_proj"]))
     assert len(frozen_float8(model)) == 4 * 4
+    for name in ("gate_porj", "lm_head"):
+        with pytest.raises(
+            ConfigError, match=rf"train.fp8.skip '{name}' names no linear .* of this model are down_proj, "
+        ):
+            convert_to_float8(model, Fp8(emulate=True, skip=["gate_proj", name]))
     with pytest.raises(ConfigError, match="no linear layer is left"):
         convert_to_float8(model, Fp8(emulate=True, skip=["gate_proj", "up_proj", "down_proj"]))
 
@@ -192,6 +202,27 @@ def test_transformer_engines_modules_run_under_its_autocast(method: Method, monk
     assert transformer_engine_double.seen == ["DelayedScaling"] * 4 * 7
     with pytest.raises(ConfigError, match="recipe mxfp8: this transformer-engine has no MXFP8BlockScaling"):
         float8_autocast(Fp8(backend="transformer_engine", recipe="mxfp8"))
+
+
+@pytest.mark.parametrize("method", [LORA, FULL], ids=["lora", "full"])
+def test_transformer_engines_extra_states_are_not_weights(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither in checkpoints nor where the logits for the export are computed."""
+    transformer_engine_double.install(monkeypatch)
+    fp8 = Fp8(backend="transformer_engine", recipe="delayed")
+    model = ParallelModel(
+        source=source_of(), method=method, train=Train(max_steps=1, precision="bf16", fp8=fp8),
+        dims=ParallelDims(strategy="none", world_size=1), seed=0, device=torch.device("cpu"),
+    )  # fmt: skip
+    assert any(is_extra_state(name) for name in model.module.state_dict())
+    optimizer = build_optimizer(model.module, model.train.optimizer)
+    saved = state_of(model.module, optimizer)
+    assert not any(is_extra_state(name) for name in saved)
+    assert {f"model.{n}" for n, p in model.module.named_parameters() if p.requires_grad} <= set(saved)
+    assert not any(is_extra_state(name) for name in whole_weights(model))
+    ids = torch.arange(20).unsqueeze(0)
+    plain = build_model(model.source, model.source.config(), method, 0, meta=False).eval()
+    got = float32_logits(model, ids, ids)
+    torch.testing.assert_close(got, plain(input_ids=ids, position_ids=ids).logits.detach())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU says")

@@ -145,6 +145,11 @@ def test_every_way_agrees_with_peft(way: str, tmp_path: Path) -> None:
          "the nearest names are embed_tokens"),
         ("llama", Lora(modules_to_save=["lm_head"]), r"'lm_head': its weight is model.embed_tokens.weight.*name "
          "embed_tokens instead"),
+        ("llama", Lora(targets=["q_proj", "lm_head"]), r"targets \['q_proj', 'lm_head'\]: the model ties lm_head to "
+         r"embed_tokens, .* leave lm_head out, or train both whole by method.lora.modules_to_save: \[embed_tokens\]"),
+        ("llama", Lora(targets=["q_proj", "embed_tokens"]), r"the model ties embed_tokens to lm_head, .* leave "
+         r"embed_tokens out, or train both whole by method.lora.modules_to_save: \[embed_tokens\]"),
+        ("llama", Lora(targets=["lm_head", "embed_tokens"]), "the model ties embed_tokens to lm_head"),
         ("llama", Lora(modules_to_save=["mlp"]), "layers.0.mlp is trained whole, so method.lora.targets 'all-lin"),
         ("mixtral", Lora(dora=True), "dora: PEFT adapts fused experts without DoRA only: turn it off"),
     ],

@@ -211,3 +211,8 @@ def test_a_head_that_reaches_past_the_outer_decoder() -> None:
     says = "the model does not call its OPTModel: use train.loss: cross_entropy"
     with pytest.raises(ValueError, match=says), decoder_returns(model.model, None):
         model(input_ids=batch()[0])
+
+
+def test_a_model_without_layers_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"Linear has no list of layers: .* choose another model\.source"):
+        find_layers(torch.nn.Linear(2, 2))

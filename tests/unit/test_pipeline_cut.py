@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
-from dayzero.config import Method
+from dayzero.config import Lora, Method
 from dayzero.engine.model import ModelSource, build_model
 from dayzero.engine.parallel_dims import ParallelDims, SizeError
 from dayzero.engine.pipeline_cut import anatomy, balanced, check_pipeline, cut_layers
@@ -55,6 +56,23 @@ def test_what_belongs_to_the_ends_is_found(
     assert (found.hidden_size, found.vocab_size) == (32, 128)
     assert found.output == ((tuple, 2) if architecture is BLOOM else (torch.Tensor, 1))
     assert {name: (id(p), p.requires_grad) for name, p in model.named_parameters()} == before  # only a copy was tried
+
+
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [
+        (r".*layers\.3\..*proj", "the layers 0 to 1, which are one stage: let method.lora.targets reach some of them"),
+        (r".*layers\.0\..*proj", "parallelism.pp 2: nothing is trained in the layers 2 to 3,"),
+        (r".*layers\.[02]\..*proj", None),
+    ],
+)
+def test_a_stage_without_adapters(targets: str, said: str | None) -> None:
+    source = ModelSource(directory=None, architecture=ARCHITECTURES["llama"])
+    method = Method(name="lora", lora=Lora(targets=targets))
+    model = build_model(source, source.config(), method, seed=0, meta=True)
+    sizes = ParallelDims(world_size=2, strategy="fsdp2", pp=2)
+    with pytest.raises(ConfigError, match=said) if said else nullcontext():
+        check_pipeline(model, sizes)
 
 
 def test_stages_are_balanced_by_their_parameters() -> None:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from dayzero.config import LrScheduler, Method, Muon, Optimizer
 from dayzero.engine.lr_scheduler import lr_factor
 from dayzero.engine.model import ModelSource, build_model
-from dayzero.engine.optimizer import build_optimizer, clip_grad_norm, decay_groups, set_lr
+from dayzero.engine.optimizer import build_optimizer, clip_grad_norm, decay_groups, hidden_matrices, set_lr
 from dayzero.engine.parallel_dims import ParallelDims
 from dayzero.errors import ConfigError
 from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    get_cosine_schedule_with_warmup,
+    get_linear_schedule_with_warmup,
+    get_wsd_schedule,
+)
+from transformers.pytorch_utils import Conv1D
 
 from tests.tiny import ARCHITECTURES
 
@@ -19,9 +29,9 @@ from tests.tiny import ARCHITECTURES
     ("name", "points"),
     [
         ("constant", {1: 0.25, 4: 1.0, 5: 1.0, 20: 1.0}),
-        ("linear", {1: 0.25, 4: 1.0, 12: 0.55, 20: 0.1}),
-        ("cosine", {2: 0.5, 4: 1.0, 12: 0.55, 20: 0.1}),
-        ("wsd", {2: 0.5, 4: 1.0, 14: 1.0, 15: 1.0, 16: 0.82, 20: 0.1}),
+        ("linear", {1: 0.25, 4: 1.0, 5: 1.0, 13: 0.55, 20: 0.15625, 21: 0.1}),
+        ("cosine", {2: 0.5, 4: 1.0, 5: 1.0, 13: 0.55, 21: 0.1}),
+        ("wsd", {2: 0.5, 4: 1.0, 14: 1.0, 16: 1.0, 17: 0.82, 20: 0.28, 21: 0.1}),
     ],
 )
 def test_learning_rate_curves(name: str, points: dict[int, float]) -> None:
@@ -30,8 +40,28 @@ def test_learning_rate_curves(name: str, points: dict[int, float]) -> None:
         assert lr_factor(step, 20, config) == pytest.approx(factor), step
 
 
-def test_without_warmup_the_first_step_is_near_the_peak() -> None:
-    assert lr_factor(1, 100, LrScheduler(name="cosine")) == pytest.approx(1.0, abs=1e-3)
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine", "wsd"])
+def test_every_step_trains(name: Any) -> None:
+    config = LrScheduler(name=name)
+    assert lr_factor(1, 1, config) == 1.0
+    for steps in (2, 3, 30):
+        factors = [lr_factor(step, steps, config) for step in range(1, steps + 1)]
+        assert factors[0] == 1.0
+        assert min(factors) > 0
+
+
+@pytest.mark.parametrize("warmup", [0, 4])
+def test_behind_the_warm_up_the_curves_are_those_of_transformers(warmup: int) -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    for name, schedule in (
+        ("linear", get_linear_schedule_with_warmup(optimizer, warmup, 20)),
+        ("cosine", get_cosine_schedule_with_warmup(optimizer, warmup, 20)),
+        ("wsd", get_wsd_schedule(optimizer, warmup, 5, num_training_steps=20, decay_type="linear")),
+    ):
+        config = LrScheduler(name=name, warmup_steps=warmup, decay_steps=5 if name == "wsd" else None)  # type: ignore[arg-type]
+        (factor,) = schedule.lr_lambdas
+        for step in range(warmup + 1, 21):
+            assert lr_factor(step, 20, config) == pytest.approx(factor(step - 1)), (name, step)
 
 
 def test_matrices_decay_and_biases_norms_and_embeddings_do_not() -> None:
@@ -40,6 +70,53 @@ def test_matrices_decay_and_biases_norms_and_embeddings_do_not() -> None:
     decay, no_decay = decay_groups(model)
     assert [p is model["linear"].weight for p in decay] == [True]
     assert {id(p) for p in no_decay} == {id(model["embed"].weight), *(id(p) for p in model["norm"].parameters())}
+
+
+SMALL = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2}
+MIXTURE = {**ARCHITECTURES["llama"], "num_experts": 4, "num_experts_per_tok": 2}
+
+
+def empty(**fields: Any) -> nn.Module:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "vectors", "matrices"),
+    [
+        (
+            ARCHITECTURES["gpt_oss"],
+            {"gate_up_proj_bias", "down_proj_bias", "sinks"},
+            {"gate_up_proj", "down_proj", "router.weight", "q_proj.weight"},
+        ),
+        (
+            {**ARCHITECTURES["llama"], "model_type": "cohere", "use_qk_norm": True},
+            {"q_norm.weight", "k_norm.weight"},
+            {"k_proj.weight"},
+        ),
+        (
+            {**SMALL, "model_type": "rwkv", "context_length": 64},
+            {"attention.time_mix_key", "attention.time_decay", "ln1.weight"},
+            {"attention.key.weight"},
+        ),
+        ({**SMALL, "model_type": "gpt2", "n_head": 4}, {"c_fc.bias", "wpe.weight"}, {"c_fc.weight", "c_proj.weight"}),
+    ],
+    ids=["gpt_oss", "cohere", "rwkv", "gpt2"],
+)
+def test_vectors_stacked_for_experts_or_heads_do_not_decay(
+    fields: dict[str, Any], vectors: set[str], matrices: set[str]
+) -> None:
+    model = empty(**fields)
+    names = {id(p): name for name, p in model.named_parameters()}
+    decay, no_decay = ([names[id(p)] for p in group] for group in decay_groups(model))
+    for expected, found, other in ((vectors, no_decay, decay), (matrices, decay, no_decay)):
+        for end in expected:
+            assert any(name.endswith(f".{end}") for name in found), end
+            assert not any(name.endswith(f".{end}") for name in other), end
+
+
+def test_a_linear_layer_with_one_output_decays() -> None:
+    assert decay_groups(nn.Linear(4, 1, bias=False))[0]
 
 
 def test_adamw_decays_apart_from_the_gradient() -> None:
@@ -92,6 +169,100 @@ def test_muon_takes_the_matrices_of_the_layers_only() -> None:
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(
         [5e-3] + [5e-4] * (len(optimizer.param_groups) - 1)
     )
+
+
+JAMBA = {"mamba_dt_rank": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
+         "expert_layer_offset": 1, "use_mamba_kernels": False}  # fmt: skip
+SHARED = {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 4}
+
+
+@pytest.mark.parametrize(
+    ("fields", "routers", "hidden"),
+    [
+        ({**MIXTURE, **JAMBA, "model_type": "jamba"}, {"router.weight"}, {"in_proj.weight", "experts.down_proj"}),
+        # the shared expert happens to have as many outputs as there are experts
+        (
+            {**MIXTURE, **SHARED, "model_type": "qwen2_moe"},
+            {"shared_expert_gate.weight", "mlp.gate.weight"},
+            {"shared_expert.gate_proj.weight", "shared_expert.up_proj.weight"},
+        ),
+        ({**MIXTURE, "model_type": "phimoe", "num_local_experts": 4}, {"router.weight"}, {"q_proj.weight"}),
+    ],
+    ids=["jamba", "qwen2_moe", "phimoe"],
+)
+def test_routers_are_not_muons(fields: dict[str, Any], routers: set[str], hidden: set[str]) -> None:
+    model = empty(**fields)
+    names = {id(p): name for name, p in model.named_parameters()}
+    muons = {names[key] for key in hidden_matrices(model)}
+    for end in routers:
+        assert any(name.endswith(end) for name in names.values()), end
+        assert not any(name.endswith(end) for name in muons), end
+    for end in hidden:
+        assert any(name.endswith(end) for name in muons), end
+
+
+class Experts(nn.Module):
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.num_experts, self.is_transposed = shape[0], False
+        self.weight = nn.Parameter(torch.randn(shape))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_oss"])
+def test_muons_original_step_knows_inputs_from_outputs(name: str) -> None:
+    """Of weights that are stored transposed, against the same matrices the usual way round."""
+    torch.manual_seed(0)
+    config = Optimizer(name="muon", lr=1e-2, muon=Muon(adjust_lr="original"))
+    stored, usual = (Conv1D(8, 2), nn.Linear(2, 8)) if name == "gpt2" else (Experts(3, 2, 8), Experts(3, 8, 2))
+    with torch.no_grad():
+        usual.weight.copy_(stored.weight.mT)
+    stored.weight.grad = torch.randn_like(stored.weight)
+    usual.weight.grad = stored.weight.grad.mT.contiguous()
+    if name != "gpt2":
+        stored.is_transposed = True
+    for model in (stored, usual):
+        build_optimizer(model, config).step()
+    torch.testing.assert_close(stored.weight.detach(), usual.weight.detach().mT)
+
+
+def test_muons_original_step_is_refused_where_inputs_are_not_known() -> None:
+    usual = Experts(3, 8, 2)
+    del usual.is_transposed
+    with pytest.raises(ConfigError, match=r"adjust_lr original: .* experts do not say .* use match_rms_adamw"):
+        build_optimizer(usual, Optimizer(name="muon", lr=1e-2, muon=Muon(adjust_lr="original")))
+
+
+@pytest.mark.parametrize("name", ["muon", "adafactor"])
+def test_steps_of_bfloat16_weights_are_rounded_once(name: Any) -> None:
+    """Decay and update together, against the same step of float32 weights."""
+    torch.manual_seed(0)
+    values, gradient = torch.randn(64, 48).bfloat16(), torch.randn(64, 48).bfloat16()
+    after = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = nn.Linear(48, 64, bias=False, dtype=dtype)
+        model.weight.data.copy_(values)
+        model.weight.grad = gradient.to(dtype)
+        build_optimizer(model, Optimizer(name=name, lr=1e-2, weight_decay=0.1)).step()
+        after.append(model.weight.detach())
+    assert torch.equal(after[0].bfloat16(), after[1])
+
+
+def test_adafactor_learns_bfloat16_weights_from_small_gradients() -> None:
+    """The floor of squared gradients is that of float32, in which they are kept."""
+    torch.manual_seed(0)
+    inputs, wanted = torch.randn(256, 32), torch.randn(32, 32) * 0.3
+    errors = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = nn.Linear(32, 32, bias=False, dtype=dtype)
+        optimizer = build_optimizer(model, Optimizer(name="adafactor", lr=1e-2, weight_decay=0.0))
+        for _ in range(300):
+            loss = (inputs @ (model.weight.float().t() - wanted)).square().mean()
+            (loss * 1e-2).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        errors[dtype] = loss.item()
+    assert errors[torch.float32] < 1e-4
+    assert errors[torch.bfloat16] < 1e-2
 
 
 def test_clipping_scales_all_gradients_by_one_factor() -> None:

@@ -35,9 +35,11 @@ def everything(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def save(model_type: str, folder: Path) -> Path:
+def save(model_type: str, folder: Path, **fields: Any) -> Path:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(small(model_type))
+    config = small(model_type)
+    config.update(fields)
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)

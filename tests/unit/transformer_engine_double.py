@@ -31,6 +31,11 @@ class Linear(nn.Linear):
     def __init__(self, inputs: int, outputs: int, *, bias: bool, params_dtype: torch.dtype, device: Any) -> None:
         super().__init__(inputs, outputs, bias=bias, dtype=params_dtype, device=device)
 
+    def get_extra_state(self) -> torch.Tensor:
+        return torch.empty(0, dtype=torch.uint8)
+
+    def set_extra_state(self, state: torch.Tensor) -> None: ...
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         seen.append(_active[-1] if _active else None)
         return super().forward(x)

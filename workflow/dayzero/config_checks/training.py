@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dayzero.config import RunConfig
+from dayzero.config import LrScheduler, RunConfig
 
 
 def check_steps_and_optimizer(run: RunConfig) -> Iterator[tuple[str, str]]:
@@ -16,11 +16,8 @@ def check_steps_and_optimizer(run: RunConfig) -> Iterator[tuple[str, str]]:
             "train.max_steps",
             f"and train.num_epochs = {train.num_epochs:g} both say how long to train: set one of them to null",
         )
-    if train.max_steps is not None:
-        decay = (scheduler.decay_steps or 0) if scheduler.name == "wsd" else 0
-        if scheduler.warmup_steps + decay > train.max_steps:
-            sum_text = f"warmup_steps {scheduler.warmup_steps}" + (f" + decay_steps {decay}" if decay else "")
-            yield "train.lr_scheduler.warmup_steps", f"{sum_text} is more than train.max_steps {train.max_steps}"
+    if train.max_steps is not None and (problem := too_long(scheduler, train.max_steps)):
+        yield "train.lr_scheduler.warmup_steps", f"{problem} is more than train.max_steps {train.max_steps}"
     if not all(0 <= beta < 1 for beta in train.optimizer.betas):
         yield "train.optimizer.betas", "both must be at least 0 and below 1"
     weights = "bfloat16" if train.precision == "bf16_pure" else "float32"
@@ -32,6 +29,14 @@ def check_steps_and_optimizer(run: RunConfig) -> Iterator[tuple[str, str]]:
         )
     if train.checkpoint.keep_best and (problem := _no_validation_at_checkpoints(run)):
         yield "train.checkpoint.keep_best", problem
+
+
+def too_long(scheduler: LrScheduler, steps: int) -> str | None:
+    """The parts of the learning rate's curve that do not fit into `steps`."""
+    decay = (scheduler.decay_steps or 0) if scheduler.name == "wsd" else 0
+    if scheduler.warmup_steps + decay <= steps:
+        return None
+    return f"warmup_steps {scheduler.warmup_steps}" + (f" + decay_steps {decay}" if decay else "")
 
 
 def _no_validation_at_checkpoints(run: RunConfig) -> str | None:

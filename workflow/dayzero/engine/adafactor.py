@@ -17,6 +17,10 @@ from torch import Tensor
 from dayzero.engine.sharded import like, local, mean_over, root_mean_square, with_one
 from dayzero.engine.sharded_optimizer import ShardedOptimizer
 
+EPS = torch.finfo(torch.float32).eps
+"""Floor of a mean of squared gradients, and the root of a single one's: all of it is computed in float32. That of
+bfloat16, which torch takes for such weights, is larger than most squared gradients."""
+
 EPS_SCALE = 1e-3
 """A weight's own size counts as at least this (eps2 of the paper)."""
 
@@ -31,11 +35,10 @@ class Adafactor(ShardedOptimizer):
         lr: float,
         beta2_decay: float = -0.8,
         clip_threshold: float = 1.0,
-        weight_decay: float = 0.0,
         state_dtype: torch.dtype = torch.float32,
     ) -> None:
         defaults = {"lr": lr, "beta2_decay": beta2_decay, "clip_threshold": clip_threshold}
-        super().__init__(params, {**defaults, "weight_decay": weight_decay}, state_dtype)
+        super().__init__(params, defaults, state_dtype)
 
     def update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
         state.setdefault("step", torch.zeros(()))
@@ -43,21 +46,19 @@ class Adafactor(ShardedOptimizer):
         step = state["step"].item()
         new_share = step ** group["beta2_decay"]  # 1 - beta2 of this step
         share = local(weight)
-        eps = torch.finfo(weight.dtype).eps
         length = max(EPS_SCALE, root_mean_square(weight, share)) * min(group["lr"], step**-0.5)
         squared = grad.square()
         if weight.ndim > 1:
             row = self._keep(state, "row_var", weight, mean_over(weight, squared, -1), -1, new_share)
             column = self._keep(state, "col_var", weight, mean_over(weight, squared, -2), -2, new_share)
             mean = mean_over(with_one(weight, row, -1), row, -2)
-            variance = row * column / mean.clamp(min=eps)
+            variance = row * column / mean.clamp(min=EPS)
         else:
             variance = self._keep(state, "variance", weight, squared, None, new_share)
-        update = variance.clamp(min=eps * eps).rsqrt() * grad
+        update = variance.clamp(min=EPS * EPS).rsqrt() * grad
         clip = max(1.0, root_mean_square(weight, update) / group["clip_threshold"])
-        if group["weight_decay"]:
-            share.mul_(1 - group["lr"] * group["weight_decay"])
-        share.add_(update, alpha=-length / clip)
+        decayed = share.float().mul_(1 - group["lr"] * group["weight_decay"])
+        share.copy_(decayed.add_(update, alpha=-length / clip))
 
     def _keep(
         self, state: dict[str, Tensor], name: str, weight: Tensor, new: Tensor, dim: int | None, share: float

@@ -28,10 +28,9 @@ class AdamWInFloat32(ShardedOptimizer):
         lr: float,
         betas: tuple[float, float],
         eps: float,
-        weight_decay: float = 0.0,
         state_dtype: torch.dtype,
     ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        defaults = {"lr": lr, "betas": betas, "eps": eps}
         super().__init__(params, defaults, state_dtype)
 
     def update(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:

@@ -29,6 +29,7 @@ from dayzero.engine.distributed import gather_objects, rank
 from dayzero.engine.float8 import plain_weight
 from dayzero.engine.megatron_fsdp import has_unequal_shards, locate_shards
 from dayzero.engine.optimizer import set_lr
+from dayzero.engine.transformer_engine import is_extra_state
 from dayzero.errors import ConfigError, DataError, one_line
 from dayzero.nested import flatten
 
@@ -59,7 +60,7 @@ def state_of(
         return {}
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     weights = cast(dict[str, Tensor], get_model_state_dict(inner, options=OPTIONS))
-    state = {f"model.{name}": plain_weight(tensor) for name, tensor in weights.items()}
+    state = {f"model.{name}": plain_weight(tensor) for name, tensor in weights.items() if not is_extra_state(name)}
     names = {id(parameter): name for name, parameter in inner.named_parameters()}
     moments: dict[str, Tensor] = {}
     for parameter, values in optimizer.state.items():

@@ -48,7 +48,7 @@ class Ema:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """While active, the module has the averages for weights."""
+        """While active, the module has the averages for weights, rounded where those are bfloat16."""
         kept = [parameter.detach().clone() for parameter in self.parameters]
         self._put(self.averages.values())
         try:

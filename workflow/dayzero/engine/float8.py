@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,9 +56,17 @@ def require_float8(fp8: Fp8) -> None:
 def convert_to_float8(model: PreTrainedModel, fp8: Fp8) -> None:
     """Let the linear layers of the meta-device `model` compute in 8 bits, in place, before it is sharded.
 
-    Raises `ConfigError` naming the modules whose sizes are not multiples of 16.
+    Raises `ConfigError` naming the modules whose sizes are not multiples of 16, or a name to skip that skips nothing.
     """
-    found = dict(_linears(model, fp8.skip))
+    linears = dict(_linears(model))
+    for name in fp8.skip:
+        if not any(_is_named(linear, name) for linear in linears):
+            last = sorted({n.removesuffix(".base_layer").rpartition(".")[2] for n in linears})
+            raise ConfigError(
+                f"train.fp8.skip {name!r} names no linear layer that would be converted: those of this model are "
+                + ", ".join(last)
+            )
+    found = {n: m for n, m in linears.items() if not any(_is_named(n, name) for name in fp8.skip)}
     odd = {n: m for n, m in found.items() if m.in_features % MULTIPLE or m.out_features % MULTIPLE}
     if odd:
         shown = ", ".join(f"{n} {m.out_features} x {m.in_features}" for n, m in list(odd.items())[:SHOWN])
@@ -81,14 +91,17 @@ def convert_to_float8(model: PreTrainedModel, fp8: Fp8) -> None:
         _convert_trained(model, fp8, trained)
 
 
-def _linears(model: PreTrainedModel, skip: list[str]) -> Iterator[tuple[str, nn.Linear]]:
+def _linears(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
     names = {id(module): name for name, module in model.named_modules()}
     for layer in find_layers(model):
         for inner, module in layer.named_modules():
             name = f"{names[id(layer)]}.{inner}"
-            skipped = any(name == s or name.removesuffix(".base_layer").endswith(f".{s}") for s in skip)
-            if type(module) is nn.Linear and "lora_" not in name and not skipped:
+            if type(module) is nn.Linear and "lora_" not in name:
                 yield name, module
+
+
+def _is_named(name: str, given: str) -> bool:
+    return name == given or name.removesuffix(".base_layer").endswith(f".{given}")
 
 
 def _convert_trained(model: PreTrainedModel, fp8: Fp8, names: set[str]) -> None:
@@ -115,6 +128,8 @@ class FrozenFloat8Linear(nn.Module):
     weight_scale: Tensor
     weight_by_columns: Tensor | None
     """[I, O], the codes turned; None where products are emulated."""
+    plain = False
+    """Whether x is multiplied as it is, see `plain_products`."""
 
     def __init__(self, linear: nn.Linear, fp8: Fp8) -> None:
         super().__init__()
@@ -149,6 +164,9 @@ class FrozenFloat8Linear(nn.Module):
         """[..., I] -> [..., O]."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        if self.plain:
+            weight = self.weight_float8.float() * self.weight_scale
+            return nn.functional.linear(x, weight.to(x.dtype), self.bias)
         out = _FrozenProduct.apply(x.flatten(0, -2), *self.weights, self.weight_scale, self.emulate)
         out = out.unflatten(0, x.shape[:-1])
         return out if self.bias is None else out + self.bias.to(out.dtype)
@@ -215,6 +233,35 @@ def product(
 def frozen_float8(model: nn.Module) -> dict[str, FrozenFloat8Linear]:
     """The modules of `model` that hold quantised weights, by name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, FrozenFloat8Linear)}
+
+
+@contextmanager
+def plain_products(model: nn.Module) -> Iterator[None]:
+    """While active, the converted linear layers of `model` take what flows through them as it is; only weights that
+    are kept or gathered in 8 bits are rounded. transformer-engine's do so outside of `float8_autocast`."""
+    frozen = list(frozen_float8(model).values())
+    trained = [m for m in model.modules() if type(m).__name__ == "Float8Linear"]  # torchao's
+    for module in frozen:
+        module.plain = True
+    for linear in trained:
+        linear.forward = partial(_plain_product, linear)
+    try:
+        # what is compiled has the 8-bit products in it
+        with torch.compiler.set_stance("force_eager") if frozen or trained else nullcontext():
+            yield
+    finally:
+        for module in frozen:
+            del module.plain
+        for linear in trained:
+            del linear.forward
+
+
+def _plain_product(linear: nn.Module, x: Tensor) -> Tensor:
+    weight: Any = linear.weight
+    if hasattr(weight, "to_original_precision"):  # gathered in 8 bits
+        weight = weight.to_original_precision()
+    bias: Any = linear.bias
+    return nn.functional.linear(x, weight, bias)
 
 
 def plain_weight(tensor: Tensor) -> Tensor:

@@ -5,12 +5,16 @@ Shapes: B rows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import cast
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 
+from dayzero.engine import distributed
+from dayzero.engine.ema import Ema
 from dayzero.engine.float8 import frozen_float8, plain_weight
 from dayzero.engine.frozen import in_float32
 from dayzero.engine.loss import CausalLMWithLoss
@@ -18,64 +22,73 @@ from dayzero.engine.megatron_fsdp import has_unequal_shards, whole_parameters
 from dayzero.engine.parallel_model import ParallelModel
 from dayzero.engine.parallelize import parallelize
 from dayzero.engine.passes import logits_of
-from dayzero.engine.sharded import local
 from dayzero.engine.structure import find_layers
+from dayzero.engine.transformer_engine import is_extra_state
 
 
-def whole_weights(model: ParallelModel, *, frozen: bool = False) -> dict[str, Tensor]:
-    """Every trained parameter whole, by the model's own names, on rank 0's CPU; empty on other ranks.
-
-    `frozen`: those that are not trained too.
-    """
+def whole_weights(model: ParallelModel) -> dict[str, Tensor]:
+    """Every trained parameter whole, by the model's own names, on rank 0's CPU; empty on other ranks."""
     if has_unequal_shards(model.module):
         # none is frozen
         return {name.removeprefix("model."): whole for name, whole in whole_parameters(model.module).items()}
-    options = StateDictOptions(
-        full_state_dict=True, cpu_offload=model.pipeline is None, ignore_frozen_params=not frozen
-    )
+    options = StateDictOptions(full_state_dict=True, cpu_offload=model.pipeline is None, ignore_frozen_params=True)
     state = cast(dict[str, Tensor], get_model_state_dict(model.module, options=options))
     if model.pipeline:
         state = model.pipeline.collect(state)
-    return {name.removeprefix("model."): tensor for name, tensor in state.items()}
+    return {name.removeprefix("model."): tensor for name, tensor in state.items() if not is_extra_state(name)}
+
+
+def whole_averages(model: ParallelModel, ema: Ema) -> dict[str, Tensor]:
+    """`whole_weights` of the averages, in float32, of a model that is split evenly."""
+    whole = {name: a.full_tensor() if isinstance(a, DTensor) else a for name, a in ema.averages.items()}
+    if model.pipeline:
+        whole = model.pipeline.collect(whole)
+    elif distributed.rank() != 0:
+        return {}
+    return {name.removeprefix("model."): tensor.cpu() for name, tensor in whole.items()}
 
 
 @torch.no_grad()
-def float32_logits(model: ParallelModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-    """[B, T] twice -> [B, T, V] on the CPU, of the same weights on the same mesh as training's logits, but computed in
-    float32 whatever the precision of training. All ranks call it together.
+def float32_logits(model: ParallelModel, input_ids: Tensor, position_ids: Tensor, ema: Ema | None = None) -> Tensor:
+    """[B, T] twice -> [B, T, V] on the CPU, of the same weights on the same mesh as training's logits, or with `ema` of
+    their averages, but computed in float32 whatever the precision of training. All ranks call it together.
 
     What an export must give: bf16 training keeps float32 weights, and only their float32 logits can be compared
     closely.
     """
     train, module = model.train, model.module
     if not (train.fp8 or (train.precision != "fp32" and model.dims.strategy == "fsdp2")):
-        return logits_of(model, module, "fp32", input_ids, position_ids)
+        with ema.in_place() if ema else nullcontext():
+            return logits_of(model, module, "fp32", input_ids, position_ids)
     bare = model.empty_module(plain=True)
     module, _, _ = parallelize(
         bare,
         model.dims,
         model.mesh,
         train.model_copy(update={"precision": "fp32", "activation_checkpointing": "none", "compile": False}),
-        load=lambda: _share_weights(model, bare),
+        load=lambda: _share_weights(model, bare, ema),
         found=model.anatomy,
     )
     with in_float32(bare, [] if model.pipeline else list(find_layers(bare.model))):
         return logits_of(model, module, "fp32", input_ids, position_ids)
 
 
-def _share_weights(model: ParallelModel, bare: CausalLMWithLoss) -> None:
-    """Give the equally sharded, meta-device `bare` the weights of training.
+def _share_weights(model: ParallelModel, bare: CausalLMWithLoss, ema: Ema | None) -> None:
+    """Give the equally sharded, meta-device `bare` the weights of training, or their averages.
 
-    They are not copied, but where frozen ones were quantised: those are loaded once more, and the trained ones copied.
+    They are not copied, but frozen ones that were quantised are loaded once more.
     """
-    owner = model.module
-    if frozen_float8(owner):
+    owner, quantised = model.module, bool(frozen_float8(model.module))
+    if quantised:
         model.weights.load(bare, bare.model, model.device, offload=model.train.cpu_offload)
-        for name, parameter in owner.named_parameters():
-            if parameter.requires_grad:
-                local(bare.get_parameter(name)).copy_(local(parameter))
-        return
-    bare.load_state_dict({n: plain_weight(tensor) for n, tensor in owner.state_dict().items()}, assign=True)
-    for name, buffer in owner.named_buffers():  # also those that are not in a state dict
+        weights = {name: p.detach() for name, p in owner.named_parameters() if p.requires_grad}
+    else:
+        weights = {name: plain_weight(t) for name, t in owner.state_dict().items() if not is_extra_state(name)}
+    if ema:
+        average = dict(zip(ema.parameters, ema.averages.values(), strict=True))
+        weights |= {n: average[p] for n, p in owner.named_parameters(remove_duplicate=False) if p in average}
+    unknown = bare.load_state_dict(weights, assign=True, strict=not quantised).unexpected_keys
+    assert not unknown, unknown
+    for name, buffer in () if quantised else owner.named_buffers():  # also those that are not in a state dict
         parent, _, leaf = name.rpartition(".")
         bare.get_submodule(parent)._buffers[leaf] = buffer

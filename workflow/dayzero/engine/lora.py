@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from dayzero.config import Lora
 from dayzero.console import log
 from dayzero.engine.expert_parallel import find_experts
-from dayzero.engine.lora_targets import share_tied_adapters
+from dayzero.engine.lora_targets import half_adapted, share_tied_adapters
 from dayzero.errors import ConfigError, one_line
 
 ADAPTER = "default"
@@ -47,7 +47,8 @@ def inject_lora(model: PreTrainedModel, config: Lora) -> None:
 
     `modules_to_save` are trained in place: PEFT's second copy of them is not needed where nothing unloads the adapter.
     Raises `ConfigError` when `targets`, or one name among them, match no module, naming those that would, and when
-    PEFT cannot adapt what they match; also when `modules_to_save` cannot be trained.
+    PEFT cannot adapt what they match, or it is tied to what has no such adapter; also when `modules_to_save` cannot be
+    trained.
     """
     _check_modules_to_save(model, config)
     names = [name for name, _ in model.named_modules()]
@@ -72,6 +73,13 @@ def inject_lora(model: PreTrainedModel, config: Lora) -> None:
         raise ConfigError(f"method.lora.targets {config.targets!r}: {one_line(error)}") from error
     except re.error as error:
         raise ConfigError(f"method.lora.targets {config.targets!r} is no regular expression: {error}") from error
+    if tied := half_adapted(model):
+        adapted, other, first = (name.rpartition(".")[2] for name in tied)
+        raise ConfigError(
+            f"method.lora.targets {config.targets!r}: the model ties {adapted} to {other}, which its adapter would "
+            f"change in the export but not in training: leave {adapted} out, or train both whole by "
+            f"method.lora.modules_to_save: [{first}]"
+        )
     share_tied_adapters(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)

@@ -119,7 +119,7 @@ class FusedLoraLinear(LoraLinear):
         a, b = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
         in_float8 = isinstance(base, FrozenFloat8Linear)
         same = x.dtype == a.dtype == b.dtype and (in_float8 or base.weight.dtype == x.dtype)
-        same = same and not torch.is_autocast_enabled(x.device.type)
+        same = same and not torch.is_autocast_enabled(x.device.type) and not (in_float8 and base.plain)
         if args or kwargs or not same or self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
         frozen = (*base.weights, base.weight_scale) if in_float8 else (base.weight, base.weight, None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -65,6 +66,22 @@ def not_adapted(model: PreTrainedModel, method: Method) -> list[str]:
     if not isinstance(method.lora, ResolvedLora) or not isinstance(method.lora.targets, list):
         return []
     return sorted({name.rpartition(".")[2] for name in _linears(model) - set(method.lora.targets)})
+
+
+def half_adapted(model: nn.Module) -> tuple[str, str, str] | None:
+    """An adapted module whose weight is also another's that has no adapter of its kind: (its name, the other's, the
+    first of all that have the weight)."""
+    holders: dict[int, list[tuple[str, nn.Module]]] = defaultdict(list)
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            holders[id(parameter)].append((name.removesuffix(".base_layer"), module))
+    kinds = {id(m.get_base_layer()): type(m) for m in model.modules() if isinstance(m, LoraLayer)}
+    for shared in holders.values():
+        if len({kinds.get(id(module)) for _, module in shared}) > 1:
+            adapted = next(name for name, module in shared if id(module) in kinds)
+            other = next(name for name, _ in shared if name != adapted)
+            return adapted, other, shared[0][0]
+    return None
 
 
 def share_tied_adapters(model: nn.Module) -> None:

@@ -10,8 +10,9 @@ from dayzero.config import LrScheduler
 def lr_factor(step: int, max_steps: int, config: LrScheduler) -> float:
     """The share of the peak learning rate at `step` (counted from 1 to `max_steps`).
 
-    Linear warm-up reaches 1 at step `warmup_steps`; the curve then ends at `min_lr_ratio` at `max_steps`. wsd stays at
-    1 until the last `decay_steps` (Hu et al. 2024, https://arxiv.org/abs/2404.06395).
+    Linear warm-up reaches 1 at step `warmup_steps`; the curve begins at 1 in the step after it and would reach
+    `min_lr_ratio` in the step after the last, so that every step trains: transformers' and torchtitan's are the same.
+    wsd stays at 1 until the last `decay_steps` (Hu et al. 2024, https://arxiv.org/abs/2404.06395).
     """
     if step <= config.warmup_steps:
         return step / config.warmup_steps
@@ -21,9 +22,9 @@ def lr_factor(step: int, max_steps: int, config: LrScheduler) -> float:
     if config.name == "wsd":
         decay = config.decay_steps if config.decay_steps is not None else max(1, max_steps // 10)
         decay = min(decay, max_steps - config.warmup_steps)
-        left = max_steps - step
+        left = max_steps + 1 - step
         return 1.0 if left >= decay else floor + (1 - floor) * left / decay
-    progress = (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps)
+    progress = (step - 1 - config.warmup_steps) / (max_steps - config.warmup_steps)
     if config.name == "linear":
         return floor + (1 - floor) * (1 - progress)
     assert config.name == "cosine", config.name

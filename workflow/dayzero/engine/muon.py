@@ -30,7 +30,8 @@ EPS = 1e-7
 
 
 class Muon(torch.optim.Optimizer):
-    """For matrices [O, I] and stacks of them [E, O, I]; each matrix of a stack is treated by itself."""
+    """For matrices [O, I] and stacks of them [E, O, I]; each matrix of a stack is treated by itself. Every group
+    says its `weight_decay`, and whether its matrices are `transposed`, [I, O]."""
 
     def __init__(
         self,
@@ -41,10 +42,9 @@ class Muon(torch.optim.Optimizer):
         nesterov: bool = True,
         num_iterations: int = 5,
         adjust_lr: str = "match_rms_adamw",
-        weight_decay: float = 0.0,
         state_dtype: torch.dtype = torch.float32,
     ) -> None:
-        defaults = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
+        defaults = {"lr": lr, "momentum": momentum, "nesterov": nesterov}
         super().__init__(params, {**defaults, "num_iterations": num_iterations, "adjust_lr": adjust_lr})
         self.state_dtype = state_dtype
 
@@ -57,9 +57,10 @@ class Muon(torch.optim.Optimizer):
                 directions = [like(p, self._direction(p, group)) for p in batch]
                 orthogonal = orthogonalize_all(directions, group["num_iterations"])
                 for parameter, update in zip(batch, orthogonal, strict=True):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    length = group["lr"] * _length(parameter.shape, group["adjust_lr"])
-                    local(parameter).add_(local(update), alpha=-length)
+                    length = group["lr"] * _length(parameter.shape, group["adjust_lr"], group["transposed"])
+                    share = local(parameter)
+                    decayed = share.float().mul_(1 - group["lr"] * group["weight_decay"])
+                    share.copy_(decayed.add_(local(update), alpha=-length))
 
     def _direction(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
         """This rank's share of the momentum, in bfloat16 as the iteration computes."""
@@ -145,9 +146,9 @@ def _exchange_and_orthogonalize(matrices: list[Tensor], group: dist.ProcessGroup
     return [piece.view_as(share) for piece, share in zip(back.split(sent[: len(shares)]), shares, strict=True)]
 
 
-def _length(shape: torch.Size, adjust_lr: str) -> float:
+def _length(shape: torch.Size, adjust_lr: str, transposed: bool) -> float:
     """How long a step is for a matrix of this shape, as a multiple of the learning rate."""
-    outputs, inputs = shape[-2:]
+    outputs, inputs = reversed(shape[-2:]) if transposed else shape[-2:]
     if adjust_lr == "original":
         return math.sqrt(max(1.0, outputs / inputs))
     assert adjust_lr == "match_rms_adamw", adjust_lr

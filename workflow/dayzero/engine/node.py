@@ -26,6 +26,9 @@ SHARED_WITHIN = 45.0
 """Seconds a shared file system may take to show another node's new file."""
 CLOCKS_WITHIN = 5.0
 """Seconds by which clocks may differ without a word."""
+NOTICED_WITHIN = 0.5
+"""Seconds in which a killed rank is noticed: it comes before the errors of those who missed it, and after the error for
+which SLURM killed the others."""
 JOIN_SECONDS = 600
 """How long the first node waits for the last one."""
 
@@ -59,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         if not run_torchrun(module, arguments, args.processes, rendezvous=rendezvous, errors=args.meeting):
             (args.meeting / f"stopped-{number}").touch()
     except RankKilled as error:
-        _say(args.meeting, number, f"{name}: {error}", when=0.0)  # before the errors of those who missed it
+        _say(args.meeting, number, f"{name}: {error}", when=time.time() - NOTICED_WITHIN)
         return 1
     except RankFailed as error:
         if first_report(args.meeting) is None:  # on a full disk, say: the rank itself could not say it there

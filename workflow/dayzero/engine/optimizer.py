@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from dayzero.engine.adamw8bit import build_adamw8bit
 from dayzero.engine.expert_parallel import expert_matrices
 from dayzero.engine.muon import Muon
 from dayzero.engine.requirements import require_package
+from dayzero.errors import ConfigError
 
 
 def build_optimizer(
@@ -36,7 +37,7 @@ def build_optimizer(
         hidden = hidden_matrices(model)
         matrices = [p for p in decay if id(p) in hidden]
         rest = _groups([p for p in decay if id(p) not in hidden], no_decay, config)
-        parts = [_muon(matrices, config)] if matrices else []
+        parts = [_muon(matrices, hidden, config)] if matrices else []
         return Together([*parts, *([_adamw(rest, config)] if rest else [])])
     groups = _groups(decay, no_decay, config)
     if config.name == "adafactor":
@@ -85,19 +86,51 @@ class Together(torch.optim.Optimizer):
             part.step()
 
 
-def hidden_matrices(model: nn.Module) -> set[int]:
-    """Ids of the weights of linear layers and of experts, without those of embeddings and the LM head."""
+def hidden_matrices(model: nn.Module) -> dict[int, bool | None]:
+    """Id of each weight of linear layers and of experts -> whether it is stored [inputs, outputs]; None where its
+    module does not say. Those of embeddings, the LM head and routers are not among them."""
     outer: set[int] = set()
-    found: set[int] = set()
+    found: dict[int, bool | None] = {}
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             outer |= {id(p) for p in module.parameters(recurse=False)}
-        elif isinstance(module, nn.Linear | Conv1D):
-            found.add(id(module.weight))
+        elif _is_linear(module):
+            found[id(module.weight)] = isinstance(module, Conv1D)
         if isinstance(module, PreTrainedModel) and (head := module.get_output_embeddings()) is not None:
             outer |= {id(p) for p in head.parameters()}
-        found |= {id(p) for p in expert_matrices(module)}
-    return found - outer
+        outer |= {id(linear.weight) for linear in _routers(module)}
+        found |= {id(p): getattr(module, "is_transposed", None) for p in expert_matrices(module)}
+    return {key: transposed for key, transposed in found.items() if key not in outer}
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether it is a linear layer: one of torch's or GPT-2's, or made like torch's, as transformer-engine's are."""
+    if isinstance(module, nn.Linear | Conv1D):
+        return True
+    weight = getattr(module, "weight", None)
+    return hasattr(module, "in_features") and isinstance(weight, nn.Parameter) and weight.ndim == 2
+
+
+def _routers(block: nn.Module) -> Iterator[nn.Module]:
+    """The linear layers beside experts in `block` that score each, or gate what all tokens share."""
+    counts = {count for child in block.children() if (count := _count_experts(child))}
+    for child in block.children() if counts else ():
+        linears = [m for m in (child, *child.children()) if _is_linear(m)]
+        # a shared expert has several, one of which may happen to have as many outputs
+        if len(linears) == 1 and _outputs(linears[0]) in {1, *counts}:
+            yield linears[0]
+
+
+def _outputs(linear: nn.Module) -> int:
+    assert isinstance(linear.weight, Tensor)
+    return linear.weight.shape[1 if isinstance(linear, Conv1D) else 0]
+
+
+def _count_experts(module: nn.Module) -> int:
+    if isinstance(module, nn.ModuleList):
+        return len(module) if len({type(child) for child in module}) == 1 else 0
+    # of a DTensor the shape is that of all ranks' experts
+    return next((p.shape[0] for p in expert_matrices(module)), 0)
 
 
 def _groups(decay: list[nn.Parameter], no_decay: list[nn.Parameter], config: OptimizerConfig) -> list[dict[str, Any]]:
@@ -108,11 +141,18 @@ def _groups(decay: list[nn.Parameter], no_decay: list[nn.Parameter], config: Opt
     return [group for group in groups if group["params"]]
 
 
-def _muon(matrices: list[nn.Parameter], config: OptimizerConfig) -> Muon:
+def _muon(matrices: list[nn.Parameter], hidden: dict[int, bool | None], config: OptimizerConfig) -> Muon:
     muon = config.muon
+    if muon.adjust_lr == "original" and any(hidden[id(p)] is None for p in matrices):
+        raise ConfigError(
+            "train.optimizer.muon.adjust_lr original: steps depend on inputs and outputs, and this model's experts do "
+            "not say which of their dims is which: use match_rms_adamw"
+        )
     factor = 1.0 if muon.lr is None else muon.lr / config.lr
+    kinds = {way: [p for p in matrices if bool(hidden[id(p)]) == way] for way in (False, True)}
+    settings = {"weight_decay": config.weight_decay, "lr_factor": factor}
     return Muon(
-        [{"params": matrices, "weight_decay": config.weight_decay, "lr_factor": factor}],
+        [{"params": kind, "transposed": way, **settings} for way, kind in kinds.items() if kind],
         lr=config.lr * factor,
         momentum=muon.momentum,
         nesterov=muon.nesterov,
@@ -143,14 +183,29 @@ def _adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim
 
 def decay_groups(model: nn.Module, copies: Set[int] = frozenset()) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Trainable parameters to decay (matrices) and not to (biases, norms, embeddings), in module order."""
-    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
-    embeddings |= copies
+    kept = copies | {
+        id(parameter)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if isinstance(module, nn.Embedding) or _is_vector(module, name, parameter)
+    }
     decay: list[nn.Parameter] = []
     no_decay: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
-            (no_decay if parameter.ndim < 2 or id(parameter) in embeddings else decay).append(parameter)
+            (no_decay if id(parameter) in kept else decay).append(parameter)
     return decay, no_decay
+
+
+def _is_vector(module: nn.Module, name: str, parameter: nn.Parameter) -> bool:
+    """Whether `parameter` is a bias or a norm's weight: stacked for experts or heads they have two dims too."""
+    if name == "weight" and _is_linear(module):
+        return False
+    return (
+        sum(size > 1 for size in parameter.shape) < 2
+        or name.endswith("bias")
+        or "norm" in type(module).__name__.lower()
+    )
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 A model that sees the token it has to predict learns to copy it. Attention over position ids that restart is masked by
 transformers; state-space, convolution and compression layers carry what they saw into the next document. No table of
-architectures: the loaded model is tried, as it is trained.
+architectures: the loaded model is tried as it is trained, but for products of 8 bits (see `passes.probe_logits`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from dayzero.console import log
 from dayzero.engine.document_attention import DOCUMENTS, forget_documents
 from dayzero.engine.parallel_model import ParallelModel
-from dayzero.engine.passes import teacher_logits, training_logits
+from dayzero.engine.passes import probe_logits, teacher_logits
 from dayzero.engine.precision import computes_in_bf16
 from dayzero.engine.tiny_copy import VOCAB_SIZE, tiny_copy
 from dayzero.errors import ConfigError, one_line
@@ -42,7 +42,7 @@ COPIES = 4
 
 def require_causal(model: ParallelModel) -> None:
     """Raise `ConfigError` where the model sees the tokens that it is to predict."""
-    moved = reads_ahead(partial(training_logits, model), model.vocab_size, _rounding(model))
+    moved = reads_ahead(partial(probe_logits, model), model.vocab_size, _rounding(model))
     if moved is not None:
         name = type(model.weights.template).__name__
         raise ConfigError(
@@ -56,7 +56,7 @@ def any_leak(model: ParallelModel) -> float | None:
     """How far packed documents reach into one another in this model, or in its teacher, see `packing_leak`; None if
     they do not."""
     precision = _rounding(model)
-    leak = packing_leak(partial(training_logits, model), model.vocab_size, precision)
+    leak = packing_leak(partial(probe_logits, model), model.vocab_size, precision)
     if leak is None:
         leak = architecture_leak(model.weights.template, model.attention)
     if leak is None and model.distillation:

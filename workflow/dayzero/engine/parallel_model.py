@@ -79,7 +79,8 @@ class ParallelModel:
         """Whether the model runs with Liger's kernels."""
         bare = self.empty_module()
         model = bare.model
-        self.vocab_size: int = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+        # the template's: an adapter around it has no size
+        self.vocab_size: int = cast(nn.Embedding, self.weights.template.get_input_embeddings()).num_embeddings
         self.trainable_parameters, self.total_parameters = count_parameters(model)
         if self.method.adapters and distributed.rank() == 0:
             warn_of_frozen_experts(model, self.method.adapters)

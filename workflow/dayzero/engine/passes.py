@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+from dayzero.config import Fp8
 from dayzero.engine.expert_parallel import average_expert_gradients
+from dayzero.engine.float8 import plain_products
 from dayzero.engine.kernels import fastest_sdpa
 from dayzero.engine.loss import IGNORE
 from dayzero.engine.megatron_fsdp import has_unequal_shards, require_gradients
@@ -59,21 +61,35 @@ def summed_loss(model: ParallelModel, micro_batch: dict[str, Tensor], router_wei
     """This rank's sum of the token losses of its rows."""
     rows = micro_batch["input_ids"], micro_batch["labels"], micro_batch["position_ids"]
     real_tokens = torch.arange(rows[0].shape[1]) < micro_batch["lengths"].unsqueeze(1) if router_weight else None
-    return _forward(model, model.module, model.train.precision, *rows, real_tokens, router_weight)
+    fp8 = model.train.fp8
+    return _forward(model, model.module, model.train.precision, *rows, real_tokens, router_weight, fp8=fp8)
 
 
 def training_logits(model: ParallelModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
     """[B, T] twice -> [B, T, V] on the CPU, float32, as computed in training. All ranks call it together."""
-    return logits_of(model, model.module, model.train.precision, input_ids, position_ids)
+    return logits_of(model, model.module, model.train.precision, input_ids, position_ids, fp8=model.train.fp8)
+
+
+def probe_logits(model: ParallelModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    """`training_logits` with products that are not of 8 bits: one scale for all tokens lets each one's rounding depend
+    on the others, as if the model saw them."""
+    with plain_products(model.module):
+        return logits_of(model, model.module, model.train.precision, input_ids, position_ids)
 
 
 @torch.no_grad()
 def logits_of(
-    model: ParallelModel, module: nn.Module, precision: str, input_ids: Tensor, position_ids: Tensor
+    model: ParallelModel,
+    module: nn.Module,
+    precision: str,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    *,
+    fp8: Fp8 | None = None,
 ) -> Tensor:
     """`training_logits` of a `module` that lies on the ranks as that of `model` does."""
     module.eval()
-    found = _forward(model, module, precision, input_ids, None, position_ids)
+    found = _forward(model, module, precision, input_ids, None, position_ids, fp8=fp8)
     module.train()
     return found.float().cpu()
 
@@ -95,6 +111,8 @@ def _forward(
     position_ids: Tensor,
     real_tokens: Tensor | None = None,
     router_weight: float = 0.0,
+    *,
+    fp8: Fp8 | None = None,
 ) -> Tensor:
     """[B, T] rows, on any device -> this rank's summed loss, or without labels all logits [B, T, V]."""
     multiple, tokens = model.dims.token_multiple, input_ids.shape[1]
@@ -110,7 +128,6 @@ def _forward(
     inputs = [None if x is None else x.to(model.device, non_blocking=True) for x in inputs]
     real_tokens = inputs.pop()
     router = {} if real_tokens is None else {"real_tokens": real_tokens, "router_weight": router_weight}
-    fp8 = model.train.fp8 if module is model.module else None  # else: logits in float32
     with (
         fastest_sdpa(model.device, cast(Tensor, inputs[0]).shape[1]),
         autocast(precision, "none" if model.mixes_dtypes else model.dims.strategy, model.device),

@@ -92,8 +92,18 @@ def anatomy(model: PreTrainedModel, pp: int) -> Anatomy:
 
 
 def check_pipeline(model: PreTrainedModel, dims: ParallelDims) -> None:
-    """Raise `SizeError` or another `ConfigError` where the meta-device `model` cannot be cut as `dims` says."""
-    dims.check_layers(anatomy(model, dims.pp).num_layers)
+    """Raise `SizeError` or another `ConfigError` where the meta-device `model` cannot be cut as `dims` says, or a stage
+    would have nothing to train."""
+    found = anatomy(model, dims.pp)
+    dims.check_layers(found.num_layers)
+    for stage, layers in enumerate(cut_layers(model, found, dims.num_stages)):
+        held = [f"{found.layers}.{i}" for i in layers]
+        held += [*(found.first if stage == 0 else ()), *(found.last if stage == dims.num_stages - 1 else ())]
+        if not any(p.requires_grad for name in held for p in model.get_submodule(name).parameters()):
+            raise ConfigError(
+                f"parallelism.pp {dims.pp}: nothing is trained in the layers {layers[0]} to {layers[-1]}, which are "
+                "one stage: let method.lora.targets reach some of them, or use dp_shard or tp"
+            )
 
 
 def balanced(costs: Sequence[int], first: int, last: int, stages: int) -> list[range]:

@@ -13,7 +13,7 @@ from dayzero.engine.sharded import local
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
-    """Moments are kept in `state_dtype`; steps are computed in float32."""
+    """Moments are kept in `state_dtype`; steps are computed in float32. Every group says its `weight_decay`."""
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any], state_dtype: torch.dtype) -> None:
         super().__init__(params, defaults)

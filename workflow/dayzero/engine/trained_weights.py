@@ -20,17 +20,18 @@ from dayzero.engine.initial_values import memory_for
 from dayzero.engine.lora import ADAPTER, stored_name
 from dayzero.engine.model import ModelSource
 from dayzero.engine.quantized import Nf4Linear, rounded_nf4
-from dayzero.engine.safetensors_file import read_header
 from dayzero.engine.weights import Weights
 from dayzero.errors import ConfigError
 from dayzero.files import read_json
+from dayzero.safetensors_file import read_header
 
 
 class TrainedWeights:
     """The tensors of the trained model, read one at a time; those of the untouched model where `train` is None.
 
     `train` is the train stage's folder, with `adapter/` for LoRA and its last checkpoint for other methods. With `ema`
-    it is the average of the weights that training kept. Raises `ConfigError` where that stage has not finished.
+    it is the average of the weights that training kept. Raises `ConfigError` where that stage has not finished, or
+    its checkpoint is another model's.
     """
 
     def __init__(
@@ -66,8 +67,9 @@ class TrainedWeights:
             names = {name for name, parameter in self.weights.template.named_parameters() if parameter.requires_grad}
             names -= frozen_names(self.model, method.freeze)
             if missing := sorted(name for name in names if self._in_checkpoint(name) is None):
-                raise ValueError(
-                    f"{self.checkpoint.path} lacks {', '.join(missing[:3])}: it is a checkpoint of another model"
+                raise ConfigError(
+                    f"--train: {self.checkpoint.path} lacks {', '.join(missing[:3])}: it is a checkpoint of another "
+                    "model: give this run's own train folder, or remove it and train again"
                 )
 
     @torch.no_grad()

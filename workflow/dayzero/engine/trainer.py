@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from dayzero.checkpoint_files import checkpoints
 from dayzero.console import ProgressBar, log
 from dayzero.engine import checkpoint, distributed
 from dayzero.engine.checkpoint_writer import CheckpointWriter
@@ -111,7 +112,7 @@ class Trainer:
         if self.is_main:
             checkpoint.remove_unfinished(self.checkpoints)
         distributed.barrier()
-        found = checkpoint.checkpoints(self.checkpoints)
+        found = checkpoints(self.checkpoints)
         if found:
             saved = checkpoint.check_identity(found[-1], self.identity)
             copies = self.model.names_of_copies

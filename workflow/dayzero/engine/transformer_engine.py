@@ -59,6 +59,11 @@ def float8_autocast(fp8: Fp8 | None) -> AbstractContextManager[Any]:
     return te.fp8_autocast(enabled=True, fp8_recipe=_recipe(fp8.recipe))  # before transformer-engine 2.8
 
 
+def is_extra_state(name: str) -> bool:
+    """Whether an entry of a state dict is what the package's modules keep of their scales: made anew, never saved."""
+    return name.endswith("._extra_state")
+
+
 def _recipe(name: str) -> Any:
     from transformer_engine.common import recipe
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from dayzero.config import RunConfig
+from dayzero.config_checks.training import too_long
 from dayzero.console import log
 from dayzero.data.loader import TrainBatches, ValidationBatches
 from dayzero.data.mixing import Mix
@@ -100,7 +101,12 @@ def _train(run: RunConfig, args: argparse.Namespace, device: torch.device) -> No
     validation = None
     if (args.tokens / "validation").is_dir():
         validation = ValidationBatches(TokenRows(args.tokens / "validation", packed=leak is None), **share)
-    trainer.max_steps = batches().num_steps
+    trainer.max_steps = steps = batches().num_steps
+    if problem := too_long(run.train.lr_scheduler, steps):
+        raise ConfigError(
+            f"train.lr_scheduler: {problem} is more than the {steps} steps that train.num_epochs "
+            f"{run.train.num_epochs} makes of {len(rows)} rows: use fewer"
+        )
     log.info(
         "%s, %d of %d parameters trained, %d ranks (%s), %d rows, %d steps of %d rows",
         run.method.name, model.trainable_parameters, model.total_parameters, dims.world_size, dims.strategy,

@@ -1,0 +1,78 @@
+"""Through the train and the export stage, which holds the exported model to the logits that training gave."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dayzero.files import write_json
+from dayzero.stages import export, train
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests.tiny import ARCHITECTURES, write_rows
+from tests.tiny_tokenizer import tiny_tokenizer
+
+Pair = Callable[..., Path]
+
+
+@pytest.fixture
+def trained_and_exported(tmp_path: Path) -> Pair:
+    """Runs both stages on a model of the architecture `name`, stored in `dtype`; the train folder."""
+
+    def run(name: str, dtype: torch.dtype, trained: dict[str, Any], **sections: Any) -> Path:
+        base, tokens, out = tmp_path / "base", tmp_path / "tokens", tmp_path / "train"
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(**ARCHITECTURES[name])).to(dtype).save_pretrained(base)
+        tiny_tokenizer(base)
+        write_json(base / "manifest.json", {"dtype": "float32", "files": {}})
+        write_rows(tokens / "train", packed=True)
+        write_json(tokens / "manifest.json", {"max_token_id": 127, "files": {}})
+        settings = {"max_steps": 3, "global_batch_size": 4, "optimizer": {"lr": 1e-2}, **trained}
+        config = json.dumps({"experiment": "tiny", "run": "one", "train": settings, **sections})
+        given = ["--config", config, "--model", str(base)]
+        assert train.main([*given, "--tokens", str(tokens), "--output", str(out)]) == 0
+        assert export.main([*given, "--train", str(out), "--output", str(tmp_path / "model")]) == 0
+        return out
+
+    return run
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_averages_of_bfloat16_weights_are_in_float32(method: str, trained_and_exported: Pair) -> None:
+    settings = {"precision": "bf16_pure", "ema": {"decay": 0.5}}
+    # stored in bfloat16, as frozen weights under bf16_pure are kept
+    out = trained_and_exported(
+        "llama", torch.bfloat16, settings, method={"name": method}, export={"weights": "ema"}
+    )  # fmt: skip
+    if method == "lora":
+        averages = load_file(out / "adapter_ema/adapter_model.safetensors").values()
+        assert any((a != a.bfloat16().float()).any() for a in averages), "rounded as the weights are"
+
+
+def test_adapters_of_an_embedding_and_a_head_that_are_not_tied(trained_and_exported: Pair) -> None:
+    lora = {"targets": ["q_proj", "embed_tokens", "lm_head"], "rank": 4}
+    out = trained_and_exported(
+        "qwen3", torch.float32, {"precision": "fp32"}, method={"name": "lora", "lora": lora}
+    )  # fmt: skip
+    names = set(load_file(out / "adapter/adapter_model.safetensors"))
+    assert {"base_model.model.model.embed_tokens.lora_embedding_A", "base_model.model.lm_head.lora_A.weight"} <= names
+
+
+def test_a_warm_up_that_is_longer_than_the_epochs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """How many steps they are is known once it is known how rows are packed."""
+    write_rows(tmp_path / "tokens/train", packed=True)
+    write_json(tmp_path / "tokens/manifest.json", {"max_token_id": 127, "files": {}})
+    trained = {"num_epochs": 2, "global_batch_size": 4, "lr_scheduler": {"warmup_steps": 11}}
+    run = {"experiment": "tiny", "run": "one", "method": {"name": "pretrain"}, "train": trained}
+    run["model"] = {"architecture": ARCHITECTURES["llama"]}
+    given = ["--config", json.dumps(run), "--tokens", str(tmp_path / "tokens"), "--output", str(tmp_path / "out")]
+    assert train.main(given) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert (
+        "train.lr_scheduler: warmup_steps 11 is more than the 10 steps that train.num_epochs 2.0 makes of 20 " in last
+    )
