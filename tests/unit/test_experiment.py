@@ -274,6 +274,8 @@ IGNORED = {
     "or loss_parallel uses it, this run's is cross_entropy",
     "{train.lr_scheduler.decay_steps: 3}": "train.lr_scheduler.decay_steps = 3: only train.lr_scheduler.name wsd uses it, this "
     "run's is cosine",
+    "{train.lr_scheduler: {name: constant, min_lr_ratio: 0.1}}": "train.lr_scheduler.min_lr_ratio = 0.1: "
+    "train.lr_scheduler.name constant never lowers the learning rate",
     "{data: {test_source: t.jsonl, test_size: 5}}": "data.test_size = 5: data.test_source gives the rows: leave one of the two "
     "out",
     "{data.subset: en}": "data.subset = 'en': only hf: sources have it",

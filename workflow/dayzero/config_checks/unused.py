@@ -62,6 +62,8 @@ def _of_training(run: RunConfig) -> Iterator[tuple[str, str]]:
             "train.lr_scheduler.decay_steps",
             f"only train.lr_scheduler.name wsd uses it, this run's is {scheduler}",
         )
+    if scheduler == "constant":
+        yield "train.lr_scheduler.min_lr_ratio", "train.lr_scheduler.name constant never lowers the learning rate"
     if train.validate_every and not (run.data.validation_source or run.data.validation_size):
         yield "train.validate_every", "there are no validation rows, since data.validation_size is 0: hold some out"
     yield from _of_optimizer(train.optimizer)
