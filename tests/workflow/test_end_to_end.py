@@ -31,7 +31,7 @@ defaults:
     global_batch_size: 8
     local_batch_size: 2
     precision: fp32
-    optimizer.lr: 1.0e-2
+    optimizer.lr: 5.0e-3
     validate_every: 3
     checkpoint.every: 3
   evaluate: {tasks: [text_perplexity], batch_size: 8}

@@ -40,7 +40,8 @@ def whole_weights(model: ParallelModel) -> dict[str, Tensor]:
 
 def whole_averages(model: ParallelModel, ema: Ema) -> dict[str, Tensor]:
     """`whole_weights` of the averages, in float32, of a model that is split evenly."""
-    whole = {name: a.full_tensor() if isinstance(a, DTensor) else a for name, a in ema.averages.items()}
+    own = {name: average for name, average in ema.averages.items() if name not in model.names_of_copies}
+    whole = {name: average.full_tensor() if isinstance(average, DTensor) else average for name, average in own.items()}
     if model.pipeline:
         whole = model.pipeline.collect(whole)
     elif distributed.rank() != 0:
