@@ -6,7 +6,6 @@ rows to the store: one pass. The result does not depend on the number of workers
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
 import os
 import sys
@@ -184,12 +183,9 @@ def _encode(
     num_workers = min(num_workers, 1 + table_bytes(file) // each)
     parts = _encode_here(file, setup) if num_workers <= 1 else _encode_in_processes(file, setup, num_workers)
     with ProgressBar(f"tokenize {name}", file.metadata.num_rows) as bar:  # after the processes: it may start a thread
-        try:
-            for part in parts:
-                yield part
-                bar.advance(part.source_rows)
-        finally:
-            gc.unfreeze()
+        for part in parts:
+            yield part
+            bar.advance(part.source_rows)
 
 
 def _tasks(file: pq.ParquetFile, data_format: str) -> Iterator[tuple[int, pa.RecordBatch]]:
@@ -260,7 +256,6 @@ def _start_worker(tokenizer: TokenizerSource, data_format: str, options: Tokeniz
     global _encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes share the cores, not threads within each
     _encoder = DocumentEncoder(tokenizer.load(), data_format, options)
-    gc.freeze()  # what is there stays: looking through it again for every few thousand rows took a tenth of the time
 
 
 def _encode_task(first: int, batch: pa.RecordBatch) -> _Encoded:
