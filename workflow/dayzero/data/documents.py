@@ -75,6 +75,7 @@ class DocumentEncoder:
                 f"the tokenizer in {tokenizer.name_or_path} has no EOS token to end a document of format {data_format} "
                 "with: name an eos_token in its tokenizer_config.json"
             )
+        self._eos = np.array([tokenizer.eos_token_id], np.int32)
 
     def encode_rows(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, Document]]:
         """(index of the row, document) for many rows; see `encode`. Their texts go to the tokenizer in one call."""
@@ -183,12 +184,11 @@ class DocumentEncoder:
         return both[len(before) :] if np.array_equal(both[: len(before)], before) else self._ids(text)
 
     def _with_prefix(self, ids: Ids) -> Ids:
-        there = np.array_equal(ids[: len(self._prefix)], self._prefix)
+        there = not len(self._prefix) or np.array_equal(ids[: len(self._prefix)], self._prefix)
         return ids if there else np.concatenate([self._prefix, ids])
 
     def _with_eos(self, ids: Ids) -> Ids:
-        eos = self.tokenizer.eos_token_id
-        return ids if len(ids) and ids[-1] == eos else np.append(ids, np.int32(eos))
+        return ids if len(ids) and ids[-1] == self._eos[0] else np.concatenate([ids, self._eos])
 
     def _count_special(self, *texts: str) -> None:
         if self._special and any(self._special.search(t) for t in texts if any(c in t for c in self._special_starts)):
