@@ -82,7 +82,7 @@ def check_context_parallel(model: PreTrainedModel, cp: int, method: str) -> None
         if method == "ring" and (dropout := getattr(config, name, None)):
             raise ConfigError(
                 f"parallelism.cp_method ring: the model has {name} {dropout}, and a ring has no dropout of attention: "
-                f"use allgather or ulysses, or set model.overrides.{name} to 0"
+                "use allgather or ulysses"
             )
     heads = config.num_attention_heads
     if method == "ulysses" and heads % cp:
