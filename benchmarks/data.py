@@ -11,10 +11,10 @@ what one process takes without loading is told apart. Of conversations, raw is g
 ours makes it and finds what is supervised: so its cost is told apart too. The peer's conversations have no masks. What
 two processes of the raw tokenizer make of half the rows each, in memory, is as much as two cores can give.
 
-`--chunks` leaves all that out and compares, a hundred rows at a time, what the raw tokenizer and one of our processes
-take for them, each in turn and many times over: the sum of the least CPU times is what no other work on the machine
-disturbed. TRL is measured where it can be imported; it is no dependency: `pip install --no-deps --target DIR trl`,
-then PYTHONPATH=DIR.
+`--chunks` leaves all that out and compares, a hundred rows at a time, what the raw tokenizer takes to encode them and
+one of our processes to read, encode, pack and write them, each in turn and many times over: the sum of the least CPU
+times is what no other work on the machine disturbed. TRL is measured where it can be imported; it is no dependency:
+`pip install --no-deps --target DIR trl`, then PYTHONPATH=DIR.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ from dayzero.config import Tokenize
 from dayzero.data.chat import ChatEncoder
 from dayzero.data.documents import DocumentEncoder
 from dayzero.data.loader import TrainBatches
-from dayzero.data.packing import best_fit_rows
+from dayzero.data.packing import best_fit_rows, pack_stream
 from dayzero.data.stored_table import open_table, rows_of
-from dayzero.data.tokenization import tokenize_split
+from dayzero.data.tokenization import encode_batch, tokenize_split
 from dayzero.data.tokenizer import TokenizerSource
-from dayzero.data.tokens import TokenRows
+from dayzero.data.tokens import TokenRows, TokenWriter
 
 try:
     from trl.data_utils import pack_dataset
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=20_000)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--chunks", action="store_true", help="only compare the encoding of a hundred rows at a time")
+    parser.add_argument("--chunks", action="store_true", help="only compare a hundred rows at a time")
     args = parser.parse_args()
     datasets.disable_progress_bars()
     torch.set_num_threads(1)
@@ -234,37 +234,39 @@ def encode(tokenizer: Any, texts: list[str]) -> int:
 
 
 def in_chunks(args: argparse.Namespace, work: Work) -> None:
-    """Print what the raw tokenizer and ours take for the same rows, a hundred at a time."""
+    """Print what the raw tokenizer and ours take for the same rows, a hundred at a time, packed and written too."""
     tokenizer = TokenizerSource(args.tokenizer).load()
     backend = TokenizerSource(args.tokenizer).load().backend_tokenizer
-    encoder = DocumentEncoder(tokenizer, work.format, Tokenize(seq_len=args.seq_len, long_documents="split"))
+    encoder = DocumentEncoder(tokenizer, work.format, Tokenize(seq_len=args.seq_len))
     texts = work.rendered(tokenizer)
     seconds = dict.fromkeys(("encode_batch", "dayzero", "of it, reading and rendering"), 0.0)
     tokens = done = 0
-    for batch in open_table(work.file).iter_batches(100, use_threads=False):
-        part = texts[done : done + len(batch)]
-        done += len(batch)
+    with TokenWriter(work.folder / "chunks") as writer:
+        for batch in open_table(work.file).iter_batches(100, use_threads=False):
+            part = texts[done : done + len(batch)]
 
-        def raw(part: list[str] = part) -> int:
-            return sum(len(encoding.ids) for encoding in backend.encode_batch(part, add_special_tokens=False))
+            def raw(part: list[str] = part) -> int:
+                return sum(len(encoding.ids) for encoding in backend.encode_batch(part, add_special_tokens=False))
 
-        def ours(batch: pa.RecordBatch = batch) -> int:
-            found = [document for _, document in encoder.encode_rows(rows_of(batch))]
-            masks = np.concatenate([mask for _, mask in found])
-            return len(np.concatenate([ids for ids, _ in found])) if masks.any() else 0
+            def ours(batch: pa.RecordBatch = batch, first: int = done) -> int:
+                documents = encode_batch(encoder, first, batch).documents
+                for rows, counted in pack_stream([documents], args.seq_len):
+                    writer.append(rows.input_ids, rows.loss_mask, rows.lengths, counted, rows.document_ids)
+                return len(documents.input_ids)
 
-        def render(batch: pa.RecordBatch = batch) -> int:
-            rows = rows_of(batch)
-            return sum(encoder._render(row) is not None for row in rows) if work.format == "messages" else len(rows)
+            def render(batch: pa.RecordBatch = batch) -> int:
+                rows = rows_of(batch)
+                return sum(encoder._render(row) is not None for row in rows) if work.format == "messages" else len(rows)
 
-        least = dict.fromkeys(seconds, float("inf"))
-        for _ in range(args.repeat):
-            for name, way in zip(seconds, (raw, ours, render), strict=True):
-                before = time.thread_time()
-                made = way()
-                least[name] = min(least[name], time.thread_time() - before)
-                tokens += made if name == "encode_batch" else 0
-        seconds = {name: seconds[name] + least[name] for name in seconds}
+            least = dict.fromkeys(seconds, float("inf"))
+            for _ in range(args.repeat):
+                for name, way in zip(seconds, (raw, ours, render), strict=True):
+                    before = time.thread_time()
+                    made = way()
+                    least[name] = min(least[name], time.thread_time() - before)
+                    tokens += made if name == "encode_batch" else 0
+            seconds = {name: seconds[name] + least[name] for name in seconds}
+            done += len(batch)
     base = seconds["encode_batch"]
     print(f"\n{len(texts):,} rows of format {work.format}, {tokens // args.repeat:,} tokens, least of {args.repeat}")
     for name, spent in seconds.items():

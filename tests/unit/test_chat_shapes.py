@@ -140,5 +140,5 @@ def test_few_shapes_are_remembered(tokenizer: PreTrainedTokenizerBase, monkeypat
     made = encoder(tokenizer, CHATML)
     for n in range(1, 6):
         turns = [("user", "Hi"), ("assistant", "The dog")] * n
-        assert made.render(chat(turns)).pieces[1::2] == ["The dog<|im_end|>"] * n
+        assert made.render(chat(turns)).pieces()[1::2] == ["The dog<|im_end|>"] * n
     assert len(made._shapes._known) == 3

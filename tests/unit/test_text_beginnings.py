@@ -72,7 +72,7 @@ def test_beginnings_are_those_of_reading_each_whole(
         if ids[: len(prefix)].tolist() != prefix.tolist():
             break
         expected.append(len(prefix))
-    assert encoder.tokens_before(text, ids, ends) == expected
+    assert encoder.tokens_before(text, ids, ends, encoder.controls(text)) == expected
 
 
 def test_texts_read_together_are_those_read_alone(encoder: TextEncoder) -> None:

@@ -14,10 +14,12 @@ What of the conversation is supervised is chosen by `tokenize.loss_*`; a token w
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -29,7 +31,7 @@ from dayzero.config import Tokenize
 from dayzero.data import chat_parts
 from dayzero.data.chat_shapes import Found, Shapes
 from dayzero.data.plain_text import STAND_IN, Ids, Mask, Range, TextEncoder
-from dayzero.data.tokenizer import special_token_pattern, special_tokens, tag_pairs
+from dayzero.data.tokenizer import special_tokens, tag_pairs
 from dayzero.errors import ConfigError, DataError
 
 Message = dict[str, Any]
@@ -40,19 +42,31 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 class Rendered:
     """A conversation as the template writes it."""
 
-    pieces: list[str]
-    """The marked text, cut where supervised turns begin and end: every second piece is one."""
+    text: str
+    """The marked text."""
+    turns: list[Range]
+    """Where the supervised turns stand in it, in order."""
+    controls: list[Range]
+    """Where control tokens do."""
     wanted: list[Range] | None
     """The ranges of the text that are supervised; None: the whole turns."""
     unfinished: bool
     """The tokenizer's EOS must end it, as the template has no token for that."""
+
+    def edges(self) -> list[int]:
+        """Where the turns begin and end, in turn."""
+        return [edge for turn in self.turns for edge in turn]
+
+    def pieces(self) -> list[str]:
+        """The text, cut at the edges: every second piece is a turn."""
+        return [self.text[start:end] for start, end in pairwise([0, *self.edges(), len(self.text)])]
 
 
 class ChatEncoder:
     """Encodes conversations with the tokenizer's chat template.
 
     `counts["reasoning_left_out"]` is how many conversations lost reasoning because the template does not write it.
-    Raises ConfigError where the tokenizer has no chat template.
+    `texts` is what it reads texts with. Raises ConfigError where the tokenizer has no chat template.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, options: Tokenize) -> None:
@@ -70,9 +84,8 @@ class ChatEncoder:
         self._tags = tag_pairs(tokenizer) | {token for token in controls if chat_parts.TAG.fullmatch(token)}
         self._ends = tuple(sorted(controls - self._tags, key=len, reverse=True))
         self._closing: dict[str, bool] = {}  # whether tokens that follow an answer after white space are its end
-        self._pattern, self._longest = special_token_pattern(tokenizer), max(map(len, controls), default=0)
         self._variables = dict(tokenizer.special_tokens_map)
-        self._texts = TextEncoder(tokenizer)
+        self.texts = TextEncoder(tokenizer)
         self._marking = self.options.special_text != "special"
         self._shown: set[str] = set()  # the parts of rows that the template is known to write
         self._shapes = Shapes(
@@ -81,7 +94,7 @@ class ChatEncoder:
 
     def learn(self, conversations: Iterable[Rendered]) -> None:
         """Have the tokenizer read conversations together, before `tokenize` asks for each: that is faster."""
-        self._texts.learn("".join(conversation.pieces) for conversation in conversations)
+        self.texts.learn(conversation.text for conversation in conversations)
 
     def render(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None) -> Rendered:
         """The conversation as the template writes it, and what of it is supervised.
@@ -92,27 +105,31 @@ class ChatEncoder:
         messages = list(messages)
         if self._marking:
             messages = [self._marked(m) for m in messages]
-            tools = self._texts.mark_all(tools)
+            tools = self.texts.mark_all(tools)
         self._check_shown(messages, tools)
         text, spans = self._spans(messages, tools)
-        spans = [(self._whole(text, start), self._whole(text, self._end(text, start, end))) for start, end in spans]
+        controls = self.texts.controls(text)
+        spans = [(_whole(controls, start), _whole(controls, self._end(text, start, end))) for start, end in spans]
         assert all(a[1] <= b[0] for a, b in pairwise(spans)), "answers overlap"
         wanted = self._parts(messages, tools, text, spans)
         last = spans[-1][1] if spans else 0
         unfinished = bool(spans) and not text[last:].strip() and not text[:last].endswith(self._ends)
         if unfinished:
             text = text[:last]
-        return Rendered([text[i:j] for i, j in _between(spans, len(text))], wanted, unfinished)
+            controls = [control for control in controls if control[1] <= last]
+        return Rendered(text, spans, controls, wanted, unfinished)
 
     def tokenize(self, conversation: Rendered) -> tuple[Ids, Mask]:
         """Token ids of a rendered conversation and, for each, whether it is supervised.
 
         Raises ConfigError where an answer does not end, or cannot be told from what stands before it.
         """
-        ids, cuts = self._cut(conversation.pieces)
-        mask = np.repeat(np.arange(len(cuts)) % 2 == 1, cuts)
+        ids, edges = self._cut(conversation)
+        mask = np.zeros(len(ids), np.bool_)
+        for start, end in zip(edges[::2], edges[1::2], strict=True):
+            mask[start:end] = True
         if conversation.wanted is not None:
-            mask = self._mask_parts(conversation.pieces, ids, cuts, conversation.wanted)
+            mask = self._mask_parts(conversation, ids, conversation.wanted)
         if conversation.unfinished:
             if self.tokenizer.eos_token_id is None:
                 raise ConfigError(
@@ -129,11 +146,11 @@ class ChatEncoder:
         role = message["role"]
         marked: Message = {
             "role": role,
-            "content": self._texts.mark(message["content"], self._tags if role == "assistant" else ()),
+            "content": self.texts.mark(message["content"], self._tags if role == "assistant" else ()),
         }
         if len(message) > len(marked):
             more = {key: value for key, value in message.items() if key not in marked}
-            marked |= self._texts.mark_all(more)
+            marked |= self.texts.mark_all(more)
         return marked
 
     def _check_shown(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> None:
@@ -287,18 +304,18 @@ class ChatEncoder:
             wanted += list(chat_parts.without((start, end), sorted(inside)))
         return wanted
 
-    def _mask_parts(self, pieces: list[str], ids: Ids, cuts: list[int], wanted: list[Range]) -> Mask:
-        """The mask of the given ranges over tokens that were made of the pieces, together or each on its own."""
-        joined, mask = self._texts.supervised("".join(pieces), wanted)
+    def _mask_parts(self, conversation: Rendered, ids: Ids, wanted: list[Range]) -> Mask:
+        """The mask of the given ranges over tokens that were made of the conversation, whole or in pieces."""
+        joined, mask = self.texts.supervised(conversation.text, wanted)
         if np.array_equal(joined, ids):
             return mask
-        masks = []
         at = done = 0
-        for piece, count in zip(pieces, cuts, strict=True):
-            part, mask = self._texts.supervised(piece, [(a - at, b - at) for a, b in wanted if a < at + len(piece)])
-            assert np.array_equal(part, ids[done : done + count]), "the pieces' own tokens"
+        masks = []
+        for piece in conversation.pieces():
+            part, mask = self.texts.supervised(piece, [(a - at, b - at) for a, b in wanted if a < at + len(piece)])
+            assert np.array_equal(part, ids[done : done + len(part)]), "the pieces' own tokens"
             masks.append(mask)
-            at, done = at + len(piece), done + count
+            at, done = at + len(piece), done + len(part)
         return np.concatenate(masks)
 
     def _render(
@@ -324,36 +341,26 @@ class ChatEncoder:
         said = text[start:end].rstrip()
         return start + len(said) if said.endswith(self._ends) else end
 
-    def _whole(self, text: str, edge: int) -> int:
-        """The edge, or the end of the control token that it would tear apart: text may end one that its head began."""
-        if self._pattern is None:
-            return edge
-        for token in self._pattern.finditer(text, max(0, edge - self._longest + 1), edge + self._longest - 1):
-            if token.start() < edge < token.end():
-                return token.end()
-        return edge
+    def _cut(self, conversation: Rendered) -> tuple[Ids, list[int]]:
+        """Token ids of the conversation, and where in them its turns begin and end.
 
-    def _cut(self, pieces: list[str]) -> tuple[Ids, list[int]]:
-        """Token ids of the joined pieces and how many belong to each.
-
-        Where a merge would reach over a piece's end, the pieces are tokenised on their own, so that the prompt's tokens
-        stay those seen at inference.
+        Where a merge would reach over such an edge, what lies between the edges is tokenised piece by piece, so that
+        the prompt's tokens stay those seen at inference.
         """
-        text = "".join(pieces)
+        text, edges = conversation.text, conversation.edges()
         ids = self._ids(text)
-        edges = list(accumulate(map(len, pieces)))
-        before = self._texts.tokens_before(text, ids, edges[:-1])
-        if len(before) == len(pieces) - 1:
-            return ids, [b - a for a, b in pairwise([0, *before, len(ids)])]
-        parts = [self._ids(piece) for piece in pieces]
+        before = self.texts.tokens_before(text, ids, edges, conversation.controls)
+        if len(before) == len(edges):
+            return ids, before
+        parts = [self._ids(piece) for piece in conversation.pieces()]
         exactly = {"clean_up_tokenization_spaces": False}
         joined = np.concatenate(parts)
         if self.tokenizer.decode(joined.tolist(), **exactly) != self.tokenizer.decode(ids.tolist(), **exactly):
             self._refuse(text, text[: edges[len(before)]], None)
-        return joined, [len(part) for part in parts]
+        return joined, list(accumulate(map(len, parts[:-1])))
 
     def _ids(self, text: str) -> Ids:
-        return self._texts.ids(text)  # none is added: the template writes BOS itself
+        return self.texts.ids(text)  # none is added: the template writes BOS itself
 
     def _refuse(self, text: str, prefix: str, message: int | None) -> None:
         whole, part = self._ids(text).tolist(), self._ids(prefix).tolist()
@@ -367,7 +374,7 @@ class ChatEncoder:
         )
 
 
-def _between(spans: list[tuple[int, int]], length: int) -> list[tuple[int, int]]:
-    """Cut 0..length at the spans: every second range is a span."""
-    edges = [0, *(edge for span in spans for edge in span), length]
-    return list(pairwise(edges))
+def _whole(controls: Sequence[Range], edge: int) -> int:
+    """The edge, or the end of the control token that it would tear apart: text may end one that its head began."""
+    at = bisect_left(controls, edge, key=itemgetter(0)) - 1  # the last that begins before it
+    return max(edge, controls[at][1]) if at >= 0 else edge

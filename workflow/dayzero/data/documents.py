@@ -26,7 +26,7 @@ from dayzero.config_checks import LOSS_KEYS
 from dayzero.data.chat import ChatEncoder, Rendered
 from dayzero.data.conversations import load_messages
 from dayzero.data.plain_text import Ids, Mask, TextEncoder
-from dayzero.data.tokenizer import affixes, anchor, special_token_pattern, special_tokens, text_ids
+from dayzero.data.tokenizer import affixes, anchor, text_ids
 from dayzero.errors import ConfigError, DataError
 
 COLUMNS = {"text": ["text"], "prompt_completion": ["prompt", "completion"], "messages": ["messages"]}
@@ -52,12 +52,11 @@ class DocumentEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, data_format: str, options: Tokenize) -> None:
         self.tokenizer, self.format, self.options = tokenizer, data_format, options
         self.counts: Counter[str] = Counter()
-        self._special = special_token_pattern(tokenizer)
-        self._special_starts = {token[0] for token in special_tokens(tokenizer)}
         self._known: dict[str, Ids] = {}
         self._rendered: dict[int, Rendered | None] = {}  # by the rows' identities, while those are at hand
         if data_format == "messages":
             self._chat = ChatEncoder(tokenizer, options)
+            self._texts = self._chat.texts
             return
         defaults = Tokenize()
         for name in LOSS_KEYS:
@@ -191,7 +190,7 @@ class DocumentEncoder:
         return ids if len(ids) and ids[-1] == self._eos[0] else np.concatenate([ids, self._eos])
 
     def _count_special(self, *texts: str) -> None:
-        if self._special and any(self._special.search(t) for t in texts if any(c in t for c in self._special_starts)):
+        if any(self._texts.controls(text) for text in texts):
             self.counts["special_token_text"] += 1
 
 

@@ -45,7 +45,7 @@ class TextEncoder:
         self._original: dict[int, int] = {}
         self._aliases: dict[str, str] = {}
         self._known: dict[str, Ids] = {}
-        self._heads: dict[str, Ids] = {}
+        self._heads: dict[str, list[int]] = {}
         fast = isinstance(getattr(tokenizer, "backend_tokenizer", None), Tokenizer)
         self._control_ids: dict[str, int] = {}
         for token in special_tokens(tokenizer) if fast else ():
@@ -58,7 +58,7 @@ class TextEncoder:
         own characters."""
         if not text.isascii() and any(c in text for c in (BREAK, STAND_IN, OPEN, CLOSE)):
             raise DataError("the text holds a noncharacter from U+FDD0 to U+FDD3, which no text should: remove it")
-        if self._pattern is None or not any(c in text for c in self._starts):
+        if self._pattern is None or not self._may_hold_controls(text):
             return text
         parts, done, match = [], 0, self._pattern.search(text)
         while match:
@@ -96,46 +96,52 @@ class TextEncoder:
         unmarked = list({text for text in texts if BREAK not in text})
         self._known = dict(zip(unmarked, text_ids(self.tokenizer, unmarked), strict=True))
 
-    def tokens_before(self, text: str, ids: Ids, ends: Sequence[int]) -> list[int]:
+    def controls(self, text: str) -> list[Range]:
+        """Where control tokens stand in a text."""
+        if self._pattern is None or not self._may_hold_controls(text):
+            return []
+        return [match.span() for match in self._pattern.finditer(text)]
+
+    def _may_hold_controls(self, text: str) -> bool:
+        return any(c in text for c in self._starts)  # faster than the pattern
+
+    def tokens_before(self, text: str, ids: Ids, ends: Sequence[int], controls: Sequence[Range]) -> list[int]:
         """How many of a marked text's `ids` are the tokens of its first characters, up to each of the `ends`.
 
         Only up to the first of the ends, which are ascending, where the text up to it on its own has other tokens.
-        Control tokens cut a text apart before anything else is done to it, so up to the last of them the tokens are
-        those of the whole, and only what follows it is read again.
+        Control tokens, at the ranges `controls`, cut a text apart before anything else is done to it, so up to the last
+        of them the tokens are those of the whole, and only what follows it is read again.
         """
-        spans, places = self._controls(text, ids)
+        places = self._places(text, ids, controls)
         found: list[int] = []
         for end in ends:
-            last = bisect_right(spans, end, key=itemgetter(1)) - 1
-            start, place = (spans[last][0], places[last]) if last >= 0 else (0, 0)
+            last = bisect_right(controls, end, hi=len(places), key=itemgetter(1)) - 1
+            start, place = (controls[last][0], places[last]) if last >= 0 else (0, 0)
             head = self._head(text[start:end])
-            if not np.array_equal(ids[place : place + len(head)], head):
+            if ids[place : place + len(head)].tolist() != head:
                 break
             found.append(place + len(head))
         return found
 
-    def _controls(self, text: str, ids: Ids) -> tuple[list[Range], list[int]]:
-        """Where the control tokens stand in an unmarked text and in its ids; none where the two do not agree."""
-        if self._pattern is None or not self._control_ids or BREAK in text:
-            return [], []
-        matches = list(self._pattern.finditer(text))
-        written = [self._control_ids[match[0]] for match in matches]
+    def _places(self, text: str, ids: Ids, controls: Sequence[Range]) -> list[int]:
+        """Where the control tokens of an unmarked text stand in its ids; nothing where the two do not agree."""
+        if not self._control_ids or BREAK in text:
+            return []
+        written = [self._control_ids[text[start:end]] for start, end in controls]
         is_written = np.zeros(len(ids), np.bool_)
         for control in set(written):
             is_written |= ids == control
-        places = np.flatnonzero(is_written)
-        if ids[places].tolist() != written:
-            return [], []
-        return [match.span() for match in matches], places.tolist()
+        places = is_written.nonzero()[0]
+        return places.tolist() if ids[places].tolist() == written else []
 
-    def _head(self, text: str) -> Ids:
+    def _head(self, text: str) -> list[int]:
         """The ids of what a control token is followed by up to an answer, which is mostly the same."""
         if len(text) > LONGEST_HEAD:
-            return self.ids(text)
+            return self.ids(text).tolist()
         if text not in self._heads:
             if len(self._heads) >= HEADS:
                 self._heads.clear()
-            self._heads[text] = self.ids(text)
+            self._heads[text] = self.ids(text).tolist()
         return self._heads[text]
 
     def supervised(self, text: str, ranges: Sequence[Range]) -> tuple[Ids, Mask]:

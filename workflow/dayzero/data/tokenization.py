@@ -48,8 +48,8 @@ _COUNTED = ("rows", "documents", "tokens")
 
 
 @dataclass
-class _Encoded:
-    """What became of one task's rows."""
+class Encoded:
+    """What became of some rows."""
 
     documents: Documents
     counts: Counter[str]
@@ -173,7 +173,7 @@ def report_split(name: str, split: dict[str, Any], options: Tokenize) -> None:
 
 def _encode(
     source: Path, name: str, data_format: str, tokenizer: TokenizerSource, options: Tokenize, num_workers: int
-) -> Iterator[_Encoded]:
+) -> Iterator[Encoded]:
     """The encoded tasks of a split in file order."""
     if data_format not in COLUMNS:
         raise DataError(f"{source}: unknown data format {data_format!r}: one of {', '.join(COLUMNS)}")
@@ -203,7 +203,7 @@ def _tasks(file: pq.ParquetFile, data_format: str) -> Iterator[tuple[int, pa.Rec
         ) from error
 
 
-def _encode_here(file: pq.ParquetFile, setup: tuple[TokenizerSource, str, Tokenize]) -> Iterator[_Encoded]:
+def _encode_here(file: pq.ParquetFile, setup: tuple[TokenizerSource, str, Tokenize]) -> Iterator[Encoded]:
     _start_worker(*setup)
     for first, batch in _tasks(file, setup[1]):
         yield _encode_task(first, batch)
@@ -211,7 +211,7 @@ def _encode_here(file: pq.ParquetFile, setup: tuple[TokenizerSource, str, Tokeni
 
 def _encode_in_processes(
     file: pq.ParquetFile, setup: tuple[TokenizerSource, str, Tokenize], num_workers: int
-) -> Iterator[_Encoded]:
+) -> Iterator[Encoded]:
     """Starts the processes at once, the work with the first result asked for."""
     _start_worker(*setup)  # a tokenizer that cannot be used is found before any process starts
     if _can_be_copied():
@@ -231,9 +231,9 @@ def _can_be_copied() -> bool:
     return sys.platform == "linux" and threading.active_count() == 1
 
 
-def _results(pool: ProcessPoolExecutor, tasks: Iterable[tuple[int, pa.RecordBatch]], ahead: int) -> Iterator[_Encoded]:
+def _results(pool: ProcessPoolExecutor, tasks: Iterable[tuple[int, pa.RecordBatch]], ahead: int) -> Iterator[Encoded]:
     """The encoded tasks in their order, at most so many of them handed out `ahead`."""
-    waiting: deque[Future[_Encoded]] = deque()
+    waiting: deque[Future[Encoded]] = deque()
     try:
         for task in tasks:
             waiting.append(pool.submit(_encode_task, *task))
@@ -258,19 +258,23 @@ def _start_worker(tokenizer: TokenizerSource, data_format: str, options: Tokeniz
     _encoder = DocumentEncoder(tokenizer.load(), data_format, options)
 
 
-def _encode_task(first: int, batch: pa.RecordBatch) -> _Encoded:
-    """Encode rows `first`, `first + 1`, ... of the source."""
+def _encode_task(first: int, batch: pa.RecordBatch) -> Encoded:
     assert _encoder is not None
-    _encoder.counts.clear()
-    found = [(index, ids, mask) for index, (ids, mask) in _encoder.encode_rows(rows_of(batch))]
-    return _Encoded(
+    return encode_batch(_encoder, first, batch)
+
+
+def encode_batch(encoder: DocumentEncoder, first: int, batch: pa.RecordBatch) -> Encoded:
+    """Encode rows `first`, `first + 1`, ... of a split."""
+    encoder.counts.clear()
+    found = [(index, ids, mask) for index, (ids, mask) in encoder.encode_rows(rows_of(batch))]
+    return Encoded(
         documents=Documents(
             input_ids=np.concatenate([np.empty(0, np.int32), *(ids for _, ids, _ in found)]),
             loss_mask=np.concatenate([np.empty(0, np.bool_), *(mask for _, _, mask in found)]),
             lengths=np.array([len(ids) for _, ids, _ in found], np.int64),
             document_ids=first + np.array([index for index, _, _ in found], np.int64),
         ),
-        counts=Counter(_encoder.counts),
+        counts=Counter(encoder.counts),
         source_rows=batch.num_rows,
     )
 
