@@ -52,7 +52,7 @@ class Attempts:
         The newest without an end is counted until now.
         """
         attempts: list[dict[str, Any]] = []
-        for event in read_lines(self.path):
+        for event in read_json_lines(self.path, growing=True):
             if begun := event.get("begin"):
                 until = begun.pop("previous_until", begun["started"])
                 if attempts and "ended" not in attempts[-1]:
@@ -121,7 +121,11 @@ def _warn_of_a_short_limit(metrics: Path, limit: float, every: int, done: thread
     """As soon as three steps tell how long one takes."""
     began = time.time()
     while not done.wait(1):
-        seconds = [r["step_seconds"] + r["data_seconds"] for r in read_lines(metrics) if r.get("time", 0) > began]
+        seconds = [
+            r["step_seconds"] + r["data_seconds"]
+            for r in read_json_lines(metrics, growing=True)
+            if r.get("time", 0) > began
+        ]
         if len(seconds) < 3:
             continue
         if (interval := median(seconds) * every) > limit:
@@ -132,8 +136,3 @@ def _warn_of_a_short_limit(metrics: Path, limit: float, every: int, done: thread
                 limit, interval, every, median(seconds),
             )  # fmt: skip
         return
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a JSON-lines file that may be growing; nothing where there is none."""
-    return read_json_lines(path, growing=True)

@@ -20,9 +20,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from dayzero.attempts import read_lines
 from dayzero.config import RunConfig
 from dayzero.errors import ConfigError
+from dayzero.files import read_json_lines
 from dayzero.run_lock import read_lock
 from dayzero.site_config import load
 from dayzero.slurm import SECONDS
@@ -106,7 +106,9 @@ def run_status(run: RunConfig, folder: Path, jobs: dict[tuple[str, str], Queued]
     state = job.state.lower() if job else ("training" if lock else "")
     if job and job.state == "PENDING" and job.reason not in ("", "None"):
         state += f" ({job.reason})"
-    metrics = read_lines(train / ("metrics.jsonl" if stage != "train" else "checkpoints/metrics.jsonl"))
+    metrics = read_json_lines(
+        train / ("metrics.jsonl" if stage != "train" else "checkpoints/metrics.jsonl"), growing=True
+    )
     facts = _progress(run, metrics) if metrics else {"total": run.train.max_steps if stage == "train" else None}
     if stage == "train" and lock and metrics and time.time() - (train / "lock.json").stat().st_mtime > SILENT_SECONDS:
         state += ", silent"

@@ -7,9 +7,10 @@ experiment, run and command line are merged into one `RunConfig` stands in `expe
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
-from pydantic import NonNegativeInt
+from pydantic import NonNegativeInt, ValidationError
 
 from dayzero.config.after_training import Evaluate, Export, Serving
 from dayzero.config.data import Data, DataCheck, Tokenize
@@ -20,6 +21,7 @@ from dayzero.config.parallelism import Parallelism
 from dayzero.config.resources import Resources, StageResources, TrainResources
 from dayzero.config.section import Section
 from dayzero.config.train import Checkpoint, Ema, Fp8, Train
+from dayzero.errors import ConfigError
 
 __all__ = [
     "Adafactor",
@@ -69,6 +71,18 @@ class RunConfig(Section):
     evaluate: Evaluate = Evaluate()
     serving: Serving = Serving()
     resources: Resources = Resources()
+
+    @classmethod
+    def from_resolved(cls, config: dict[str, Any], where: str) -> RunConfig:
+        """The run that `resolved` made `config` of; ConfigError, naming `where` it stands, for anything else."""
+        try:
+            return cls.model_validate_json(json.dumps(config))
+        except ValidationError as error:
+            mistake = error.errors()[0]
+            key = ".".join(map(str, mistake["loc"]))
+            raise ConfigError(
+                f"{where}: {key}: {mistake['msg']}: make it again with the stage resolve_config"
+            ) from None
 
     def resolved(self) -> dict[str, Any]:
         """What config.json holds: every key but the machine settings."""

@@ -57,13 +57,11 @@ class TokenizerSource:
         template = tokenizer.get_chat_template() if data_format == "messages" else None
         if template and "strftime_now" in template:
             log.warning("the chat template writes today's date: tokens made on another day will differ")
-        digest = hashlib.sha256(template.encode()).hexdigest() if template else None
         return {
             "vocab_size": len(tokenizer),
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
-            "chat_template_sha256": digest,
-            "template_hash": digest and digest[:10],
+            "chat_template_sha256": hashlib.sha256(template.encode()).hexdigest() if template else None,
         }
 
 

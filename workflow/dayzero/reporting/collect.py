@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from pydantic import ValidationError
 
 from dayzero import store
 from dayzero.config import RunConfig
@@ -83,12 +81,7 @@ def read_run(directory: Path) -> Run:
     if not path.is_file():
         raise DataError(f"{path} does not exist: give the directory of a run, such as results/demo/lora")
     config = _json(path)
-    try:
-        run = RunConfig.model_validate_json(json.dumps(config))
-    except ValidationError as error:
-        mistake = error.errors()[0]
-        where = ".".join(map(str, mistake["loc"]))
-        raise DataError(f"{path}: {where}: {mistake['msg']}: make it again with the stage resolve_config") from None
+    run = RunConfig.from_resolved(config, str(path))
     shelf = directory.absolute().parent.parent / "store"
     keys = {"fetch_data": store.data_key(run), "tokenize": store.tokens_key(run)}
     if run.model.source:

@@ -17,10 +17,11 @@ from dayzero.files import read_json
 EXIT_ERROR = 1
 
 
-def stage_parser(stage: str, description: str | None) -> argparse.ArgumentParser:
-    """A parser with what every stage takes: `--config` and `--log`."""
+def stage_parser(stage: str, description: str | None, *, config: bool = True) -> argparse.ArgumentParser:
+    """A parser with what every stage takes: `--log` and, where it acts on one run's `config`, `--config`."""
     parser = argparse.ArgumentParser(prog=f"dayzero.stages.{stage}", description=description)
-    parser.add_argument("--config", required=True, help="a run's config.json (or its relevant part as JSON text)")
+    if config:
+        parser.add_argument("--config", required=True, help="a run's config.json (or its relevant part as JSON text)")
     parser.add_argument("--log", help="also write the log to this file")
     return parser
 

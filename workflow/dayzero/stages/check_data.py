@@ -13,7 +13,7 @@ from dayzero.stages.base import read_config, run_stage, stage_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the stage; returns the exit code."""
+    """The command line; returns the exit code."""
     parser = stage_parser("check_data", __doc__)
     parser.add_argument("--data", required=True, type=Path, help="directory with the splits' Parquet files")
     parser.add_argument("--tasks-dir", required=True, type=Path, help="the folder of the local task YAML files")

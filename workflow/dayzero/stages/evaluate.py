@@ -12,16 +12,17 @@ from dayzero.stages.base import read_config, run_stage, stage_parser, trusts_cod
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The stage's command line; returns the exit code."""
+    """The command line; returns the exit code."""
     parser = stage_parser("evaluate", __doc__)
     parser.add_argument("--model", required=True, type=Path, help="an exported model's folder")
     parser.add_argument("--data", required=True, type=Path, help="the data's folder in the store, with test.parquet")
     parser.add_argument("--tasks-dir", required=True, type=Path, help="the folder of the local task YAML files")
     parser.add_argument("--output", required=True, type=Path, help="folder for results.json and samples.jsonl")
-    return run_stage(parser, _evaluate, argv)
+    return run_stage(parser, body, argv)
 
 
-def _evaluate(args: argparse.Namespace) -> None:
+def body(args: argparse.Namespace) -> None:
+    """Write `args.output`/results.json and samples.jsonl."""
     from dayzero.config import Evaluate
     from dayzero.console import log
     from dayzero.evaluation.harness import evaluate_model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,20 @@ from dayzero.remote_code import require_trusted_code
 from dayzero.stages.base import read_config, run_stage, stage_parser
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
     parser = stage_parser("export", __doc__)
     parser.add_argument("--model", type=Path, help="store/models/KEY: the base model")
     parser.add_argument("--tokenizer", type=Path, help="store/tokenizers/KEY, where one was trained")
     parser.add_argument("--train", type=Path, help="{experiment}/{run}/train; not for method none")
     parser.add_argument("--output", type=Path, required=True, help="{experiment}/{run}/model")
-    return run_stage(parser, export, argv)
+    return run_stage(parser, body, argv)
 
 
-def export(args: argparse.Namespace) -> None:
+def body(args: argparse.Namespace) -> None:
+    """Write the model's folder `args.output`."""
     clock = Clock()
-    run = RunConfig.model_validate_json(json.dumps(read_config(args.config)))
+    run = RunConfig.from_resolved(read_config(args.config), "--config")
     if (run.method.name != "none") != (args.train is not None):
         raise ConfigError(f"method.name is {run.method.name}: --train belongs to trained runs, and only to those")
     if args.model is None and run.model.architecture is None:

@@ -11,7 +11,7 @@ from dayzero.stages.base import read_config, run_stage, stage_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line of the stage; returns its exit code."""
+    """The command line; returns the exit code."""
     parser = stage_parser("fetch_data", __doc__)
     parser.add_argument("--output", required=True, type=Path, help="the folder to make, store/data/KEY")
     parser.add_argument("--streaming", action="store_true", help="read hf: sources without a copy on this disk")

@@ -7,12 +7,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dayzero.stages.base import run_stage
+from dayzero.stages.base import run_stage, stage_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="dayzero.stages.inspect_rows", description=__doc__)
+    parser = stage_parser("inspect_rows", __doc__, config=False)
     parser.add_argument("--experiment", help="a name in config/experiments or a file; default: that of config.yaml")
     parser.add_argument("--run", required=True, help="one of its runs")
     parser.add_argument("--results", help="the folder of all results; default: results_dir of config.yaml")
@@ -21,11 +21,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--num-rows", type=int, default=1, help="how many rows to show")
     parser.add_argument("--html", type=Path, help="the page to write; default: inspect.html in the run's folder")
     parser.add_argument("--print-target", action="store_true", help="only print the manifest of the run's tokens")
-    parser.add_argument("--log", help="also write the log to this file")
-    return run_stage(parser, _inspect, argv)
+    return run_stage(parser, body, argv)
 
 
-def _inspect(args: argparse.Namespace) -> None:
+def body(args: argparse.Namespace) -> None:
+    """Print the rows and write the page, or only name the file they come from."""
     from dayzero.errors import ConfigError
     from dayzero.site_config import load
     from dayzero.wiring import Wiring

@@ -7,23 +7,23 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dayzero.stages.base import run_stage
+from dayzero.stages.base import run_stage, stage_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Read every run's files and write the report's directory."""
-    parser = argparse.ArgumentParser(prog="dayzero.stages.report", description=__doc__)
+    """The command line; returns the exit code."""
+    parser = stage_parser("report", __doc__, config=False)
     parser.add_argument("--experiment", required=True, help="the experiment's name")
     parser.add_argument("--description", default="", help="what the experiment asks, for the page's head")
     parser.add_argument(
         "--runs", required=True, nargs="+", type=Path, help="the runs' directories, in the table's order"
     )
     parser.add_argument("--output", required=True, type=Path, help="the report's directory")
-    parser.add_argument("--log", help="also write the log to this file")
-    return run_stage(parser, _report, argv)
+    return run_stage(parser, body, argv)
 
 
-def _report(args: argparse.Namespace) -> None:
+def body(args: argparse.Namespace) -> None:
+    """Write the report of `args.runs` into `args.output`."""
     from dayzero.console import log
     from dayzero.files import atomic_directory
     from dayzero.reporting.collect import read_runs

@@ -7,12 +7,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dayzero.stages.base import run_stage
+from dayzero.stages.base import run_stage, stage_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="dayzero.stages.serve", description=__doc__)
+    parser = stage_parser("serve", __doc__, config=False)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--run", help="a run of the experiment, whose model is served")
     which.add_argument("--model", type=Path, help="an exported model's folder, results/EXPERIMENT/RUN/model")
@@ -30,11 +30,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="store_true",
         help="run Python code that ships with the model; with --run its model.trust_remote_code decides",
     )
-    parser.add_argument("--log", help="also write the log to this file")
-    return run_stage(parser, _serve, argv)
+    return run_stage(parser, body, argv)
 
 
-def _serve(args: argparse.Namespace) -> None:
+def body(args: argparse.Namespace) -> None:
+    """Serve until stopped, or only name the model's manifest."""
     from dayzero.errors import ConfigError
     from dayzero.remote_code import require_trusted_code
     from dayzero.serving.server import serve

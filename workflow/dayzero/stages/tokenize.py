@@ -11,7 +11,7 @@ from dayzero.stages.base import read_config, run_stage, stage_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the stage; returns the exit code."""
+    """The command line; returns the exit code."""
     parser = stage_parser("tokenize", __doc__)
     parser.add_argument("--data", required=True, type=Path, help="directory with the splits' Parquet files")
     parser.add_argument("--tokenizer", required=True, type=Path, help="Hugging Face directory with the tokenizer")

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from dayzero.stages.base import run_stage, stage_parser
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
     parser = stage_parser("train", __doc__)
     parser.add_argument("--tokens", type=Path, required=True, help="store/tokens/KEY")
     parser.add_argument("--model", type=Path, help="store/models/KEY; not for random weights from model.architecture")
@@ -30,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     machine.add_argument("--max-requeues", type=int, default=100, help="times a SLURM job is put back (default 100)")
     machine.add_argument("--stop-before", type=int, default=0, help="seconds before a job's end to stop at (default 0)")
     machine.add_argument("--network-interface", help="network interface of every node for NCCL and gloo")
-    arguments = sys.argv[1:] if argv is None else argv
+    arguments = sys.argv[1:] if argv is None else list(argv)
 
     def body(args: argparse.Namespace) -> None:
         from dayzero.engine.launch import is_worker

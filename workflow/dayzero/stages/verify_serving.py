@@ -11,15 +11,16 @@ from dayzero.stages.base import read_config, run_stage, stage_parser, trusts_cod
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The stage's command line; returns the exit code."""
+    """The command line; returns the exit code."""
     parser = stage_parser("verify_serving", __doc__)
     parser.add_argument("--model", required=True, type=Path, help="an exported model's folder")
     parser.add_argument("--tokens", required=True, type=Path, help="the token store's folder, for the prompts")
     parser.add_argument("--output", required=True, type=Path, help="folder for parity.json")
-    return run_stage(parser, _verify, argv)
+    return run_stage(parser, body, argv)
 
 
-def _verify(args: argparse.Namespace) -> None:
+def body(args: argparse.Namespace) -> None:
+    """Write `args.output`/parity.json."""
     from dayzero.config import Serving
     from dayzero.console import log
     from dayzero.provenance import Clock

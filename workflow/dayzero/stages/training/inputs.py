@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ def read_run(args: argparse.Namespace) -> RunConfig:
     """The run's config. Raises `ConfigError` where it and the paths on the command line do not go together."""
     if not (args.tokens / "manifest.json").is_file():
         raise ConfigError(f"--tokens {args.tokens} has no manifest.json: run the tokenize stage first")
-    run = RunConfig.model_validate_json(json.dumps(read_config(args.config)))
+    run = RunConfig.from_resolved(read_config(args.config), "--config")
     if run.method.name == "none":
         raise ConfigError("method.name is none: this run is not trained; choose full, lora or pretrain")
     if (run.method.name == "kd") != (args.teacher is not None):
