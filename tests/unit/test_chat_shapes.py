@@ -99,7 +99,7 @@ def test_shapes_change_nothing(
     template = {**PUT_IN_PLACE, **LOOKS}[name]
     options = {"loss_turns": "last" if last else "all", "special_text": "special" if special else "auto"}
     one, other = (encoder(tokenizer, template, **options) for _ in "ab")
-    other._shapes._places = 0
+    other._turns._shapes._places = 0
     for conversation in (before, turns, turns):
         assert rendered(one, chat(conversation)) == rendered(other, chat(conversation))
 
@@ -112,8 +112,8 @@ def test_a_template_that_puts_texts_in_place_is_rendered_once(
     turns = [("system", "Be brief."), *[("user", " What? \n"), ("assistant", "The fox. "), ("assistant", "")] * 4]
     first = made.render(chat(turns))
     calls = []
-    render = made._render
-    monkeypatch.setattr(made, "_render", lambda *a, **k: calls.append(a) or render(*a, **k))
+    render = made._template.render
+    monkeypatch.setattr(made._template, "render", lambda *a, **k: calls.append(a) or render(*a, **k))
     assert made.render(chat(turns)) == first
     assert made.render(chat([(role, text.replace("fox", "dogs")) for role, text in turns])) != first
     assert len(calls) == 2
@@ -123,7 +123,7 @@ def test_a_template_that_puts_texts_in_place_is_rendered_once(
 def test_a_template_that_looks_into_texts_has_no_shapes(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     made = encoder(tokenizer, LOOKS[name])
     made.render(chat([("user", "Hi"), ("assistant", "The dog")]))
-    assert not any(made._shapes._known.values())
+    assert not any(made._turns._shapes._known.values())
 
 
 def test_what_is_seen_only_in_a_beginning_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -141,4 +141,4 @@ def test_few_shapes_are_remembered(tokenizer: PreTrainedTokenizerBase, monkeypat
     for n in range(1, 6):
         turns = [("user", "Hi"), ("assistant", "The dog")] * n
         assert made.render(chat(turns)).pieces()[1::2] == ["The dog<|im_end|>"] * n
-    assert len(made._shapes._known) == 3
+    assert len(made._turns._shapes._known) == 3

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from dayzero.config import Tokenize
-from dayzero.data.chat import ChatEncoder
+from dayzero.data.chat_template import ChatTemplate
 from dayzero.data.documents import DocumentEncoder
 from transformers import AutoTokenizer
 
@@ -68,7 +68,7 @@ def test_tool_calls(tmp_path: Path, tokenizer: Any) -> None:
             DocumentEncoder(tokenizer, "messages", Tokenize(seq_len=2**16, loss_parts=part))
             for part in ("all", "tool_arguments")
         )
-        assert ChatEncoder(tokenizer, Tokenize()).has_markers == (template == MARKED_CALLS)
+        assert ChatTemplate(tokenizer).has_markers == (template == MARKED_CALLS)
         for row in stored:
             call = json.loads(row["messages"][1]["tool_calls"])[0]["function"]
             [(ids, mask)] = whole.encode(row)

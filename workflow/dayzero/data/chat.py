@@ -1,9 +1,8 @@
 """Conversations -> token ids and the mask of what is supervised: by default all that the assistant says.
 
-Which characters of the rendered conversation are the assistant's comes from the template's own {% generation %} blocks
-or, where it has none, from rendering the conversation up to each answer, which must be a prefix of the whole. An
-answer's supervision ends with its end-of-turn token; where the template has no such token, the tokenizer's EOS ends the
-conversation. The prompt before an answer is tokenised exactly as at inference.
+Where the turns stand in the rendered conversation says chat_turns.py. An answer's supervision ends with its end-of-turn
+token; where the template has no such token, the tokenizer's EOS ends the conversation. The prompt before an answer is
+tokenised exactly as at inference.
 
 The texts of control tokens (`<|im_end|>`) inside a message stay text: only the template writes control tokens. Tags
 in an assistant's content (`<think>`, `<tool_call>`) are the exception: they are its to write.
@@ -13,29 +12,23 @@ What of the conversation is supervised is chosen by `tokenize.loss_*`; a token w
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from operator import itemgetter
-from typing import Any
 
 import numpy as np
-from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from dayzero.config import Tokenize
 from dayzero.data import chat_parts
-from dayzero.data.chat_shapes import Found, Shapes
+from dayzero.data.chat_template import ChatTemplate, Message, Tools
+from dayzero.data.chat_turns import TurnFinder, unstable
 from dayzero.data.plain_text import STAND_IN, Ids, Mask, Range, TextEncoder
 from dayzero.data.tokenizer import special_tokens, tag_pairs
 from dayzero.errors import ConfigError, DataError
-
-Message = dict[str, Any]
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclass(frozen=True)
@@ -70,33 +63,22 @@ class ChatEncoder:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, options: Tokenize) -> None:
-        if not tokenizer.chat_template:
-            raise ConfigError(
-                f"the tokenizer in {tokenizer.name_or_path} has no chat template for data of format messages: "
-                "set model.chat_template to a template FILE, or make a format prompt_completion of the data (with "
-                "data.template)"
-            )
         self.tokenizer, self.options = tokenizer, options
-        self.template: str = tokenizer.get_chat_template()
-        self.has_markers = bool(_GENERATION.search(self.template))
+        self._template = ChatTemplate(tokenizer)
         self.counts: Counter[str] = Counter()
         controls = special_tokens(tokenizer)
         self._tags = tag_pairs(tokenizer) | {token for token in controls if chat_parts.TAG.fullmatch(token)}
         self._ends = tuple(sorted(controls - self._tags, key=len, reverse=True))
-        self._closing: dict[str, bool] = {}  # whether tokens that follow an answer after white space are its end
-        self._variables = dict(tokenizer.special_tokens_map)
         self.texts = TextEncoder(tokenizer)
         self._marking = self.options.special_text != "special"
         self._shown: set[str] = set()  # the parts of rows that the template is known to write
-        self._shapes = Shapes(
-            self.template, lambda messages: self._turns(messages, None, self._render(messages, None)[0])
-        )
+        self._turns = TurnFinder(self._template, options, self._ends, self.texts)
 
     def learn(self, conversations: Iterable[Rendered]) -> None:
         """Have the tokenizer read conversations together, before `tokenize` asks for each: that is faster."""
         self.texts.learn(conversation.text for conversation in conversations)
 
-    def render(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None) -> Rendered:
+    def render(self, messages: Sequence[Message], tools: Tools = None) -> Rendered:
         """The conversation as the template writes it, and what of it is supervised.
 
         Raises ConfigError where the template's prefixes are not stable or it has no place for the tools or calls of the
@@ -107,7 +89,7 @@ class ChatEncoder:
             messages = [self._marked(m) for m in messages]
             tools = self.texts.mark_all(tools)
         self._check_shown(messages, tools)
-        text, spans = self._spans(messages, tools)
+        text, spans = self._turns.find(messages, tools)
         controls = self.texts.controls(text)
         spans = [(_whole(controls, start), _whole(controls, self._end(text, start, end))) for start, end in spans]
         assert all(a[1] <= b[0] for a, b in pairwise(spans)), "answers overlap"
@@ -153,17 +135,17 @@ class ChatEncoder:
             marked |= self.texts.mark_all(more)
         return marked
 
-    def _check_shown(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> None:
+    def _check_shown(self, messages: list[Message], tools: Tools) -> None:
         """Refuse a template that would drop tools or calls in silence; the first row that has some shows it."""
         if tools and "tools" not in self._shown:
-            if self._render(messages, tools) == self._render(messages, None):
+            if self._template.render(messages, tools) == self._template.render(messages, None):
                 self._no_place("tools")
             self._shown.add("tools")
         called = next((i for i, m in enumerate(messages) if m.get("tool_calls")), None)
         if called is not None and "tool_calls" not in self._shown:
             call = messages[called]["tool_calls"][0]
             renamed = {**messages[called], "tool_calls": [{**call, "function": {**call["function"], "name": STAND_IN}}]}
-            if STAND_IN not in self._render([*messages[:called], renamed], tools)[0]:
+            if STAND_IN not in self._template.render([*messages[:called], renamed], tools)[0]:
                 self._no_place("tool_calls")
             self._shown.add("tool_calls")
 
@@ -173,118 +155,12 @@ class ChatEncoder:
             f"model.chat_template to a FILE that does, or remove {part} from the data"
         )
 
-    def _spans(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> Found:
-        """The rendered conversation and the character ranges of the turns that are supervised."""
-        if self.has_markers:
-            return self._turns(messages, tools, *self._render(messages, tools, return_assistant_tokens_mask=True))
-        text, _ = self._render(messages, tools)
-        known = self._shapes.find(messages, text) if not tools and self.options.loss_roles == ["assistant"] else None
-        return self._turns(messages, tools, text) if known is None else (text, known)
-
-    def _turns(
-        self, messages: list[Message], tools: list[dict[str, Any]] | None, text: str, blocks: Sequence[Range] = ()
-    ) -> Found:
-        """The conversation that was rendered as `text` and the ranges of its supervised turns: its generation `blocks`
-        where the template has some, else what stands between the renderings of two beginnings."""
-        roles = self.options.loss_roles
-        turns = [i for i, m in enumerate(messages) if m["role"] in roles]
-        if self.options.loss_turns == "last":
-            turns = turns[-1:]
-        spans: list[Range] = []
-        marked = [i for i in turns if messages[i]["role"] == "assistant"] if self.has_markers else []
-        if marked:
-            self._check_markers(messages, tools)
-            spans = self._with_ends(messages, tools, text, sorted(blocks))
-            if self.options.loss_turns == "last":  # whatever comes after the blocks of the turns before
-                earlier = self._render(messages[: marked[0]], tools, return_assistant_tokens_mask=True)[1]
-                spans = spans[len(earlier) :]
-            if not spans:
-                self._unmarked()
-        for i in turns:
-            answer = messages[i]["role"] == "assistant"
-            if i in marked or not (answer or messages[i]["content"].strip()):
-                continue
-            after = self._render(messages[: i + 1], tools)[0] if i + 1 < len(messages) else text
-            if answer:
-                before = self._render(messages[:i], tools, add_generation_prompt=True)[0]
-                if not text.startswith(before):
-                    self._refuse(text, before, i)
-            if not text.startswith(after):
-                self._refuse(text, after, i)
-            spans.append((len(before) if answer else self._head(messages[: i + 1], tools, text), len(after)))
-        return text, sorted(spans)
-
-    def _head(self, messages: list[Message], tools: list[dict[str, Any]] | None, text: str) -> int:
-        """Where the content of the last of these messages begins in the conversation: after the turn's head, which no
-        one is asked to write and which may hold the same words."""
-        *earlier, message = messages
-        head, written, _ = self._render([*earlier, {**message, "content": STAND_IN}], tools)[0].partition(STAND_IN)
-        contents = {message["content"], message["content"].strip()}
-        if not written or not text.startswith(head) or not any(text.startswith(c, len(head)) for c in contents):
-            raise ConfigError(
-                f"the chat template rewrites the content of message {len(messages)}, of the role {message['role']}, "
-                "so it cannot be supervised: leave the role out of tokenize.loss_roles"
-            )
-        return len(head)
-
-    def _check_markers(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> None:
-        """Refuse {% generation %} blocks that hold nothing of what an assistant says; the first conversation shows it.
-
-        A template that rewrites what it is given is not told by this.
-        """
-        if "markers" in self._shown or not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
-            return
-        said = [{**m, "content": STAND_IN} if m["role"] == "assistant" and m["content"] else m for m in messages]
-        text, blocks = self._render(said, tools, return_assistant_tokens_mask=True)
-        if STAND_IN in text and not any(STAND_IN in text[start:end] for start, end in blocks):
-            self._unmarked()
-        self._shown.add("markers")
-
-    def _unmarked(self) -> None:
-        raise ConfigError(
-            "the chat template has {% generation %} blocks but none about what the assistant says, so nothing would be "
-            "supervised: set model.chat_template to a FILE with the blocks about the answers, or with none at all"
-        )
-
-    def _with_ends(
-        self, messages: list[Message], tools: list[dict[str, Any]] | None, text: str, blocks: list[Range]
-    ) -> list[Range]:
-        """The {% generation %} blocks, each with the end-of-turn token that follows it: many templates leave it out of
-        the block, and without it a model never stops."""
-        spans = []
-        for number, (start, end) in enumerate(blocks):
-            limit = blocks[number + 1][0] if number + 1 < len(blocks) else len(text)
-            following = text[end:limit]
-            token = next((t for t in self._ends if following.lstrip().startswith(t)), "")
-            if not token or text[start:end].rstrip().endswith(self._ends):
-                spans.append((start, end))
-                continue
-            if not following.startswith(token):  # perhaps the next turn's head, after a turn without an end
-                if token not in self._closing:
-                    self._closing[token] = self._closes(token, number, messages, tools)
-                if not self._closing[token]:
-                    token, following = "", ""
-            spans.append((start, end + following.find(token) + len(token)))
-        return spans
-
-    def _closes(self, token: str, number: int, messages: list[Message], tools: list[dict[str, Any]] | None) -> bool:
-        """Whether the token is written after the block of that number even if the conversation ends with its turn."""
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            text, blocks = self._render(messages[: i + 1], tools, return_assistant_tokens_mask=True)
-            if len(blocks) > number:
-                return text[sorted(blocks)[number][1] :].lstrip().startswith(token)
-        return False
-
-    def _parts(
-        self, messages: list[Message], tools: list[dict[str, Any]] | None, text: str, spans: list[Range]
-    ) -> list[Range] | None:
+    def _parts(self, messages: list[Message], tools: Tools, text: str, spans: list[Range]) -> list[Range] | None:
         """The ranges of the rendered conversation that are supervised; None: the whole spans."""
 
         def render(changed: list[Message]) -> str | None:
             try:
-                return self._render(changed, tools)[0]
+                return self._template.render(changed, tools)[0]
             except DataError:
                 return None
 
@@ -318,24 +194,6 @@ class ChatEncoder:
             at, done = at + len(piece), done + len(part)
         return np.concatenate(masks)
 
-    def _render(
-        self, messages: Sequence[Message], tools: list[dict[str, Any]] | None, **options: Any
-    ) -> tuple[str, list[Range]]:
-        """The rendered text and, on demand, the character ranges of its {% generation %} blocks."""
-        variables: dict[str, Any] = {**self._variables, **options}
-        try:
-            # What apply_chat_template itself calls; that gives token masks only, and those only for fast tokenizers.
-            schemas: Any = tools
-            rendered: Any = render_jinja_template([list(messages)], schemas, chat_template=self.template, **variables)
-        except (TemplateError, TypeError, AttributeError, KeyError, IndexError, RecursionError) as error:
-            roles = ", ".join(m["role"] for m in messages) or "nothing"
-            raise DataError(
-                f"the chat template refuses a conversation of {roles} ({error}): change the roles, or set "
-                "model.chat_template"
-            ) from error
-        texts, spans = rendered
-        return texts[0], spans[0] if spans else []
-
     def _end(self, text: str, start: int, end: int) -> int:
         """Where a turn's supervision ends: after its end-of-turn token, without the white space that follows it."""
         said = text[start:end].rstrip()
@@ -356,22 +214,11 @@ class ChatEncoder:
         exactly = {"clean_up_tokenization_spaces": False}
         joined = np.concatenate(parts)
         if self.tokenizer.decode(joined.tolist(), **exactly) != self.tokenizer.decode(ids.tolist(), **exactly):
-            self._refuse(text, text[: edges[len(before)]], None)
+            raise unstable(self.texts, text, text[: edges[len(before)]], None)
         return joined, list(accumulate(map(len, parts[:-1])))
 
     def _ids(self, text: str) -> Ids:
         return self.texts.ids(text)  # none is added: the template writes BOS itself
-
-    def _refuse(self, text: str, prefix: str, message: int | None) -> None:
-        whole, part = self._ids(text).tolist(), self._ids(prefix).tolist()
-        at = next((k for k, (a, b) in enumerate(zip(whole, part, strict=False)) if a != b), min(len(whole), len(part)))
-        seen = [repr(self.tokenizer.decode(ids[at : at + 1])) if at < len(ids) else "the end" for ids in (whole, part)]
-        where = "" if message is None else f" around message {message + 1}"
-        raise ConfigError(
-            f"the chat template changes a conversation as it goes on{where}: token {at} is {seen[0]} in the "
-            f"whole and {seen[1]} in its beginning: mark the answers with {{% generation %}} in a template of your own "
-            "(model.chat_template: FILE), or supervise only the last turn (tokenize.loss_turns: last)"
-        )
 
 
 def _whole(controls: Sequence[Range], edge: int) -> int:
