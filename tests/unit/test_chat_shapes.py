@@ -30,7 +30,7 @@ PUT_IN_PLACE = {
 LOOKS = {
     "begins": ANY.replace("BODY", "{{ 'x' if m.content.startswith('The') else m.content }}"),
     "holds": ANY.replace("BODY", "{{ m.content.split('</think>')[-1] if '</think>' in m.content else m.content }}"),
-    "length": ANY.replace("BODY", "{{ m.content if m.content | length > 3 else 'short' }}"),
+    "length": ANY.replace("BODY", "{{ m.content if m.content | length > 1 else 'short' }}"),
     "equal": ANY.replace("BODY", "{{ 'y' if m.content == 'fox' else m.content }}"),
     "JSON": ANY.replace("BODY", "{{ m.content | tojson }}"),
     "JSON, looked into": ANY.replace("BODY", "{{ m.content }}{{ '!' if 'fox' in (m.content | tojson) }}"),

@@ -256,8 +256,46 @@ def test_tools_that_the_template_does_not_write_are_refused(tokenizer: PreTraine
         encode_chat(ChatEncoder(tokenizer, Tokenize()), CHAT)
     fixed = JSON_CALLS.replace("{{ c.function.arguments | tojson }}", "{}")
     tokenizer.chat_template = fixed
-    with pytest.raises(ConfigError, match="does not write the arguments of call 1 of message 3"):
-        encode_chat(ChatEncoder(tokenizer, Tokenize(loss_parts="tool_arguments")), CHAT, TOOLS)
+    with pytest.raises(ConfigError, match="does not write the arguments of tool_calls, which the data has"):
+        encode_chat(ChatEncoder(tokenizer, Tokenize()), CHAT, TOOLS)
+
+
+@pytest.mark.parametrize("role", ["system", "tool"])
+def test_a_role_that_the_template_does_not_write_is_refused(tokenizer: PreTrainedTokenizerBase, role: str) -> None:
+    tokenizer.chat_template = JSON_CALLS.replace("{% for m in messages %}", "{% for m in messages if m.role != ROLE %}")
+    tokenizer.chat_template = tokenizer.chat_template.replace("ROLE", repr(role))
+    messages = [{"role": r, "content": f"I am {r}."} for r in ("system", "user", "assistant", "tool", "assistant")]
+    with pytest.raises(ConfigError, match=f"does not write the texts of the role {role}, which the data has"):
+        encode_chat(ChatEncoder(tokenizer, Tokenize()), messages)
+
+
+def test_reasoning_that_the_prompt_opens_and_the_content_too(tokenizer: PreTrainedTokenizerBase) -> None:
+    template = JSON_CALLS.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>\n{% endif %}")
+    messages = [
+        {"role": "user", "content": "What is 17 + 25?"},
+        {"role": "assistant", "content": "<think>\nA sum.\n</think>\n\nIt is 42."},
+    ]
+    assert runs(tokenizer, template, messages, None) == ["A sum.\n</think>\n\nIt is 42.<|im_end|>"]
+    assert runs(tokenizer, template, messages, None, loss_reasoning=False) == ["It is 42.<|im_end|>"]
+
+
+def test_the_end_of_a_turn_after_calls_that_end_in_a_control_token(path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>"]}
+    )
+    assert runs(tokenizer, MARKED_CALLS) == BOTH
+
+
+def test_the_next_head_is_no_end_of_a_turn(tokenizer: PreTrainedTokenizerBase) -> None:
+    """A template without end-of-turn tokens, whose next turn begins directly behind the {% generation %} block."""
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
+        "{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    messages = [{"role": r, "content": f"I am {r}."} for r in ("user", "assistant", "user", "assistant")]
+    ids, mask = encode_chat(ChatEncoder(tokenizer, Tokenize()), messages)
+    assert supervised(tokenizer, ids, mask) == ["I am assistant.", "I am assistant." + tokenizer.eos_token]
 
 
 def test_a_template_that_fails_on_a_value_says_so(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from operator import itemgetter
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -25,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from dayzero.config import Tokenize
 from dayzero.data import chat_parts
 from dayzero.data.chat_template import ChatTemplate, Message, Tools
-from dayzero.data.chat_turns import TurnFinder, unstable
+from dayzero.data.chat_turns import TurnFinder
 from dayzero.data.plain_text import STAND_IN, Ids, Mask, Range, TextEncoder
 from dayzero.data.tokenizer import special_tokens, tag_pairs
 from dayzero.errors import ConfigError, DataError
@@ -136,18 +137,24 @@ class ChatEncoder:
         return marked
 
     def _check_shown(self, messages: list[Message], tools: Tools) -> None:
-        """Refuse a template that would drop tools or calls in silence; the first row that has some shows it."""
+        """Refuse a template that would drop a part of conversations in silence; the first row that has it shows it."""
         if tools and "tools" not in self._shown:
             if self._template.render(messages, tools) == self._template.render(messages, None):
                 self._no_place("tools")
             self._shown.add("tools")
-        called = next((i for i, m in enumerate(messages) if m.get("tool_calls")), None)
-        if called is not None and "tool_calls" not in self._shown:
-            call = messages[called]["tool_calls"][0]
-            renamed = {**messages[called], "tool_calls": [{**call, "function": {**call["function"], "name": STAND_IN}}]}
-            if STAND_IN not in self._template.render([*messages[:called], renamed], tools)[0]:
-                self._no_place("tool_calls")
-            self._shown.add("tool_calls")
+        for number, message in enumerate(messages):
+            for part, changed in _with_stand_ins(message, self._shown):
+                if not self._notices(messages, [*messages[:number], changed, *messages[number + 1 :]], tools):
+                    self._no_place(part)
+                self._shown.add(part)
+
+    def _notices(self, messages: list[Message], changed: list[Message], tools: Tools) -> bool:
+        """Whether the template writes another text for the changed messages."""
+        text = self._template.render(messages, tools)[0]
+        try:
+            return self._template.render(changed, tools)[0] != text
+        except DataError:
+            return True  # it looks at what it is given, so it does not leave it out
 
     def _no_place(self, part: str) -> None:
         raise ConfigError(
@@ -176,7 +183,7 @@ class ChatEncoder:
             return None
         wanted = []
         for start, end in spans:
-            inside = [(start if t.opens else t.start, t.end) for t in thoughts if start <= t.start < end]
+            inside = [(start if t.opens else t.start, t.end) for t in thoughts if t.start < end and t.end > start]
             wanted += list(chat_parts.without((start, end), sorted(inside)))
         return wanted
 
@@ -187,8 +194,9 @@ class ChatEncoder:
             return mask
         at = done = 0
         masks = []
-        for piece in conversation.pieces():
-            part, mask = self.texts.supervised(piece, [(a - at, b - at) for a, b in wanted if a < at + len(piece)])
+        for lead, piece in self._apart(conversation):
+            ranges = [(max(a - at, 0), b - at) for a, b in wanted if a < at + len(piece)]
+            part, mask = self.texts.supervised(piece, ranges, lead)
             assert np.array_equal(part, ids[done : done + len(part)]), "the pieces' own tokens"
             masks.append(mask)
             at, done = at + len(piece), done + len(part)
@@ -210,15 +218,44 @@ class ChatEncoder:
         before = self.texts.tokens_before(text, ids, edges, conversation.controls)
         if len(before) == len(edges):
             return ids, before
-        parts = [self._ids(piece) for piece in conversation.pieces()]
+        parts = [self.texts.ids_after(lead, piece) for lead, piece in self._apart(conversation)]
         exactly = {"clean_up_tokenization_spaces": False}
         joined = np.concatenate(parts)
         if self.tokenizer.decode(joined.tolist(), **exactly) != self.tokenizer.decode(ids.tolist(), **exactly):
-            raise unstable(self.texts, text, text[: edges[len(before)]], None)
+            end = edges[len(before)]
+            raise ConfigError(
+                f"the tokenizer reads {text[max(0, end - 20) : end]!r} and what follows, {text[end : end + 20]!r}, as "
+                "one, and as another text apart, so the tokens of prompt and answer cannot be told apart: end the "
+                "prompt with a control token or a line break in a template of your own (model.chat_template: FILE)"
+            )
         return joined, list(accumulate(map(len, parts[:-1])))
+
+    def _apart(self, conversation: Rendered) -> list[tuple[str, str]]:
+        """The pieces, each with a lead: the control token that it follows, or else what other text stands for."""
+        text, pieces = conversation.text, conversation.pieces()
+        control = {end: text[start:end] for start, end in conversation.controls}
+        leads = [control.get(at) or self.texts.lead(p) for at, p in zip(conversation.edges(), pieces[1:], strict=True)]
+        return list(zip(["", *leads], pieces, strict=True))
 
     def _ids(self, text: str) -> Ids:
         return self.texts.ids(text)  # none is added: the template writes BOS itself
+
+
+def _with_stand_ins(message: Message, but: Set[str]) -> Iterator[tuple[str, Message]]:
+    """The parts of a message that a template may leave out, `but` for some, each with the message that has a stand-in
+    for it."""
+    contents = f"the texts of the role {message['role']}"
+    if contents not in but and message["content"].strip():
+        yield contents, {**message, "content": STAND_IN}
+    for number, call in enumerate(message.get("tool_calls", [])):
+        function = call["function"]
+        changes: dict[str, dict[str, Any]] = {"tool_calls": {"name": STAND_IN}}
+        if arguments := function["arguments"]:
+            changes["the arguments of tool_calls"] = {"arguments": {**arguments, next(iter(arguments)): STAND_IN}}
+        for part in [part for part in changes if part not in but]:
+            calls = [*message["tool_calls"]]
+            calls[number] = {**call, "function": {**function, **changes[part]}}
+            yield part, {**message, "tool_calls": calls}
 
 
 def _whole(controls: Sequence[Range], edge: int) -> int:

@@ -24,7 +24,7 @@ class TurnFinder:
 
     def __init__(self, template: ChatTemplate, options: Tokenize, ends: tuple[str, ...], texts: TextEncoder) -> None:
         self._template, self._options, self._ends, self._texts = template, options, ends, texts
-        self._closing: dict[str, bool] = {}  # whether tokens that follow an answer after white space are its end
+        self._closing: dict[str, bool] = {}  # whether tokens that follow an answer are its end
         self._checked_markers = False
         self._shapes = Shapes(
             template.source, lambda messages: self._all_turns(messages, None, template.render(messages)[0])
@@ -69,9 +69,9 @@ class TurnFinder:
             if answer:
                 before = self._template.render(messages[:i], tools, add_generation_prompt=True)[0]
                 if not text.startswith(before):
-                    raise unstable(self._texts, text, before, i)
+                    raise _unstable(self._texts, text, before, i, len(turns) == 1)
             if not text.startswith(after):
-                raise unstable(self._texts, text, after, i)
+                raise _unstable(self._texts, text, after, i, len(turns) == 1)
             spans.append((len(before) if answer else self._head(messages[: i + 1], tools, text), len(after)))
         return text, sorted(spans)
 
@@ -117,15 +117,11 @@ class TurnFinder:
             limit = blocks[number + 1][0] if number + 1 < len(blocks) else len(text)
             following = text[end:limit]
             token = next((t for t in self._ends if following.lstrip().startswith(t)), "")
-            if not token or text[start:end].rstrip().endswith(self._ends):
-                spans.append((start, end))
-                continue
-            if not following.startswith(token):  # perhaps the next turn's head, after a turn without an end
-                if token not in self._closing:
-                    self._closing[token] = self._closes(token, number, messages, tools)
-                if not self._closing[token]:
-                    token, following = "", ""
-            spans.append((start, end + following.find(token) + len(token)))
+            if token and token not in self._closing:  # it may be the next turn's head, after a turn without an end
+                self._closing[token] = self._closes(token, number, messages, tools)
+            if token and self._closing[token]:
+                end += following.find(token) + len(token)
+            spans.append((start, end))
         return spans
 
     def _closes(self, token: str, number: int, messages: list[Message], tools: Tools) -> bool:
@@ -139,14 +135,15 @@ class TurnFinder:
         return False
 
 
-def unstable(texts: TextEncoder, text: str, beginning: str, message: int | None) -> ConfigError:
-    """The error of a `beginning`, up to that message, that is not how the whole `text` begins."""
+def _unstable(texts: TextEncoder, text: str, beginning: str, message: int, only: bool) -> ConfigError:
+    """The error of a `beginning`, up to that message, that is not how the whole `text` begins; `only`: no other turn
+    is supervised."""
     whole, part = texts.ids(text).tolist(), texts.ids(beginning).tolist()
     at = next((k for k, (a, b) in enumerate(zip(whole, part, strict=False)) if a != b), min(len(whole), len(part)))
     seen = [repr(texts.tokenizer.decode(ids[at : at + 1])) if at < len(ids) else "the end" for ids in (whole, part)]
-    where = "" if message is None else f" around message {message + 1}"
+    last = "" if only else ", or supervise only the last turn (tokenize.loss_turns: last)"
     return ConfigError(
-        f"the chat template changes a conversation as it goes on{where}: token {at} is {seen[0]} in the "
-        f"whole and {seen[1]} in its beginning: mark the answers with {{% generation %}} in a template of your own "
-        "(model.chat_template: FILE), or supervise only the last turn (tokenize.loss_turns: last)"
+        f"the chat template changes a conversation as it goes on around message {message + 1}: token {at} is {seen[0]} "
+        f"in the whole and {seen[1]} in its beginning: mark the answers with {{% generation %}} in a template of your "
+        f"own (model.chat_template: FILE){last}"
     )

@@ -26,7 +26,7 @@ from dayzero.config_checks import LOSS_KEYS
 from dayzero.data.chat import ChatEncoder, Rendered
 from dayzero.data.conversations import load_messages
 from dayzero.data.plain_text import Ids, Mask, TextEncoder
-from dayzero.data.tokenizer import affixes, anchor, text_ids
+from dayzero.data.tokenizer import affixes
 from dayzero.errors import ConfigError, DataError
 
 COLUMNS = {"text": ["text"], "prompt_completion": ["prompt", "completion"], "messages": ["messages"]}
@@ -52,7 +52,6 @@ class DocumentEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, data_format: str, options: Tokenize) -> None:
         self.tokenizer, self.format, self.options = tokenizer, data_format, options
         self.counts: Counter[str] = Counter()
-        self._known: dict[str, Ids] = {}
         self._rendered: dict[int, Rendered | None] = {}  # by the rows' identities, while those are at hand
         if data_format == "messages":
             self._chat = ChatEncoder(tokenizer, options)
@@ -68,7 +67,6 @@ class DocumentEncoder:
             return
         self._texts = TextEncoder(tokenizer)
         self._prefix = np.array(affixes(tokenizer)[0], np.int32)
-        self._anchor = anchor(tokenizer) if data_format == "prompt_completion" else ""
         if tokenizer.eos_token_id is None:
             raise ConfigError(
                 f"the tokenizer in {tokenizer.name_or_path} has no EOS token to end a document of format {data_format} "
@@ -79,17 +77,17 @@ class DocumentEncoder:
     def encode_rows(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, Document]]:
         """(index of the row, document) for many rows; see `encode`. Their texts go to the tokenizer in one call."""
         if self.format in ("text", "prompt_completion"):
-            texts = {row[c] for row in rows for c in COLUMNS[self.format] if row.get(c)}
-            if self.format == "prompt_completion" and self._anchor:
-                texts |= {self._anchor + row["completion"] for row in rows if row.get("completion")}
-            self._known = dict(zip(texts, text_ids(self.tokenizer, list(texts)), strict=True))
+            texts = {self._marked(row[c]) for row in rows for c in COLUMNS[self.format] if row.get(c)}
+            for anchor in self._texts.anchors[:1] if self.format == "prompt_completion" else []:
+                texts |= {anchor + self._marked(row["completion"]) for row in rows if row.get("completion")}
+            self._texts.learn(texts)
         elif self.format == "messages":
             self._rendered = {id(row): self._of_row(row, self._render) for row in rows}
             self._chat.learn(rendered for rendered in self._rendered.values() if rendered)
         for index, row in enumerate(rows):
             for document in self.encode(row):
                 yield index, document
-        self._known, self._rendered = {}, {}
+        self._rendered = {}
 
     def encode(self, row: Mapping[str, Any]) -> Iterator[Document]:
         """The documents of one row: none, one, or several where a long one is split.
@@ -144,7 +142,8 @@ class DocumentEncoder:
         if not row["prompt"] and not row["completion"]:
             return _NOTHING
         prompt = self._with_prefix(self._ids(row["prompt"]))
-        completion = self._with_eos(self._continued(row["completion"], bool(row["prompt"])))
+        said = self._marked(row["completion"])
+        completion = self._with_eos(self._texts.ids_after(self._texts.lead(said) if row["prompt"] else "", said))
         ids = np.concatenate([prompt, completion])
         return ids, np.arange(len(ids)) >= len(prompt)
 
@@ -169,18 +168,11 @@ class DocumentEncoder:
     def _pretokenized(self, row: Mapping[str, Any]) -> Document:
         return np.array(row["input_ids"], np.int32), np.array(row["loss_mask"], np.bool_)
 
-    def _ids(self, text: str) -> Ids:
-        if self.options.special_text == "plain" and (marked := self._texts.mark(text)) != text:
-            return self._texts.ids(marked)
-        known = self._known.get(text)
-        return text_ids(self.tokenizer, [text])[0] if known is None else known
+    def _marked(self, text: str) -> str:
+        return self._texts.mark(text) if self.options.special_text == "plain" else text
 
-    def _continued(self, text: str, goes_on: bool) -> Ids:
-        """Ids of a text that follows another one; where the tokenizer puts a space before what begins, without it."""
-        if not (goes_on and text and self._anchor):
-            return self._ids(text)
-        before, both = self._ids(self._anchor), self._ids(self._anchor + text)
-        return both[len(before) :] if np.array_equal(both[: len(before)], before) else self._ids(text)
+    def _ids(self, text: str) -> Ids:
+        return self._texts.ids(self._marked(text))
 
     def _with_prefix(self, ids: Ids) -> Ids:
         there = not len(self._prefix) or np.array_equal(ids[: len(self._prefix)], self._prefix)

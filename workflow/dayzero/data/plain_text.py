@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer, processors
 from transformers import PreTrainedTokenizerBase
 
-from dayzero.data.tokenizer import special_token_pattern, special_tokens, text_ids
+from dayzero.data.tokenizer import anchors, special_token_pattern, special_tokens, text_ids
 from dayzero.errors import ConfigError, DataError
 
 BREAK, STAND_IN, OPEN, CLOSE = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
@@ -46,6 +46,8 @@ class TextEncoder:
         self._aliases: dict[str, str] = {}
         self._known: dict[str, Ids] = {}
         self._heads: dict[str, list[int]] = {}
+        self.anchors = anchors(tokenizer)
+        """See `lead`; the first serves nearly always."""
         fast = isinstance(getattr(tokenizer, "backend_tokenizer", None), Tokenizer)
         self._control_ids: dict[str, int] = {}
         for token in special_tokens(tokenizer) if fast else ():
@@ -90,6 +92,19 @@ class TextEncoder:
             return np.array(self._encode(self._aliased(text)[0])[0], np.int32)
         known = self._known.get(text)
         return text_ids(self.tokenizer, [text])[0] if known is None else known
+
+    def lead(self, text: str) -> str:
+        """What to put before a marked text that goes on another one, so that it has no space of a beginning: the text's
+        own tokens are those after the lead's. Nothing where the tokenizer needs none, or the text merges with all."""
+        for anchor in self.anchors if text else []:
+            before = self.ids(anchor)
+            if np.array_equal(self.ids(anchor + text)[: len(before)], before):
+                return anchor
+        return ""
+
+    def ids_after(self, lead: str, text: str) -> Ids:
+        """Token ids of a marked text after a `lead` that was found for it."""
+        return self.ids(lead + text)[len(self.ids(lead)) :] if lead else self.ids(text)
 
     def learn(self, texts: Iterable[str]) -> None:
         """Read marked texts together, which `ids` then knows until the next call."""
@@ -144,10 +159,14 @@ class TextEncoder:
             self._heads[text] = self.ids(text).tolist()
         return self._heads[text]
 
-    def supervised(self, text: str, ranges: Sequence[Range]) -> tuple[Ids, Mask]:
-        """Token ids of a marked text and for each whether it holds a character of one of the ranges."""
+    def supervised(self, text: str, ranges: Sequence[Range], lead: str = "") -> tuple[Ids, Mask]:
+        """Token ids of a marked text after a `lead`, and for each whether it holds a character of one of the ranges."""
+        if lead:
+            before = len(self.ids(lead))
+            ids, mask = self.supervised(lead + text, [(start + len(lead), end + len(lead)) for start, end in ranges])
+            return ids[before:], mask[before:]
         aliased, places, starts = self._aliased(text)
-        ids, offsets = self._encode(aliased)
+        tokens, offsets = self._encode(aliased)
 
         def place(at: int) -> int:
             k = bisect_right(places, at) - 1
@@ -155,8 +174,8 @@ class TextEncoder:
             return min(starts[k] + at - places[k], following)
 
         wanted = [(place(start), place(end)) for start, end in ranges]
-        mask = [any(start < b and a < end for a, b in wanted) for start, end in offsets]
-        return np.array(ids, np.int32), np.array(mask, np.bool_)
+        found = [any(start < b and a < end for a, b in wanted) for start, end in offsets]
+        return np.array(tokens, np.int32), np.array(found, np.bool_)
 
     def _aliased(self, text: str) -> tuple[str, list[int], list[int]]:
         """The text without marks and with control tokens renamed; where its pieces began before, and begin now."""

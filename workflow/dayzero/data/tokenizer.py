@@ -150,10 +150,10 @@ def affixes(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     raise AssertionError(f"special tokens change the tokens of the text: {plain} became {habit}")
 
 
-def anchor(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A text to put before one that goes on, whose tokens are then those after the anchor's own.
+def anchors(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Texts to put before one that goes on, whose tokens are then those after the anchor's own.
 
-    Nothing where a text has the same tokens anywhere. Tokenizers made with SentencePiece (Llama 2, Mistral, Gemma) put
+    None where a text has the same tokens anywhere. Tokenizers made with SentencePiece (Llama 2, Mistral, Gemma) put
     a space before whatever they are given, so "4" on its own is " 4".
     """
 
@@ -169,8 +169,8 @@ def anchor(tokenizer: PreTrainedTokenizerBase) -> str:
 
     wanted = decode(ids("xx"))
     if joined("", "x") == wanted:
-        return ""
-    return next((it for it in ("\n", "a", "(") if joined(it, "x") == wanted), "")
+        return []
+    return [it for it in ("\n", "a", "(") if joined(it, "x") == wanted]
 
 
 def check_model_limits(path: str | Path, *, seq_len: int | None = None, max_token_id: int | None = None) -> None:
