@@ -18,7 +18,7 @@ from dayzero.stages import tokenize as stage
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from tests.tiny_tokenizer import tiny_tokenizer
+from tests.tiny_tokenizer import CHATML, tiny_tokenizer
 from tests.token_store import num_documents, num_label_tokens
 
 WORDS = [
@@ -371,3 +371,28 @@ def test_a_failed_stage_leaves_nothing_and_one_line(tmp_path, path, capsys):
         assert text in capsys.readouterr().err.strip().splitlines()[-1]
         assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out*"))
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_conversations_that_the_template_refuses_are_set_aside(tmp_path, capsys, monkeypatch, workers):
+    monkeypatch.setattr(tokenization, "BYTES_PER_WORKER", 1000)
+    alternating = "{% if messages[0].role != 'user' %}{{ raise_exception('begin with a user') }}{% endif %}" + CHATML
+    tokenizer = tiny_tokenizer(tmp_path / "strict", chat_template=alternating)
+    data, chats = messages_data(tmp_path, 23)
+    for chat in chats[4::5]:
+        chat.reverse()
+    parquet(data / "train.parquet", messages=chats[3:])
+    arguments = ["--data", str(data), "--tokenizer", str(tokenizer), "--num-workers", workers]
+    assert stage.main(["--config", "{}", *arguments, "--output", str(tmp_path / "never")]) == 1
+    assert "row rows.jsonl:2: the chat template refuses" in capsys.readouterr().err
+    config = json.dumps({"data": {"on_bad_row": "reject"}})
+    assert stage.main(["--config", config, *arguments, "--output", str(tmp_path / "out")]) == 0
+    split = json.loads((tmp_path / "out/manifest.json").read_text())["splits"]["train"]
+    aside = [json.loads(line) for line in (tmp_path / "out/train/rejected.jsonl").read_text().splitlines()]
+    refused = [i for i, chat in enumerate(chats[3:]) if chat[0]["role"] == "assistant"]
+    assert [row["origin"] for row in aside] == [f"rows.jsonl:{i + 1}" for i in refused]
+    assert all("begin with a user" in row["reason"] for row in aside)
+    assert aside[0]["row"]["messages"] == chats[4]
+    assert split["dropped"] == {"rejected": len(refused)}
+    assert split["rejected"]["rows"] == len(refused)
+    assert split["documents"] == 20 - len(refused)

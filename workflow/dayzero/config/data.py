@@ -57,7 +57,8 @@ class Data(Section):
     max_chars: PositiveInt | None = None
     """Leave out rows with more characters than this, and count them. null: no limit."""
     on_bad_row: Literal["fail", "reject"] = "fail"
-    """A row that breaks its format (named by file and line): fail the stage, or set it aside in rejected.jsonl."""
+    """A row that breaks its format or that the chat template refuses (named by file and line): fail the stage, or set
+    it aside in rejected.jsonl."""
     streaming: bool = False
     """Read `hf:` sources over the network without a copy on this disk. On by itself where `max_rows` is set."""
 

@@ -44,8 +44,8 @@ class ChatTemplate:
         except (TemplateError, TypeError, AttributeError, KeyError, IndexError, RecursionError) as error:
             roles = ", ".join(m["role"] for m in messages) or "nothing"
             raise DataError(
-                f"the chat template refuses a conversation of {roles} ({error}): change the roles, or set "
-                "model.chat_template"
+                f"the chat template refuses a conversation of {roles} ({error}): change the roles, set "
+                "model.chat_template, or set such rows aside (data.on_bad_row: reject)"
             ) from error
         texts, spans = rendered
         return texts[0], spans[0] if spans else []

@@ -45,14 +45,20 @@ class DocumentEncoder:
 
     `counts` says how many rows were `truncated`, `split`, `dropped.empty` (no text), `dropped.too_long`, how many
     documents were `dropped.few_labels`, and in how many rows the texts hold control tokens (`special_token_text`).
+    With `reject`, `rejected` holds (origin, reason, row) of rows that cannot be encoded, `dropped.rejected` of them.
 
     Raises ConfigError where the tokenizer has no EOS or chat template that the format needs.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, data_format: str, options: Tokenize) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, data_format: str, options: Tokenize, *, reject: bool = False
+    ) -> None:
         self.tokenizer, self.format, self.options = tokenizer, data_format, options
+        self.rejected: list[tuple[str, str, Mapping[str, Any]]] = []
+        self._reject = reject
         self.counts: Counter[str] = Counter()
-        self._rendered: dict[int, Rendered | None] = {}  # by the rows' identities, while those are at hand
+        # by the rows' identities, while those are at hand; or why it cannot be
+        self._rendered: dict[int, Rendered | ConfigError | DataError | None] = {}
         if data_format == "messages":
             self._chat = ChatEncoder(tokenizer, options)
             self._texts = self._chat.texts
@@ -75,17 +81,28 @@ class DocumentEncoder:
         self._eos = np.array([tokenizer.eos_token_id], np.int32)
 
     def encode_rows(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, Document]]:
-        """(index of the row, document) for many rows; see `encode`. Their texts go to the tokenizer in one call."""
+        """(index of the row, document) for many rows; see `encode`. Their texts go to the tokenizer in one call.
+
+        Rows that `encode` raises DataError for are set aside where that was asked for.
+        """
         if self.format in ("text", "prompt_completion"):
             texts = {self._marked(row[c]) for row in rows for c in COLUMNS[self.format] if row.get(c)}
             for anchor in self._texts.anchors[:1] if self.format == "prompt_completion" else []:
                 texts |= {anchor + self._marked(row["completion"]) for row in rows if row.get("completion")}
             self._texts.learn(texts)
         elif self.format == "messages":
-            self._rendered = {id(row): self._of_row(row, self._render) for row in rows}
-            self._chat.learn(rendered for rendered in self._rendered.values() if rendered)
+            self._rendered = {id(row): self._render_or_say_why(row) for row in rows if row.get("messages") is not None}
+            self._chat.learn(rendered for rendered in self._rendered.values() if isinstance(rendered, Rendered))
         for index, row in enumerate(rows):
-            for document in self.encode(row):
+            try:
+                documents = list(self.encode(row))
+            except DataError as error:
+                if not self._reject:
+                    raise
+                self.rejected.append((_origin(row), str(error.__cause__ or error), row))
+                self.counts["dropped.rejected"] += 1
+                continue
+            for document in documents:
                 yield index, document
         self._rendered = {}
 
@@ -107,7 +124,7 @@ class DocumentEncoder:
 
     def _of_row(self, row: Mapping[str, Any], make: Callable[[Mapping[str, Any]], _T]) -> _T:
         """What `make` makes of a row that has its columns; errors name the row."""
-        where = f"row {row.get('origin') or row.get('id') or '?'}"
+        where = f"row {_origin(row)}"
         for column in COLUMNS[self.format]:
             if row.get(column) is None:
                 raise DataError(f"{where}: no value in column {column}: fill it or remove the row")
@@ -149,7 +166,15 @@ class DocumentEncoder:
 
     def _messages(self, row: Mapping[str, Any]) -> Document:
         rendered = self._rendered[id(row)] if id(row) in self._rendered else self._render(row)
+        if isinstance(rendered, Exception):
+            raise rendered
         return self._chat.tokenize(rendered) if rendered else _NOTHING
+
+    def _render_or_say_why(self, row: Mapping[str, Any]) -> Rendered | ConfigError | DataError | None:
+        try:
+            return self._render(row)
+        except (ConfigError, DataError) as error:
+            return error
 
     def _render(self, row: Mapping[str, Any]) -> Rendered | None:
         """The conversation of a row; None where it is empty."""
@@ -184,6 +209,10 @@ class DocumentEncoder:
     def _count_special(self, *texts: str) -> None:
         if any(self._texts.controls(text) for text in texts):
             self.counts["special_token_text"] += 1
+
+
+def _origin(row: Mapping[str, Any]) -> str:
+    return str(row.get("origin") or row.get("id") or "?")
 
 
 def _texts_of(row: Mapping[str, Any]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Rows that break their format, set aside in `rejected.jsonl` where `data.on_bad_row` is reject."""
+"""Rows that break their format or cannot be encoded, set aside where `data.on_bad_row` is reject."""
 
 from __future__ import annotations
 
@@ -37,6 +37,6 @@ class Rejects:
         if self._handle is None:
             return {"rows": 0}
         self._handle.close()
-        log.warning("WARNING: %d rows break their format and are set aside in %s", self.count, self._file.name)
+        log.warning("WARNING: %d rows are set aside in %s", self.count, self._file.name)
         sha256 = sha256_file(self._file)
         return {"rows": self.count, "file": self._file.name, "by_file": dict(self._sources), "sha256": sha256}

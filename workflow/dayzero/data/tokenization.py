@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -30,6 +30,7 @@ from dayzero.data.documents import COLUMNS, OPTIONAL_COLUMNS, DocumentEncoder
 from dayzero.data.histogram import LengthHistogram
 from dayzero.data.mixing import by_source
 from dayzero.data.packing import Documents, pack_stream
+from dayzero.data.rejects import Rejects
 from dayzero.data.stored_table import batch_rows, open_table, rows_of, table_bytes
 from dayzero.data.tokenizer import TokenizerSource, check_model_limits
 from dayzero.data.tokens import TokenWriter
@@ -44,6 +45,8 @@ BYTES_PER_SERVED_WORKER = 32 * 2**20
 TASKS_AHEAD = 4
 """Tasks waiting for each worker; bounds the rows in memory."""
 
+_Setup = tuple[TokenizerSource, str, Tokenize, bool]
+"""What a worker is told: the tokenizer, the rows' format, how to encode them, and whether bad ones are set aside."""
 _COUNTED = ("rows", "documents", "tokens")
 
 
@@ -54,6 +57,7 @@ class Encoded:
     documents: Documents
     counts: Counter[str]
     source_rows: int
+    rejected: list[tuple[str, str, Mapping[str, Any]]]
 
 
 def tokenize_split(
@@ -66,6 +70,7 @@ def tokenize_split(
     options: Tokenize,
     num_workers: int,
     rows_by_source: Sequence[int] | None = None,
+    reject: bool = False,
 ) -> dict[str, Any]:
     """Write the token store of one split to the new directory `output` and return what the manifest says about it.
 
@@ -75,18 +80,23 @@ def tokenize_split(
         data_format: text, prompt_completion, messages or pretokenized.
         num_workers: processes; the result does not depend on it.
         rows_by_source: rows of each source in the file, in its order: no row of tokens then holds two sources.
+        reject: set rows that cannot be encoded aside, in rejected.jsonl of `output`.
 
-    Raises DataError for a file that cannot be read, lacks a column, or leaves no supervised token; ConfigError for a
+    Raises DataError for a file that cannot be read, lacks a column, or leaves no supervised token, and, unless told to
+    `reject` it, for a row that cannot be encoded; ConfigError for a
     tokenizer that does not fit the format or the model.
     """
     check_model_limits(tokenizer.path, seq_len=options.seq_len)
     counts: Counter[str] = Counter()
     source_rows, label_tokens, max_token_id = 0, 0, -1
     lengths = LengthHistogram()
+    rejects = Rejects(output / "rejected.jsonl")
 
     def documents() -> Iterator[Documents]:
         nonlocal counts, source_rows, label_tokens, max_token_id
-        for part in _encode(source, name, data_format, tokenizer, options, num_workers):
+        for part in _encode(source, name, num_workers, (tokenizer, data_format, options, reject)):
+            for row in part.rejected:
+                rejects.add(*row)
             counts += part.counts
             source_rows += part.source_rows
             label_tokens += int(part.documents.loss_mask.sum())
@@ -103,6 +113,7 @@ def tokenize_split(
                 writer.append(rows.input_ids, rows.loss_mask, rows.lengths, counted, rows.document_ids)
             after = writer.num_rows, writer.num_documents, writer.num_tokens
             of_source[number] = dict(zip(_COUNTED, (b - a for a, b in zip(before, after, strict=True)), strict=True))
+    rejected = rejects.close()
     dropped = {key.removeprefix("dropped."): n for key, n in sorted(counts.items()) if key.startswith("dropped.")}
     if not label_tokens:
         reasons = ", ".join(f"{n} {key}" for key, n in dropped.items()) or "there are none"
@@ -118,6 +129,7 @@ def tokenize_split(
         "tokens": writer.num_tokens,
         "label_tokens": label_tokens,
         "dropped": dropped,
+        **({"rejected": rejected} if rejected["rows"] else {}),
         "truncated": counts["truncated"],
         "split": counts["split"],
         "special_token_text": counts["special_token_text"],
@@ -171,14 +183,12 @@ def report_split(name: str, split: dict[str, Any], options: Tokenize) -> None:
         log.warning("%s: the chat template left out reasoning in %d rows", name, split["reasoning_left_out"])
 
 
-def _encode(
-    source: Path, name: str, data_format: str, tokenizer: TokenizerSource, options: Tokenize, num_workers: int
-) -> Iterator[Encoded]:
+def _encode(source: Path, name: str, num_workers: int, setup: _Setup) -> Iterator[Encoded]:
     """The encoded tasks of a split in file order."""
+    data_format = setup[1]
     if data_format not in COLUMNS:
         raise DataError(f"{source}: unknown data format {data_format!r}: one of {', '.join(COLUMNS)}")
     file = _open(source, data_format)
-    setup = tokenizer, data_format, options
     each = BYTES_PER_WORKER if _can_be_copied() else BYTES_PER_SERVED_WORKER
     num_workers = min(num_workers, 1 + table_bytes(file) // each)
     parts = _encode_here(file, setup) if num_workers <= 1 else _encode_in_processes(file, setup, num_workers)
@@ -203,15 +213,13 @@ def _tasks(file: pq.ParquetFile, data_format: str) -> Iterator[tuple[int, pa.Rec
         ) from error
 
 
-def _encode_here(file: pq.ParquetFile, setup: tuple[TokenizerSource, str, Tokenize]) -> Iterator[Encoded]:
+def _encode_here(file: pq.ParquetFile, setup: _Setup) -> Iterator[Encoded]:
     _start_worker(*setup)
     for first, batch in _tasks(file, setup[1]):
         yield _encode_task(first, batch)
 
 
-def _encode_in_processes(
-    file: pq.ParquetFile, setup: tuple[TokenizerSource, str, Tokenize], num_workers: int
-) -> Iterator[Encoded]:
+def _encode_in_processes(file: pq.ParquetFile, setup: _Setup, num_workers: int) -> Iterator[Encoded]:
     """Starts the processes at once, the work with the first result asked for."""
     _start_worker(*setup)  # a tokenizer that cannot be used is found before any process starts
     if _can_be_copied():
@@ -252,10 +260,10 @@ def _results(pool: ProcessPoolExecutor, tasks: Iterable[tuple[int, pa.RecordBatc
 _encoder: DocumentEncoder | None = None  # one in each worker process
 
 
-def _start_worker(tokenizer: TokenizerSource, data_format: str, options: Tokenize) -> None:
+def _start_worker(tokenizer: TokenizerSource, data_format: str, options: Tokenize, reject: bool) -> None:
     global _encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes share the cores, not threads within each
-    _encoder = DocumentEncoder(tokenizer.load(), data_format, options)
+    _encoder = DocumentEncoder(tokenizer.load(), data_format, options, reject=reject)
 
 
 def _encode_task(first: int, batch: pa.RecordBatch) -> Encoded:
@@ -266,6 +274,7 @@ def _encode_task(first: int, batch: pa.RecordBatch) -> Encoded:
 def encode_batch(encoder: DocumentEncoder, first: int, batch: pa.RecordBatch) -> Encoded:
     """Encode rows `first`, `first + 1`, ... of a split."""
     encoder.counts.clear()
+    encoder.rejected = []
     found = [(index, ids, mask) for index, (ids, mask) in encoder.encode_rows(rows_of(batch))]
     return Encoded(
         documents=Documents(
@@ -276,6 +285,7 @@ def encode_batch(encoder: DocumentEncoder, first: int, batch: pa.RecordBatch) ->
         ),
         counts=Counter(encoder.counts),
         source_rows=batch.num_rows,
+        rejected=encoder.rejected,
     )
 
 

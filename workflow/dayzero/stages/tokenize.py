@@ -49,6 +49,7 @@ def body(args: argparse.Namespace) -> None:
                 tokenizer=tokenizer,
                 options=options,
                 num_workers=args.num_workers,
+                reject=(config.get("data") or {}).get("on_bad_row") == "reject",
                 rows_by_source=data["splits"][name]["source_rows"] if mixed and name == "train" else None,
             )
             report_split(name, splits[name], options)
