@@ -22,7 +22,7 @@ from dayzero.data.loader import TrainBatches
 from dayzero.data.tokens import TokenRows
 from dayzero.engine import distributed
 from dayzero.engine.consolidate import write_model
-from dayzero.engine.export import TOLERANCE, largest_difference, reloaded_logits, streamed_logits
+from dayzero.engine.export import TOLERANCE, logit_difference, reloaded_logits, streamed_logits
 from dayzero.engine.gathering import float32_logits, whole_weights
 from dayzero.engine.lora import save_adapter
 from dayzero.engine.model import ModelSource
@@ -168,7 +168,9 @@ class Subject:
         """The records of the first `count` steps, without checkpoints."""
         found = []
         for batch in self.batches(trainer):
-            found.append(trainer.train_step(batch)[0])
+            record = trainer.train_step(batch)
+            assert record
+            found.append(record)
             if len(found) == count:
                 break
         return found
@@ -279,13 +281,13 @@ def _export(subject: Subject, trainer: Trainer, method: str) -> str:
     write_json(place / "summary.json", {"checkpoint": f"checkpoints/step_{STEPS}"})
     weights = TrainedWeights(trainer.model.source, None, trainer.model.method, SEED, place)
     streamed = streamed_logits(weights.model, weights.read, probe)
-    if not (off := largest_difference(streamed, logits)) <= TOLERANCE:
+    if not (off := logit_difference(streamed, logits)) <= TOLERANCE:
         raise Differs(f"exported logits are off by {off:.2g}")
     directory = place / "model"
     directory.mkdir()
     write_model(directory, weights.model, weights.read, torch.float32, "5GB", weights.weights.tied)
     found, _ = reloaded_logits(directory, probe)
-    if not (off := largest_difference(found, streamed)) <= TOLERANCE:
+    if not (off := logit_difference(found, streamed)) <= TOLERANCE:
         raise Differs(f"reloaded logits are off by {off:.2g}")
     return ""
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dayzero.console import log
+from dayzero.engine.difference import relative_difference
 from dayzero.errors import one_line
 
 QUERIES = 512
@@ -175,7 +176,7 @@ def difference(kernel: BlockAttention, device: str, dtype: torch.dtype, width: i
 
     gradient = random(4)
     pairs = [(a.double(), b.double()) for a, b in zip(made(kernel), made(plain), strict=True)]
-    return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
+    return max(relative_difference(a, b) for a, b in pairs)
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from dayzero.engine.difference import relative_difference
 from dayzero.engine.structure import find_layers
 
 TOLERANCE = 1e-4
@@ -221,7 +222,7 @@ def _prove(model: PreTrainedModel, styles: dict[str, str], tp: int) -> DerivedPl
         with _split(model, styles, divided, tp) as outputs:
             try:
                 logits = _logits(model, tp)
-                off = _difference(logits, whole.repeat(tp, 1, 1))
+                off = relative_difference(logits, whole.repeat(tp, 1, 1), floor=1e-12)
                 if off <= TOLERANCE:
                     summed = _gradients(model, (logits * directions.repeat(tp, 1, 1)).sum())
                     found = {**styles, **_partial(model, styles, gradients, summed, tp)}
@@ -348,9 +349,9 @@ def _partial(
         owner, _, kind = name.rpartition(".")
         style = styles.get(wildcard(owner))
         split = style == COLUMN or (style == ROW and kind == "weight")
-        if not split and _difference(summed[name], tp * gradient, floor) <= TOLERANCE:
+        if not split and relative_difference(summed[name], tp * gradient, floor) <= TOLERANCE:
             parts = False
-        elif _difference(summed[name], gradient, floor) <= TOLERANCE:
+        elif relative_difference(summed[name], gradient, floor) <= TOLERANCE:
             parts = True
         else:
             raise NoPlan(f"split over {tp} ranks the gradient of {name} would be wrong")
@@ -359,11 +360,3 @@ def _partial(
             if found.setdefault(wildcard(owner), style) != style:
                 raise NoPlan(f"of the gradients of {owner} each rank would have some whole and some in part")
     return {name: style for name, style in found.items() if style}
-
-
-def _difference(x: Tensor, reference: Tensor, floor: float = 1e-12) -> float:
-    """Largest difference as a share of the largest value, or of `floor`; infinite for other shapes and for NaN."""
-    if x.shape != reference.shape:
-        return float("inf")
-    off = ((x - reference).abs().max() / reference.abs().max().clamp(min=floor)).item()
-    return off if off == off else float("inf")

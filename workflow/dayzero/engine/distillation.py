@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from dayzero.config import Kd, Method, Train
@@ -37,6 +36,7 @@ from dayzero.engine.model import ModelSource
 from dayzero.engine.parallel_dims import ParallelDims
 from dayzero.engine.parallelize import parallelize
 from dayzero.engine.precision import computes_in_bf16
+from dayzero.engine.sharded import free_gathered
 from dayzero.engine.token_split import require_context_parallel
 from dayzero.engine.weights import Weights
 from dayzero.errors import ConfigError
@@ -63,9 +63,7 @@ class Teacher(CausalLMWithLoss):
 
     def reshard(self) -> None:
         """Free what FSDP2 keeps gathered from one chunk to the next."""
-        for module in self.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        free_gathered(self)
 
 
 def build_teacher(

@@ -12,8 +12,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
+
+from dayzero.engine.sharded import free_gathered
 
 
 class Ema:
@@ -58,8 +59,6 @@ class Ema:
 
     @torch.no_grad()
     def _put(self, weights: Iterable[Tensor]) -> None:
-        for module in self.module.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # what is gathered would stay what it was
+        free_gathered(self.module)  # it would stay what it was
         for weight, parameter in zip(weights, self.parameters, strict=True):
             parameter.copy_(weight)

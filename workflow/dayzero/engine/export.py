@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dayzero.config import Method
+from dayzero.engine.difference import relative_difference
 from dayzero.engine.model import ModelSource
 from dayzero.engine.structure import find_layers
 from dayzero.engine.weights import Weights
@@ -84,9 +85,9 @@ def streamed_logits(
     return logits_of(model, input_ids)
 
 
-def largest_difference(logits: Tensor, reference: Tensor) -> float:
+def logit_difference(logits: Tensor, reference: Tensor) -> float:
     """Largest absolute difference as a share of the reference's largest absolute value (at least 1)."""
-    return ((logits - reference).abs().max() / reference.abs().max().clamp(min=1.0)).item()
+    return relative_difference(logits, reference, floor=1.0)
 
 
 def reloaded_logits(directory: Path, input_ids: Tensor, trust_remote_code: bool = False) -> tuple[Tensor, str]:

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from dayzero.config import Train
+from dayzero.engine.difference import relative_difference
 from dayzero.engine.document_attention import (
     DOCUMENTS,
     VARLEN,
@@ -103,7 +104,7 @@ def _attends_alike(model: PreTrainedModel) -> bool:
     finally:
         forget_documents()
     own, by_documents = found
-    return bool((own - by_documents).abs().max() <= 1e-4 * own.abs().max())
+    return relative_difference(by_documents, own) <= 1e-4
 
 
 CUDNN_MULTIPLE = 128

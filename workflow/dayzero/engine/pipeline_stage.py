@@ -17,11 +17,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from dayzero.engine.context_parallel import ContextParallel
 from dayzero.engine.loss import CausalLMWithLoss
 from dayzero.engine.pipeline_cut import Anatomy
+from dayzero.engine.sharded import free_gathered
 from dayzero.engine.structure import find_decoder
 
 
@@ -167,6 +167,4 @@ class Stage(nn.Module):
 
     def reshard(self) -> None:
         """Free the gathered weights."""
-        for module in self.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        free_gathered(self)

@@ -1,10 +1,11 @@
-"""What optimizers need to know of weights that are split over ranks: this rank's share, and sums over the others."""
+"""Weights that are split over ranks: this rank's share, sums over the others, and what is gathered of them."""
 
 from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Placement, Replicate
 
 
@@ -20,6 +21,13 @@ def like(tensor: Tensor, share: Tensor) -> Tensor:
     return DTensor.from_local(
         share, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
     )
+
+
+def free_gathered(module: nn.Module) -> None:
+    """Free what FSDP2 keeps gathered of the module's weights after a forward pass."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def zeros(parameter: Tensor, dtype: torch.dtype) -> Tensor:

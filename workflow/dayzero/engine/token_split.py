@@ -22,6 +22,7 @@ from dayzero.engine.context_parallel import (
     places_of,
     use_context_parallel,
 )
+from dayzero.engine.difference import relative_difference
 from dayzero.engine.structure import find_layers
 from dayzero.engine.tiny_copy import VOCAB_SIZE, tiny_copy
 from dayzero.errors import ConfigError, one_line
@@ -57,7 +58,7 @@ def require_context_parallel(model: PreTrainedModel, cp: int, method: str) -> No
             f"parallelism.cp {cp}: {type(model).__name__} does not compute on tokens in another order "
             f"({one_line(error)}): use dp_shard or tp"
         ) from error
-    moved = _moved(own, wanted)
+    moved = relative_difference(own, wanted)
     if not moved <= ROUNDING:
         raise ConfigError(
             f"parallelism.cp {cp}: {type(model).__name__} mixes tokens in other ways than the attention that cp "
@@ -117,7 +118,7 @@ def _mixes(small: PreTrainedModel, module: nn.Module) -> float | None:
         whole = _first(out)
         if whole.ndim < 2 or whole.shape[1] != tokens:
             return None
-        return _moved(torch.cat(got, dim=1), whole)
+        return relative_difference(torch.cat(got, dim=1), whole)
     except Exception:
         return float("inf")  # what cannot compute on a part of a row
 
@@ -140,7 +141,3 @@ def _first(output: Any) -> Tensor:
 def _row(multiple: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(3, VOCAB_SIZE, (1, -(-TOKENS // multiple) * multiple), generator=generator)
-
-
-def _moved(got: Tensor, wanted: Tensor) -> float:
-    return ((got - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6)).item()

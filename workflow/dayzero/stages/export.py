@@ -44,7 +44,7 @@ def body(args: argparse.Namespace) -> None:
 
     from dayzero.data.tokenizer import read_chat_template
     from dayzero.engine.consolidate import write_model
-    from dayzero.engine.export import TOLERANCE, largest_difference, reloaded_logits, streamed_logits
+    from dayzero.engine.export import TOLERANCE, logit_difference, reloaded_logits, streamed_logits
     from dayzero.engine.model import ModelSource
     from dayzero.engine.trained_weights import TrainedWeights
 
@@ -66,7 +66,7 @@ def body(args: argparse.Namespace) -> None:
     checks: dict[str, Any] = {"tokens": probe["input_ids"].shape[1]}
     logits = streamed_logits(model, read, probe["input_ids"])
     if args.train:
-        difference = largest_difference(logits, probe["ema_logits" if ema else "logits"])
+        difference = logit_difference(logits, probe["ema_logits" if ema else "logits"])
         remedy = f"--train {args.train} is not of this model, or damaged: remove it and train again"
         _require("exported and in-training", difference, TOLERANCE, remedy)
         checks["training"] = {"difference": difference, "tolerance": TOLERANCE}
@@ -84,7 +84,7 @@ def body(args: argparse.Namespace) -> None:
         tokenizer.save_pretrained(directory)
         num_parameters = sum(p.numel() for p in model.parameters())
         found, how = reloaded_logits(directory, probe["input_ids"], trust)
-        difference = largest_difference(found, logits)
+        difference = logit_difference(found, logits)
         remedy = "transformers does not read this architecture as it writes it: take another version of transformers"
         _require("reloaded and exported", difference, TOLERANCE, remedy)
         checks |= {"max_logit_difference": difference, "tolerance": TOLERANCE, "loaded": how}
