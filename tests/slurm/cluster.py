@@ -69,8 +69,8 @@ GresTypes=gpu
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 {nodes}
-PartitionName=cpu Nodes=node1,node2 Default=YES MaxTime=60 State=UP GraceTime=90
-PartitionName=gpu Nodes=node1,node2 MaxTime=60 State=UP GraceTime=90
+PartitionName=cpu Nodes=node1,node2 Default=YES MaxTime=300 State=UP GraceTime=90
+PartitionName=gpu Nodes=node1,node2 MaxTime=300 State=UP GraceTime=90
 PartitionName=urgent Nodes=node1,node2 MaxTime=60 State=UP PriorityTier=10 PreemptMode=OFF
 """
 

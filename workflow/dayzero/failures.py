@@ -15,9 +15,22 @@ from rich.console import Console
 from rich.table import Table
 
 from dayzero import slurm
+from dayzero.slurm_plugin import refusal
 
 STAMPED = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+ [A-Z]+ ")
 """What begins a line of a stage's log."""
+
+REFUSED = re.compile(
+    r"Part of failed array sbatch submission \(tasks (\S+)\)"
+    r"|SLURM sbatch failed\. The error message was '(.*?)'\.$"
+    r"|(?:Array job|Job) submission failed with exception: (.*?)For further error details",
+    re.DOTALL | re.MULTILINE,
+)
+"""What the executor says of a job that it could not submit."""
+REFUSED_ARRAY = re.compile(
+    r"sbatch failed for array job submission \(tasks (\S+)\)\. The error message was '(.*?)'\.$",
+    re.DOTALL | re.MULTILINE,
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +49,7 @@ def failures(snakemake_log: Path) -> list[Failure]:
     text = snakemake_log.read_text(encoding="utf-8", errors="replace")
     found: dict[str, Failure] = {}
     reasons = dict(re.findall(r"SLURM-job '([^']+)' failed.*?SLURM status is:\s*'(\w+)'", text, re.DOTALL))
+    reasons |= REFUSED_ARRAY.findall(text)
     for part in re.split(r"\n(?=Error in rule |Finished jobid: |Error in group )", text)[1:]:
         if done := re.match(r"Finished jobid: (\d+)", part):
             found.pop(done[1], None)
@@ -54,8 +68,20 @@ def _failure(stage: str, part: str, reasons: dict[str, str], own: str | None = N
     if run in ("store", "") or stage in ("report",):
         run = path.stem.partition("-")[2] or "-"
     job_id = _field(part, "external_jobid")
+    if not job_id and (refused := _refused(part, reasons)):
+        return Failure(run, stage, "-", "not submitted", refused)
     reason = reasons.get(job_id) or ((slurm.job_states([job_id]) or {}).get(job_id, "") if job_id else "")
     return Failure(run, stage, job_id or "-", (reason or "failed").lower(), last_line(path) if log else "")
+
+
+def _refused(part: str, reasons: dict[str, str]) -> str:
+    """Why a job could not be submitted; nothing where it was."""
+    message = re.search(r"^    message: (.*?)^    \w+:", part, re.DOTALL | re.MULTILINE)
+    found = REFUSED.match(message[1]) if message else None
+    if not found:
+        return ""
+    tasks, sbatch, other = found.groups()
+    return refusal(reasons.get(tasks, found[0]) if tasks else sbatch or other)
 
 
 def _field(text: str, name: str) -> str:
@@ -68,9 +94,11 @@ def last_line(log: Path) -> str:
     try:
         lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     except OSError:
-        return f"{log} is not there: the job ended before the stage began; its output is in .snakemake/slurm_logs"
+        lines = []
+    if not lines:
+        return f"{log} has nothing: the job ended before the stage began; its output is in .snakemake/slurm_logs"
     said = [line for line in lines if " ERROR " in line and "error: " in line] or lines
-    return STAMPED.sub("", said[-1]).removeprefix("error: ") if said else ""
+    return STAMPED.sub("", said[-1]).removeprefix("error: ")
 
 
 def print_failures(snakemake_log: str | Sequence[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import getpass
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -14,17 +14,23 @@ from dayzero.config import Resources
 from dayzero.config_errors import did_you_mean
 from dayzero.console import log
 from dayzero.errors import ConfigError
-from dayzero.slurm import SlurmError, ask, parse_time
+from dayzero.slurm import parse_time
+from dayzero.slurm_accounts import PROFILE, account_problem, answer, limit_problems
 from dayzero.slurm_arrays import array_problems
-from dayzero.slurm_plugin import get_min_job_age, mend_sacct
-from dayzero.snakemake_resources import Run, Site
+from dayzero.slurm_plugin import get_min_job_age, mend_sacct, mend_submission
+from dayzero.snakemake_resources import Run, Site, named, not_a_site
 from dayzero.wiring import Wiring
 
 REMEMBERED = 300
 """Seconds for which squeue must know an ended job, where there is no sacct."""
 ON_THE_LOGIN_NODE = ("fetch", "report")
 """Stages that ask SLURM for nothing."""
-PROFILE = "default-resources of profiles/slurm/config.yaml"
+WORD = re.compile(r"[\w.-]+", re.ASCII)
+"""A name, and no expression that Snakemake evaluates for each job."""
+ANY_TYPE = "gpus-per-node"
+"""The one of `GPU_REQUESTS` that the executor does not look at."""
+GPU_TYPE = re.compile(r"[\w.]*", re.ASCII)
+"""Types of GPUs that the executor takes in --gres and --gpus."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,8 @@ class Partition:
     limit: float | None
     """Time limit in seconds; None: none."""
     nodes: int
+    is_default: bool = False
+    """Jobs that name no partition go there."""
 
 
 Overwritten = Mapping[str, Mapping[str, Any]]
@@ -50,6 +58,7 @@ def check_site(
     overwritten: Overwritten | None = None,
     at_once: int | None = None,
     jobs: int | None = None,
+    qos: str = "",
 ) -> None:
     """Hold the profile and the runs against the cluster. Raises ConfigError with a line for each mistake.
 
@@ -58,39 +67,65 @@ def check_site(
     Args:
         at_once: jobs that Snakemake hands over together at most. None: any number.
         jobs: how many Snakemake keeps in the queue at most.
+        qos: the profile's quality of service.
     """
+    if not site.is_slurm:
+        raise ConfigError(not_a_site("executor: slurm is set"))
     if shutil.which("sbatch") is None:
         raise ConfigError(
             "sbatch is not on PATH: start on a login node of a SLURM cluster (its SLURM module loaded), or leave out "
             "--profile slurm"
         )
-    there = partitions()
+    there, overwritten = partitions(site.gpu_type), overwritten or {}
     problems = []
     for key in ("cpu_partition", "gpu_partition"):
         for name in _names(getattr(site, key)):
             if there and name not in there:
                 problems.append(f"{key} = {name!r} ({PROFILE}): no such partition; {did_you_mean(name, there)}")
-    for rule, resources in (overwritten or {}).items():
+    for rule, resources in overwritten.items():
+        for name in _names(named(resources, "slurm_partition")):
+            if there and name not in there and WORD.fullmatch(name):
+                problems.append(
+                    f"set-resources {rule}: slurm_partition = {name!r}: no such partition; {did_you_mean(name, there)}"
+                )
         if "slurm_extra" in resources:
             problems.append(
                 f"set-resources {rule}: slurm_extra would replace what the workflow asks for with it (the signal "
                 f"before the time limit, the delay of a second attempt, GPUs): set it for all rules in {PROFILE}"
             )
-    problems += _too_much(wiring, site, there, overwritten or {})
+    if problem := _type_problem(site):
+        problems.append(problem)
+    # by a file of its own the executor chooses for each job
+    own_choice = getattr(executor_settings, "partition_config", None) or os.environ.get("SNAKEMAKE_SLURM_PARTITIONS")
+    default = "" if own_choice else next((name for name, partition in there.items() if partition.is_default), "")
+    problems += _too_much(wiring, site, there, overwritten, default)
     problems += array_problems(wiring, site, executor_settings, at_once)
     if account and (problem := account_problem(account)):
         problems.append(problem)
-    if problem := limit_problem(jobs):
-        problems.append(problem)
+    qos = qos or str(getattr(executor_settings, "qos", None) or "")
+    rules_qos = [name for resources in overwritten.values() if (name := named(resources, "qos"))]
+    problems += limit_problems(jobs, account, qos, rules_qos)
     if problems:
         raise ConfigError("\n".join(problems))
+    mend_submission()
     if getattr(executor_settings, "status_command", None) == "sacct":
-        if _answers("sacct", "--noheader", "-X"):
+        if answer("sacct", "--noheader", "-X") is not None:
             mend_sacct()
         else:
             executor_settings.status_command = "squeue"
     if getattr(executor_settings, "status_command", None) == "squeue":
         _warn_of_short_memory()
+
+
+def _type_problem(site: Site) -> str | None:
+    """Why the executor would refuse every job that asks for this type of GPU; None where it takes it."""
+    if GPU_TYPE.fullmatch(site.gpu_type) or (site.gpu_request == ANY_TYPE and not site.runs_are_small):
+        return None
+    more = " and small_runs: false" if site.runs_are_small else ""
+    return (
+        f"gpu_type = {site.gpu_type!r} ({PROFILE}): in --gres and --gpus the executor takes letters, digits, _ and . "
+        f"alone: set gpu_request: \"'{ANY_TYPE}'\"{more}"
+    )
 
 
 def _warn_of_short_memory() -> None:
@@ -134,12 +169,17 @@ def _jobs(wiring: Wiring) -> Iterator[tuple[str, str, str, Run | _Shared]]:
         yield from ((stage, stage, name, Run(name)) for stage in stages if stage not in left_out)
 
 
-def _too_much(wiring: Wiring, site: Site, there: dict[str, Partition], overwritten: Overwritten) -> list[str]:
-    """Jobs that ask for more than a node, or the partition, has; of what the profile replaces, nothing is said."""
+def _too_much(
+    wiring: Wiring, site: Site, there: dict[str, Partition], overwritten: Overwritten, default: str
+) -> list[str]:
+    """Jobs that ask for more than a node, or the partition, has; of what the profile replaces, nothing is said.
+
+    `default`: the partition of jobs that name none. Empty: not known.
+    """
     problems = []
     for rule, stage, run, wildcards in _jobs(wiring):
         gpus, nodes = wiring.gpus(stage, wildcards), wiring.nodes(stage, wildcards)
-        partition_name = site.gpu_partition if gpus else site.cpu_partition
+        partition_name = (site.gpu_partition if gpus else site.cpu_partition) or default
         choices = [there[name] for name in _names(partition_name) if name in there]
         replaced = overwritten.get(rule, {})
         if not choices or "slurm_partition" in replaced:
@@ -152,10 +192,11 @@ def _too_much(wiring: Wiring, site: Site, there: dict[str, Partition], overwritt
         )
         key, where = f"resources.{stage}", f"partition {partition_name}"
         if gpus > partition.gpus:
+            of_type = f" of type {site.gpu_type}" if site.gpu_type else ""
             more = "; spread the run over more resources.train.nodes" if stage == "train" else ""
             problems.append(
                 f"run {run}: {key} asks for {gpus} GPUs of a node, but the nodes of {where} have {partition.gpus}"
-                + more
+                f"{of_type}{more}"
             )
         if nodes > partition.nodes:
             problems.append(f"run {run}: {key}.nodes is {nodes}, but {where} has {partition.nodes}")
@@ -169,59 +210,19 @@ def _too_much(wiring: Wiring, site: Site, there: dict[str, Partition], overwritt
     return list(dict.fromkeys(problems))
 
 
-def partitions() -> dict[str, Partition]:
-    """The cluster's partitions by name; nothing where `sinfo` does not answer."""
-    text = _output("sinfo", "--all", "--noheader", "--format=%R|%G|%l|%D")
+def partitions(gpu_type: str = "") -> dict[str, Partition]:
+    """The cluster's partitions by name, with their GPUs of that type (empty: of any); nothing where `sinfo` does not
+    answer."""
+    text = answer("sinfo", "--all", "--noheader", "--format=%P|%G|%l|%D")
     found: dict[str, Partition] = {}
     for line in (text or "").splitlines():
         name, gres, limit, nodes = (line.strip().split("|") + [""] * 4)[:4]
-        gpus = sum(int(n) for n in re.findall(r"(?:^|,)gpu(?::[^:(),]+)?:(\d+)", gres))
+        is_default, name = name.endswith("*"), name.removesuffix("*")
+        counted = re.findall(r"(?:^|,)gpu(?::([^:(),]+))?:(\d+)", gres)
+        gpus = sum(int(number) for kind, number in counted if gpu_type in ("", kind))
         known = found.get(name, Partition(0, None, 0))
         seconds = parse_time(f"00:{limit}" if limit.count(":") == 1 else limit)  # 30:00 are minutes and seconds
-        found[name] = Partition(max(gpus, known.gpus), seconds or known.limit, known.nodes + int(nodes or 0))
-    return found
-
-
-def account_problem(account: str) -> str | None:
-    """Why this account cannot be charged; None where it can, or nobody says so."""
-    listed = _associations("account")
-    if listed is None:
-        if _answers("sacct", "--noheader", "-X"):
-            return None  # there are accounts, which this user may not list
-        return (
-            f"slurm_account = {account!r} ({PROFILE}): this cluster keeps no accounts (sacctmgr does not answer): "
-            "leave slurm_account out"
+        found[name] = Partition(
+            max(gpus, known.gpus), seconds or known.limit, known.nodes + int(nodes or 0), is_default
         )
-    accounts = sorted(set(listed.lower().split()))
-    wrong = [name for name in account.replace(",", " ").split() if accounts and name.lower() not in accounts]
-    if wrong:
-        return f"slurm_account = {wrong[0]!r} ({PROFILE}): not one of yours, which are {', '.join(accounts)}"
-    return None
-
-
-def limit_problem(jobs: int | None) -> str | None:
-    """Why so many jobs cannot be in the queue: sbatch refuses those above the site's limit, and runs would be lost."""
-    limits = [int(line) for line in (_associations("maxsubmitjobs") or "").split() if line.isdigit()]
-    if jobs is None or not limits or jobs <= min(limits):
-        return None
-    return (
-        f"jobs = {jobs}: this cluster lets you have {min(limits)} jobs in the queue (MaxSubmitJobs): set jobs to "
-        f"{min(limits)} or less, less what else you have there"
-    )
-
-
-def _associations(field: str) -> str | None:
-    """A field of this user's associations, a line each; None where sacctmgr does not answer."""
-    user = getpass.getuser()
-    return _output("sacctmgr", "--noheader", "--parsable2", "list", "assoc", f"user={user}", f"format={field}")
-
-
-def _answers(*command: str) -> bool:
-    return _output(*command) is not None
-
-
-def _output(*command: str) -> str | None:
-    try:
-        return ask(*command)
-    except SlurmError:
-        return None
+    return found

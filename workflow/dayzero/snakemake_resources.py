@@ -42,8 +42,12 @@ class Site:
 
     @classmethod
     def of(cls, default_resources: Mapping[str, Any]) -> Site:
-        """The site's keys among a profile's default resources."""
-        return cls(**{name: named(default_resources, name) for name in cls.__annotations__})
+        """The site's keys among a profile's default resources. Raises ConfigError where only some are there."""
+        site = cls(**{name: named(default_resources, name) for name in cls.__annotations__})
+        given = [name for name in default_resources if name in cls.__annotations__ or name.startswith("slurm_")]
+        if given and not site.is_slurm:
+            raise ConfigError(not_a_site(f"{given[0]} is set"))
+        return site
 
     @property
     def runs_are_small(self) -> bool:
@@ -52,6 +56,14 @@ class Site:
     @property
     def is_slurm(self) -> bool:
         return bool(self.gpu_request)
+
+
+def not_a_site(why: str) -> str:
+    """What is wrong where there is no gpu_request, without which jobs would ask SLURM for no nodes, GPUs or signal."""
+    return (
+        f"{why}, but gpu_request is not (default-resources): start with --profile slurm, and set all of them in "
+        "profiles/slurm/config.yaml: --default-resources on the command line replaces the whole of the profile's"
+    )
 
 
 def named(default_resources: Mapping[str, Any], name: str) -> str:
@@ -148,9 +160,7 @@ def _functions(wiring: Wiring, site: Site, stage: str) -> dict[str, Callable[...
         resources["mpi"] = lambda wildcards: "srun"
         resources["nodes"] = lambda wildcards: wiring.nodes(stage, wildcards)
         resources["tasks_per_node"] = lambda wildcards: max(2, wiring.processes(wildcards))
-        resources["cpus_per_task"] = lambda wildcards, threads: max(
-            1, -(-threads // max(2, wiring.processes(wildcards)))
-        )
+        resources["cpus_per_task"] = lambda wildcards, threads: max(1, threads // max(2, wiring.processes(wildcards)))
     return resources
 
 

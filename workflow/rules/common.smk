@@ -47,8 +47,9 @@ try:
     EXPERIMENT = load_experiment(EXPERIMENT_FILE, OVERRIDES)
     WIRING = Wiring(EXPERIMENT, RESULTS)
     SITE = Site.of(workflow.resource_settings._parsed_default_resources)
-    ACCOUNT = named(
-        workflow.resource_settings._parsed_default_resources, "slurm_account"
+    ACCOUNT, QOS = (
+        named(workflow.resource_settings._parsed_default_resources, name)
+        for name in ("slurm_account", "qos")
     )
     WIRING.check_local_files()
     check_folder(RESULTS)
@@ -73,7 +74,7 @@ PLOTS = [
 onstart:
     try:
         check_writable(RESULTS)
-        if SITE.is_slurm:
+        if SITE.is_slurm or workflow.executor_plugin.name == "slurm":
             limit = workflow.scheduling_settings.max_jobs_per_timespan
             check_site(
                 WIRING,
@@ -86,6 +87,7 @@ onstart:
                     limit.max_jobs if limit else sys.maxsize,
                 ),
                 jobs=workflow.resource_settings.nodes,
+                qos=QOS,
             )
     except ConfigError as error:
         raise WorkflowError(str(error)) from None
