@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import itertools
 import json
 import lzma
 import shutil
 import struct
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import pytest
 import zstandard
 from dayzero.column_template import check_templates, parse_template
 from dayzero.config import Tokenize
+from dayzero.data import megatron
 from dayzero.data.documents import DocumentEncoder
 from dayzero.data.formats import FORMATS, normalise
 from dayzero.data.megatron import documents
@@ -144,6 +147,19 @@ def test_json_text_and_nulls_of_arrow_are_read() -> None:
             "Q?\n1. x\n2. y\nAnswer:",
             " 1. x",
         ),
+        # where labels are numbers, a number is one of them and not a place
+        (
+            {"question": "Q?", "choices": {"text": ["x", "y", "z"], "label": [1, 2, 3]}, "answer": 1},
+            "Q?\n1. x\n2. y\n3. z\nAnswer:",
+            " 1. x",
+        ),
+        ({"ctx": "He", "endings": {"text": ["ran.", "sat."], "label": ["1", "2"]}, "label": 2}, "He", " sat."),
+        (
+            {"question": "1 + 1?", "choices": [1, 2.5, True, 2], "answer": 3},
+            "1 + 1?\nA. 1\nB. 2.5\nC. true\nD. 2\nAnswer:",
+            " D. 2",
+        ),
+        ({"question": "1 + 1?", "choices": [7, 2], "answer": 7}, "1 + 1?\nA. 7\nB. 2\nAnswer:", " A. 7"),
     ],
 )
 def test_multiple_choice(row: dict[str, Any], prompt: str, completion: str) -> None:
@@ -172,6 +188,52 @@ def _called(arguments: str) -> dict[str, Any]:
     return {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}]}
 
 
+def labelled(labels: Any, answer: Any) -> dict[str, Any]:
+    return {"question": "q", "choices": {"text": ["a", "b"], "label": labels}, "answer": answer}
+
+
+def test_what_stands_beside_the_messages_is_part_of_the_conversation() -> None:
+    asked, said = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+    system = {"role": "system", "content": "Be kind."}
+    for messages in ([asked, said], [system, asked, said]):
+        assert messages_of({"messages": messages, "system": "Be kind."}, "messages") == [system, asked, said]
+    turns = [{"from": "system", "value": "Be kind."}, {"from": "gpt", "value": "Hello", "weight": 1}]
+    assert messages_of({"conversations": turns, "system": "Be kind."}, "sharegpt") == [system, said]
+    row = {"messages": [asked, said], "functions": [{"name": "f"}]}
+    example = normalise(row, "f:1", "messages", {"tools": "functions"})
+    assert isinstance(example, Example)
+    assert json.loads(example.columns["tools"]) == [{"type": "function", "function": {"name": "f"}}]
+
+
+@pytest.mark.parametrize("history", [[["Hi", "Hello"], ["And?", "So."]], '[["Hi", "Hello"], ["And?", "So."]]'])
+def test_the_history_of_an_instruction_is_the_turns_before_it(history: Any) -> None:
+    row = {"instruction": "Go", "output": "Gone", "system": "Be kind.", "history": history, "tools": None}
+    found = messages_of(row, "alpaca")
+    assert [m["content"] for m in found] == ["Be kind.", "Hi", "Hello", "And?", "So.", "Go", "Gone"]
+    assert [m["role"] for m in found] == ["system", *["user", "assistant"] * 3]
+    assert len(messages_of({**row, "history": []}, "alpaca")) == 3
+
+
+def test_an_answer_that_begins_with_a_bracket() -> None:
+    for answers, answer in (("[1] is it", "[1] is it"), ('["one"]', "one"), ('{"text": ["two"]}', "two")):
+        example = normalise({"context": "c", "question": "q", "answers": answers}, "f:1", "squad", {})
+        assert isinstance(example, Example)
+        assert example.columns["completion"] == f" {answer}"
+
+
+def test_token_ids_of_a_csv_file(tmp_path: Path) -> None:
+    text = 'input_ids,labels,attention_mask\n"[5, 6, 7]","[-100, 6, 7]","[1, 1, 0]"\n'
+    (tmp_path / "ids.csv").write_text(text)
+    _, [row] = fetch(tmp_path / "out", source=str(tmp_path / "ids.csv"))
+    assert (row["input_ids"], row["loss_mask"]) == ([5, 6], [False, True])
+
+
+def test_a_missing_number_of_a_table_is_a_null(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"title": ["a", "b"], "year": [1999.0, float("nan")]}), tmp_path / "a.parquet")
+    _, rows = fetch(tmp_path / "out", source=str(tmp_path / "a.parquet"), template={"text": "{title}|{year}"})
+    assert [row["text"] for row in rows] == ["a|1999.0", "b|"]
+
+
 BAD: list[tuple[str, dict[str, Any], str]] = [
     ("messages", {"messages": [{"role": "developer", "content": "x"}]}, "has the role 'developer'"),
     ("messages", {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "a part of the type image"),
@@ -187,6 +249,18 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("squad", {"context": "c", "question": "q", "answers": 3}, "column 'answers' holds a number"),
     ("multiple_choice", {"ctx": "c", "endings": ["a", "b"], "label": 2}, "a choice's number from 0 to 1"),
     ("multiple_choice", {"ctx": "c", "endings": ["a"], "label": 0}, "a list of at least two texts"),
+    ("multiple_choice", labelled([1, 2], 0), "holds 0, expected one of the labels 1, 2 or its text"),
+    ("multiple_choice", labelled(["1", "2"], "0"), "holds '0', expected one of the labels 1, 2 or its text"),
+    ("multiple_choice", labelled([1.0, 2.0], 1), "has the label 1.0, expected texts or integers"),
+    ("multiple_choice", {**labelled(None, 2), "choices": [1, 2, 4]}, "holds 2, the text of one choice and the number"),
+    ("messages", {"messages": [], "functions": [{"name": "f"}]}, "column 'functions' stands beside the conversation"),
+    ("messages", {"messages": [{"role": "system", "content": "a"}], "system": "b"}, "'system' and the system message"),
+    ("sharegpt", {"conversations": [{"from": "gpt", "value": "x", "weight": 0}]}, "turn 1 of 'conversations' has w"),
+    ("sharegpt", {"conversations": [{"from": "gpt", "value": "x", "train": False}]}, "has train False, which is not"),
+    ("messages", {"messages": [{"role": "assistant", "content": "x", "training": False}]}, "has training False"),
+    ("alpaca", {"instruction": "x", "output": "y", "history": ["z"]}, "'history' is no list of [question, answer]"),
+    ("squad", {"context": "c", "question": "q", "answers": "['x']"}, "column 'answers' begins like JSON but is none"),
+    ("pretokenized", {"input_ids": "1 2"}, "holds text, expected a list of integers"),
     ("pretokenized", {"input_ids": [1, 2.5]}, "holds 2.5, expected integers from 0"),
     ("pretokenized", {"input_ids": [1, -2]}, "holds -2"),
     ("pretokenized", {"input_ids": [1, 2], "labels": [1]}, "has 1 entries for 2 tokens"),
@@ -260,7 +334,7 @@ def test_arrow_files_and_saved_data_sets(tmp_path: Path) -> None:
     assert got[2]["origin"].endswith(":3")
 
 
-def test_megatron_documents_of_several_sequences(tmp_path: Path) -> None:
+def test_megatron_documents_of_several_sequences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = np.array([7, 8, 9, 70000, 11], dtype=np.int32)
     (tmp_path / "d.bin").write_bytes(tokens.tobytes())
     lengths, pointers, bounds = [2, 1, 2], [0, 8, 12], [0, 2, 2, 3]
@@ -274,6 +348,8 @@ def test_megatron_documents_of_several_sequences(tmp_path: Path) -> None:
         return [ids.tolist() for ids in documents(tmp_path / "d.idx", "d.idx")]
 
     assert read(index()) == [[7, 8, 9], [], [70000, 11]]
+    monkeypatch.setattr(megatron, "BLOCK", 2)
+    assert read(index()) == [[7, 8, 9], [], [70000, 11]]
     for content, said in (
         (b"nothing of the kind, but long enough", "does not begin with MMIDIDX"),
         (index()[:-1], "the file is cut off"),
@@ -286,6 +362,23 @@ def test_megatron_documents_of_several_sequences(tmp_path: Path) -> None:
     (tmp_path / "d.bin").unlink()
     with pytest.raises(DataError, match=r"there is no d\.bin beside it"):
         read(index())
+
+
+def test_a_long_index_takes_no_memory(tmp_path: Path) -> None:
+    """Documents come one at a time, and so does what says where they lie: 20 bytes each in the file."""
+    count = 100_000
+    (tmp_path / "d.bin").write_bytes(np.arange(count, dtype=np.int32).tobytes())
+    parts = (np.ones(count, np.int32), 4 * np.arange(count), np.arange(count + 1))
+    head = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 4, count, count + 1)
+    (tmp_path / "d.idx").write_bytes(head + b"".join(part.tobytes() for part in parts))
+    tracemalloc.start()
+    try:
+        first = [ids.tolist() for ids in itertools.islice(documents(tmp_path / "d.idx", "d.idx"), 3)]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert first == [[0], [1], [2]]
+    assert peak < 2**20
 
 
 def test_a_folder_gives_its_tables_and_names_what_it_leaves_out(

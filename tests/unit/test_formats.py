@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from dayzero.data import json_rows
 from dayzero.data.file_kinds import data_files
 from dayzero.data.formats import Dropped, Example, check_columns, detect_format, normalise
+from dayzero.data.json_rows import json_array_or_lines
 from dayzero.data.readers import read_rows
 from dayzero.errors import ConfigError, DataError
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 ROWS = [{"prompt": "why é 2+2?", "completion": "4"}, {"prompt": 'say "a,b"\nagain', "completion": "ab"}]
 
@@ -51,6 +57,72 @@ def test_every_kind_gives_the_same_rows(tmp_path: Path, kind: str) -> None:
     assert got[0][0] == ("rows:2" if kind in ("csv", "csv.gz", "tsv") else "rows:1")
 
 
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def json_error(text: str) -> str | None:
+    """What is wrong with a text that is to be JSON."""
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        return f"f:{error.lineno}: not valid JSON ({error.msg} at column {error.colno})"
+    return None
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    rows=st.lists(st.dictionaries(st.text(max_size=3), VALUES, max_size=3), max_size=4),
+    style=st.sampled_from([{}, {"indent": 1}, {"ensure_ascii": False}, {"separators": (" \n ,", ": ")}]),
+    chunk=st.integers(1, 9),
+    cut=st.integers(1, 20),
+)
+def test_a_json_array_is_read_in_pieces(rows: list[Any], style: dict[str, Any], chunk: int, cut: int) -> None:
+    """Wherever the pieces end, the rows are those of the whole, and a fault is named where the whole has it."""
+
+    def read(text: str) -> list[Any]:
+        return [row for _, row in json_array_or_lines(io.StringIO(text, newline=""), "f")]
+
+    text = "\n " + json.dumps(rows, **style) + "\n"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_rows, "CHUNK", chunk)
+        assert read(text) == rows
+        for broken in (text[:-cut], text + "]", text.replace(":", "")):
+            if (said := json_error(broken)) and "[" in broken:
+                with pytest.raises(DataError) as caught:
+                    read(broken)
+                assert str(caught.value) == said
+
+
+@pytest.mark.parametrize("separator", [",", ",\n"])
+def test_a_json_array_is_not_held_in_memory(tmp_path: Path, separator: str) -> None:
+    line = json.dumps({"text": "word " * 200})
+    (tmp_path / "a.json").write_text("[" + separator.join([line] * 10_000) + "]")
+    tracemalloc.start()
+    try:
+        count = sum(1 for _ in read_rows(tmp_path / "a.json", "a.json"))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert count == 10_000
+    assert peak < 6 * 2**20
+
+
+def test_a_fault_in_a_json_array_is_told_where_it_stands(tmp_path: Path) -> None:
+    """And not after the rest of the file has been read, in search of its end."""
+    (tmp_path / "a.json").write_text('[{"text": "a"},\n {"text": b},' + '{"text": "c"},' * 1_000_000 + "5]")
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match=r"^a:2: not valid JSON \(Expecting value at column 11\)"):
+            list(read_rows(tmp_path / "a.json", "a"))
+        assert tracemalloc.get_traced_memory()[1] < 6 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
 def test_text_is_a_document_a_line(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_bytes(b"one\r\n\n  two \n")
@@ -84,6 +156,7 @@ BAD = {
     "bad.parquet": (b"PAR1 no", "cannot be read as parquet"),
     "cut.csv": (b"a,b\n1,2\n1\n", r"cut\.csv:3: fewer fields than the header's 2"),
     "more.csv": (b"a,b\n1,2,3\n", r"more\.csv:2: more fields"),
+    "twice.csv": (b"text,text,,\n1,2,,\n", r"twice\.csv:1: several columns are called text: rename them"),
     "quote.csv": (b'a,b\n1,"2\n', "not valid CSV"),
     "latin.txt": ("é".encode("latin-1"), "not UTF-8 text"),
     "rows.xlsx": (b"x", r"unknown kind of data file '\.xlsx': convert it, .*; known are \.jsonl"),
@@ -98,6 +171,13 @@ def test_bad_files_are_named_with_the_line(tmp_path: Path, name: str) -> None:
         list(read_rows(tmp_path / name, name))
     assert str(caught.value).startswith(name)
     assert "\n" not in str(caught.value)
+
+
+def test_a_table_with_two_columns_of_one_name_is_refused(tmp_path: Path) -> None:
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"^a: several columns are called text: rename them"):
+        list(read_rows(tmp_path / "a.parquet", "a"))
 
 
 def test_detection() -> None:

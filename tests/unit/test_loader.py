@@ -1,9 +1,14 @@
 """The loader must neither lose nor double a row, whatever the ranks, workers and interruptions."""
 
 import pickle
+import signal
+import subprocess
+import sys
 from collections import Counter
+from contextlib import suppress
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from dayzero.data import loader
@@ -168,6 +173,46 @@ def test_many_messages_of_workers_do_not_write_over_each_other(store, workers, m
     kept = list(batches(store, max_steps=40, num_workers=workers))
     for a, b in zip(reference, kept, strict=True):
         same(a, b)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_request_to_stop_that_reaches_the_workers_too_changes_nothing(store, number, monkeypatch):
+    """SLURM signals every process of a job: it is the rank that stops, and it needs its workers until then."""
+    monkeypatch.setattr(loader, "MESSAGE_TOKENS", 1)
+    reference, found = list(batches(store, max_steps=40)), []
+    before = {process.pid for process in psutil.Process().children()}
+    for batch in batches(store, max_steps=40, num_workers=2):
+        found.append(batch)
+        if len(found) == 2:
+            workers = [p for p in psutil.Process().children() if p.pid not in before]
+            assert len(workers) == 2
+            for worker in workers:  # from another process: torch's own handler knows its parent
+                subprocess.run(["kill", f"-{number}", str(worker.pid)], check=True)
+            assert psutil.wait_procs(workers, timeout=1)[0] == []
+    for a, b in zip(reference, found, strict=True):
+        same(a, b)
+    assert psutil.wait_procs(workers, timeout=30)[1] == []
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set(), "this process itself hears everything again"
+
+
+def test_workers_end_with_their_rank(store):
+    code = f"""import psutil, time
+from dayzero.data.loader import TrainBatches
+from dayzero.data.tokens import TokenRows
+rows = TrainBatches(TokenRows({str(store)!r}), global_batch_size=2, local_batch_size=2, max_steps=10**6, num_workers=2)
+iterator = iter(rows)
+next(iterator)
+print(*(p.pid for p in psutil.Process().children()), flush=True)
+time.sleep(600)"""
+    rank = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    workers = [psutil.Process(int(pid)) for pid in rank.stdout.readline().split()]
+    rank.kill()
+    rank.communicate()
+    left = psutil.wait_procs(workers, timeout=60)[1]
+    for worker in left:
+        with suppress(psutil.NoSuchProcess):
+            worker.kill()
+    assert (len(workers), left) == (2, [])
 
 
 @pytest.mark.parametrize("stops", [[3], [1, 4, 6]])

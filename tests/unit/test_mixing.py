@@ -57,6 +57,20 @@ def test_each_pass_over_a_source_has_each_of_its_rows_once(sizes: list[int], see
     assert found.rows(some, seed).tolist() == rows[some].tolist(), "any sample on its own"
 
 
+def test_each_source_draws_its_order_once_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, draws, draw = mix([1, 1, 1], [40, 50, 60]), 0, np.random.default_rng
+
+    def counted(key: list[int]) -> np.random.Generator:
+        nonlocal draws
+        draws += 1
+        return draw(key)
+
+    monkeypatch.setattr(np.random, "default_rng", counted)
+    rows = [found.rows(np.arange(start, start + 16), seed=2) for start in range(0, 160, 16)]
+    assert draws == 5, "54 samples of each: two begin a second pass"
+    assert np.concatenate(rows).tolist() == mix([1, 1, 1], [40, 50, 60]).rows(np.arange(160), seed=2).tolist()
+
+
 def test_exact_weights_and_passes() -> None:
     assert mix([0.7, 0.2, 0.1]).shares.tolist() == [7, 2, 1]
     assert mix([1, 1]).order.tolist() == [0, 1]

@@ -76,6 +76,23 @@ def test_items_found_in_training_rows():
     assert Contamination({"none": []}, 8, 0.7).result()["none"]["share"] == 0
 
 
+def test_short_items_are_found_whole():
+    """Where the run of all their words stands in a row; four words may stand anywhere."""
+    items = [
+        "Who wrote it, and when?",
+        "Name four large rivers of it",
+        "what then of it",
+        "one two three four five six seven eight nine",
+    ]
+    rows = ["nothing of it", "a name; FOUR large rivers, of it", "who wrote. It: and when", "rivers what then of it"]
+    found = Contamination({"a": items}, 8, 0.7)
+    for start in (0, 2):
+        found.see(words(pa.array(rows[start : start + 2])), start)
+    result = found.result()["a"]
+    assert (result["contaminated"], result["too_short"]) == (2, 1)
+    assert [(w["item"], w["train_row"], w["overlap"]) for w in result["worst"]] == [(0, 2, 1.0), (1, 1, 1.0)]
+
+
 def messages(*turns):
     return [{"role": role, "content": content} for role, content in turns]
 
@@ -124,6 +141,14 @@ def test_calls_and_tools_are_text_of_their_row():
     ]
 
 
+def test_rows_with_other_tools_are_no_copies(tmp_path):
+    rows = [{"messages": messages(("user", "Go"), ("assistant", "Gone")), "tools": f"[{i}]"} for i in range(3)]
+    pq.write_table(pa.Table.from_pylist([*rows, rows[0]]), tmp_path / "t.parquet")
+    report = check_split(tmp_path / "t.parquet", "messages", DataCheck(), "train", tmp_path)
+    assert report["exact_duplicates"]["found"] == 1
+    assert report["characters"]["total"] == 4 * len("Go\nGone\n[0]")
+
+
 def test_a_split_with_known_faults(tmp_path):
     texts = [sentence(i, 60) for i in range(200)]
     texts[10] = texts[150] = texts[3]  # two copies
@@ -150,6 +175,24 @@ def test_more_rows_than_are_looked_at_are_sampled_with_their_copies(tmp_path, mo
     assert [p.name for p in tmp_path.iterdir()] == ["t.parquet"]
     assert report["near_duplicates"]["looked_at"] < 200
     assert report["near_duplicates"]["found"] == 0
+
+
+def near_duplicates(tmp_path, texts, sample_rows=200):
+    check = DataCheck(sample_rows=sample_rows)
+    return check_split(write(tmp_path / "t.parquet", texts), "text", check, "train", tmp_path)["near_duplicates"]
+
+
+def test_pairs_and_crowds_of_near_duplicates_are_found_among_a_share_of_the_rows(tmp_path, monkeypatch):
+    """Half of the rows are like an earlier one, and so are half of those looked at."""
+    monkeypatch.setattr(spill, "HELD_BYTES", 1000)
+    pairs = [f"{sentence(i // 2, 40)} end{i}" for i in range(1000)]
+    crowd = [f"{sentence(i * (i % 2), 40)} end{i}" for i in range(1000)]
+    for texts in (pairs, crowd):
+        found = near_duplicates(tmp_path, texts)
+        assert found["share"] == pytest.approx(0.5, abs=0.1)
+        assert found["looked_at"] == pytest.approx(200, abs=80)
+        assert near_duplicates(tmp_path, texts[::-1]) == found, "whatever the order of rows"
+    assert near_duplicates(tmp_path, pairs, 1000)["share"] == pytest.approx(0.5, abs=0.02)
 
 
 def test_languages():

@@ -3,9 +3,13 @@
 import numpy as np
 import pytest
 from dayzero.data import shuffle
-from dayzero.data.shuffle import shuffled
+from dayzero.data.shuffle import Order
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+
+def shuffled(places, num_rows, seed, epoch):
+    return Order(num_rows).rows(places, seed, epoch)
 
 
 @given(st.integers(1, 5000), st.integers(0, 2**32), st.integers(0, 1000))
@@ -42,3 +46,11 @@ def test_a_place_of_a_trillion_rows_needs_no_memory():
     assert len(set(rows.tolist())) == 4
     assert ((rows >= 0) & (rows < 10**12)).all()
     assert rows.tolist() == [int(shuffled(places[i : i + 1], 10**12, seed=3, epoch=4)[0]) for i in range(4)]
+
+
+def test_an_order_is_drawn_once_an_epoch(monkeypatch):
+    order, draws, draw = Order(100), [], np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda key: draws.append(key) or draw(key))
+    found = [order.rows(np.array([place]), 3, epoch)[0] for epoch in (0, 1) for place in range(100)]
+    assert draws == [[3, 0], [3, 1]]
+    assert found == [*shuffled(np.arange(100), 100, 3, 0), *shuffled(np.arange(100), 100, 3, 1)]

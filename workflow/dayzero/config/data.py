@@ -69,7 +69,7 @@ class DataCheck(Section):
     max_contamination: float | None = Field(default=0.05, ge=0, le=1)
     """Largest share of a task's items that may stand in the training rows; more fails the stage. null: any share."""
     ngram: PositiveInt = 8
-    """Words in a row by which an item is found in a training row; shorter items are too short to tell."""
+    """Words in a row by which an item is found in a training row; shorter items of 5 words or more are found whole."""
     overlap: float = Field(default=0.7, gt=0, le=1)
     """An item counts as contaminated when this share of its word runs stands in training rows."""
     near_duplicate: float = Field(default=0.8, gt=0, lt=1)

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from dayzero.data import megatron
 from dayzero.data.bad_rows import BadRow, Parsed
-from dayzero.data.rows import PaddedRow, Row
+from dayzero.data.rows import PaddedRow, Row, check_names
 from dayzero.data.stored_table import batch_rows, table_bytes
 from dayzero.errors import short
 
@@ -39,6 +39,7 @@ def arrow_rows(path: Path, label: str) -> Parsed:
 def _rows(batches: Iterable[pa.RecordBatch], label: str) -> Parsed:
     number = 0
     for batch in batches:
+        check_names(batch.schema.names, label)
         step = batch_rows(batch.nbytes, len(batch))
         for first in range(0, len(batch), step):
             for row in _python_rows(batch.slice(first, step)):

@@ -30,8 +30,11 @@ _SHAREGPT_ROLES = {
     **dict.fromkeys(("tool", "observation", "function_response", "tool_response"), "tool"),
     "function_call": "assistant",
 }
+_CHOSEN = "turns are chosen for all rows by tokenize.loss_turns and loss_roles; take the key out, or the row"
+_FLAGS = ("weight", "train", "training", "loss")
+"""By which a message says whether to learn it."""
 _NOT_READ = {
-    "weight": "turns are chosen for all rows by tokenize.loss_turns and loss_roles; take the key out, or the row",
+    **dict.fromkeys(_FLAGS, _CHOSEN),
     "function_call": "write it as tool_calls: [{type: function, function: {name, arguments}}]",
     "refusal": "put the text into content where it is to be learnt, or take the row out",
     "audio": "only text can be trained on",
@@ -40,22 +43,20 @@ _NOT_READ = {
 
 
 def messages(reader: Reader) -> Example | Dropped:
-    """A row of `messages`, with `tools` where it has them."""
+    """A row of `messages`, with `system` and `tools` where it has them."""
     found = _list(reader, "messages", "a list of {role, content}")
     name = reader.name("messages")
     done = [
         _message(message, f"{reader.origin}: message {number} of {name!r}", isinstance(reader.row, PaddedRow))
         for number, message in enumerate(found, 1)
     ]
-    return conversation(done, _tools(reader), reader.id())
+    return conversation(_with_system(done, reader), _tools(reader), reader.id())
 
 
 def sharegpt(reader: Reader) -> Example | Dropped:
     """A row of `conversations` in turns `{from, value}` (or `{role, content}`), with `system` and `tools` if there."""
     found = _list(reader, "conversations", "a list of {from, value}")
     done: list[dict[str, str]] = []
-    if system := reader.text("system", optional=True):
-        done.append({"role": "system", "content": system})
     padded = isinstance(reader.row, PaddedRow)
     for number, turn in enumerate(found, 1):
         where = f"{reader.origin}: turn {number} of {reader.name('conversations')!r}"
@@ -64,6 +65,7 @@ def sharegpt(reader: Reader) -> Example | Dropped:
             continue
         if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
             raise DataError(f"{where} has {_keys(turn)}, expected from and value")
+        _refuse_unread(turn, where)
         role = _SHAREGPT_ROLES.get(turn["from"]) if isinstance(turn["from"], str) else None
         if role is None:
             raise DataError(f"{where} is from {turn['from']!r}, expected one of {', '.join(_SHAREGPT_ROLES)}")
@@ -74,19 +76,22 @@ def sharegpt(reader: Reader) -> Example | Dropped:
             done.append({"role": role, "content": "", "tool_calls": _tool_calls(calls, where, padded)})
         else:
             done.append({"role": role, "content": text})
-    return conversation(done, _tools(reader), reader.id())
+    return conversation(_with_system(done, reader), _tools(reader), reader.id())
 
 
 def alpaca(reader: Reader) -> Example | Dropped:
-    """A row of `instruction` (with `input` if there is one) and `output`: one question, one answer."""
+    """A row of `instruction` (with `input` if there is one) and `output`: one question, one answer.
+
+    `history` holds the turns before them, a list of [question, answer].
+    """
     instruction, extra, answer = reader.text("instruction"), reader.text("input", optional=True), reader.text("output")
     if not answer.strip():
         return Dropped("empty")
     question = f"{instruction}\n\n{extra}" if extra.strip() else instruction
-    system = reader.text("system", optional=True)
-    done = [{"role": "system", "content": system}] if system else []
-    done += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return conversation(done, None, reader.id())
+    done = []
+    for asked, said in (*_history(reader), (question, answer)):
+        done += [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+    return conversation(_with_system(done, reader), _tools(reader), reader.id())
 
 
 def conversation(done: list[dict[str, str]], tools: str | None, row_id: str | None) -> Example | Dropped:
@@ -117,10 +122,7 @@ def _message(message: Any, where: str, padded: bool) -> dict[str, str]:
     role = message["role"]
     if role not in ROLES:
         raise DataError(f"{where} has the role {role!r}, expected one of {', '.join(ROLES)}")
-    for key, remedy in _NOT_READ.items():
-        value = message.get(key)
-        if value not in (None, "", {}) and not (key == "weight" and value == 1):
-            raise DataError(f"{where} has {key} {value!r}, which is not read here: {remedy}")
+    _refuse_unread(message, where)
     done = {"role": role, "content": _content(message.get("content"), where)}
     for key, only in (("tool_calls", "assistant"), ("reasoning_content", "assistant"), ("tool_call_id", "tool")):
         if message.get(key) and role != only:
@@ -132,6 +134,39 @@ def _message(message: Any, where: str, padded: bool) -> dict[str, str]:
     if role == "tool":
         done |= {key: as_text(message[key], where, key) for key in ("name", "tool_call_id") if message.get(key)}
     return done
+
+
+def _refuse_unread(message: dict[str, Any], where: str) -> None:
+    for key, remedy in _NOT_READ.items():
+        value = message.get(key)
+        if value not in (None, "", {}) and not (key in _FLAGS and value == 1):
+            raise DataError(f"{where} has {key} {value!r}, which is not read here: {remedy}")
+
+
+def _with_system(done: list[dict[str, str]], reader: Reader) -> list[dict[str, str]]:
+    """The messages after the row's own `system`; DataError where they have another."""
+    system = reader.text("system", optional=True)
+    if not system.strip():
+        return done
+    first = {"role": "system", "content": system}
+    told = next((message for message in done if message["role"] == "system"), first)
+    if told != first:
+        raise DataError(
+            f"{reader.origin}: column {reader.name('system')!r} and the system message of the conversation differ: "
+            "leave one of them out"
+        )
+    return done if first in done else [first, *done]
+
+
+def _history(reader: Reader) -> list[tuple[str, str]]:
+    """The earlier turns of a row, (question, answer) each."""
+    if not reader.has("history") or not reader.value("history"):
+        return []
+    where = f"{reader.origin}: column {reader.name('history')!r}"
+    turns = from_json(reader.value("history"), where, "it")
+    if not isinstance(turns, list) or any(not isinstance(turn, list) or len(turn) != 2 for turn in turns):
+        raise DataError(f"{where} is no list of [question, answer]")
+    return [(as_text(asked, where, "it"), as_text(said, where, "it")) for asked, said in turns]
 
 
 def _content(value: Any, where: str) -> str:
@@ -169,6 +204,11 @@ def _tool_calls(calls: Any, where: str, padded: bool) -> str:
 
 def _tools(reader: Reader) -> str | None:
     """The row's tools as JSON text, each `{type: function, function: schema}`; None where there are none."""
+    if reader.row.get("functions") and reader.name("tools") != "functions":
+        raise DataError(
+            f"{reader.origin}: column 'functions' stands beside the conversation and is not read: set data.columns "
+            "{tools: functions} to have it as its tools, or take it out"
+        )
     if not reader.has("tools") or not reader.value("tools"):
         return None
     where = f"{reader.origin}: column {reader.name('tools')!r}"

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import TextIO
 
 from dayzero.data.bad_rows import BadRow, Parsed, not_utf8
+from dayzero.data.rows import check_names
 from dayzero.errors import DataError
 
 
@@ -48,7 +49,10 @@ class _CsvLines:
 
 
 def csv_rows(f: TextIO, label: str, delimiter: str = ",") -> Parsed:
-    """Rows under the names of the header. Raises DataError for a header that cannot be read, or an open quote."""
+    """Rows under the names of the header.
+
+    Raises DataError for a header that cannot be read or has a name twice, and for an open quote.
+    """
     csv.field_size_limit(sys.maxsize)
     header: list[str] | None = None
     for number, row in _fields(_CsvLines(f), label, delimiter):
@@ -57,6 +61,7 @@ def csv_rows(f: TextIO, label: str, delimiter: str = ",") -> Parsed:
             if isinstance(row, BadRow):
                 raise DataError(f"{origin}: the header cannot be read: {row.reason}")
             header = row
+            check_names(header, origin)
         elif isinstance(row, BadRow):
             yield origin, row
         elif len(row) != len(header):

@@ -15,7 +15,7 @@ import pyarrow as pa
 from dayzero.column_template import fill, parse_template
 from dayzero.console import log
 from dayzero.data import conversations, question_formats
-from dayzero.data.rows import Dropped, Example, Reader, kind
+from dayzero.data.rows import Dropped, Example, Reader, from_json, scalar_text
 from dayzero.errors import ConfigError, DataError
 
 SCHEMAS = {
@@ -81,11 +81,12 @@ def _flags(reader: Reader, column: str, length: int) -> list[int]:
 def _integers(
     reader: Reader, column: str, low: int, high: int, length: int | None = None, flags: bool = False
 ) -> list[int]:
-    value = reader.value(column)
+    what = f"column {reader.name(column)!r}"
+    value = from_json(reader.value(column), reader.origin, what)
     value = value.tolist() if hasattr(value, "tolist") else value
     if not isinstance(value, list):
         raise reader.fail(column, "a list of integers")
-    where = f"{reader.origin}: column {reader.name(column)!r}"
+    where = f"{reader.origin}: {what}"
     if length is not None and len(value) != length:
         raise DataError(f"{where} has {len(value)} entries for {length} tokens")
     for item in value:
@@ -113,10 +114,12 @@ class Format:
 
 
 FORMATS = {
-    "messages": Format("messages", conversations.messages, ("messages",), ("tools",)),
+    "messages": Format("messages", conversations.messages, ("messages",), ("system", "tools")),
     "sharegpt": Format("messages", conversations.sharegpt, ("conversations",), ("system", "tools")),
     "pretokenized": Format("pretokenized", _pretokenized, ("input_ids",), ("labels", "loss_mask", "attention_mask")),
-    "alpaca": Format("messages", conversations.alpaca, ("instruction", "output"), ("input", "system")),
+    "alpaca": Format(
+        "messages", conversations.alpaca, ("instruction", "output"), ("input", "system", "history", "tools")
+    ),
     "squad": Format("prompt_completion", question_formats.squad, ("context", "question", "answers")),
     "multiple_choice": Format(
         "prompt_completion",
@@ -186,12 +189,7 @@ def normalise(
 
 def _from_template(reader: Reader, template: dict[str, str]) -> Example | Dropped:
     def value(name: str) -> str:
-        found = reader.value(name)
-        if isinstance(found, int | float):  # numbers and true/false as JSON writes them
-            return str(found).lower() if isinstance(found, bool) else str(found)
-        if isinstance(found, list | dict):
-            raise DataError(f"{reader.origin}: column {reader.name(name)!r} holds {kind(found)}, expected text")
-        return reader.text(name)
+        return scalar_text(reader.value(name), reader.origin, f"column {reader.name(name)!r}")
 
     texts = {key: fill(parse_template(text, f"data.template.{key}"), value) for key, text in template.items()}
     if not next(texts[key] for key in ("text", "completion", "assistant") if key in texts).strip():

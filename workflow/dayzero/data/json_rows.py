@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import re
@@ -13,7 +14,12 @@ from dayzero.data.rows import Row
 from dayzero.errors import DataError, short
 
 _TOO_DEEP = "not valid JSON (nested too deeply)"
+_DECODER = json.JSONDecoder()
 _ANY_DIGITS = json.JSONDecoder(parse_int=str)
+CHUNK = 2**18
+"""Characters of an array that are read at a time, or as many as its longest object has."""
+LONGEST_TOKEN = 16
+"""Characters of anything but a text or a number that stand in one piece, like -Infinity or an escaped pair."""
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -29,55 +35,93 @@ def jsonl(lines: Iterable[bytes | str], label: str, first: int = 1) -> Parsed:
 
 def json_array_or_lines(f: TextIO, label: str) -> Parsed:
     """A JSON array of objects, or JSON lines under the name .json."""
-    blank, first = 0, ""
-    for line in f:
-        if line.strip():
-            first = line
-            break
-        blank += 1
-    if first.lstrip().startswith("["):
-        # the blank lines are put back so that an error names the right one
-        rows = _array("\n" * blank + first + f.read(), label)
-        for index, row in enumerate(rows, 1):
+    head = more = f.read(CHUNK)
+    while more and not head.strip():
+        more = f.read(CHUNK)
+        head += more
+    if head.lstrip().startswith("["):
+        for index, row in enumerate(_Array(head, f, label).rows(), 1):
             yield f"{label}:{index}", row
-    elif first.strip() == "{":
+        return
+    head += f.readline()
+    if head.lstrip().partition("\n")[0].strip() == "{":
         raise DataError(f"{label}: one JSON object: write a list of objects, or one object a line")
-    else:
-        yield from jsonl(itertools.chain([first], f), label, blank + 1)
+    yield from jsonl(itertools.chain(io.StringIO(head, newline=""), f), label)
 
 
-def _array(text: str, label: str) -> Iterable[Row | BadRow]:
-    """The rows of a JSON array; read one by one only where one of them cannot be read as it stands."""
-    try:
-        if not not_utf8(text):
-            return [_checked(row, row) for row in json.loads(text)]
-    except json.JSONDecodeError as error:
-        raise DataError(f"{label}:{error.lineno}: {_not_json(error)}") from error
-    except RecursionError as error:
-        raise DataError(f"{label}: {_TOO_DEEP}") from error
-    except ValueError:
-        pass  # an integer of too many digits
-    return _items(text, label)
+class _Array:
+    """A JSON array that is read as its rows are asked for; only what has not been read of it yet is in memory.
 
+    Args:
+        text: the beginning of the file, with the array's bracket.
+        file: what follows.
+    """
 
-def _items(text: str, label: str) -> Iterator[Row | BadRow]:
-    at = _SPACE.match(text, text.index("[") + 1).end()  # type: ignore[union-attr]
-    more = not text.startswith("]", at)
-    try:
-        while more:
-            _, end = _ANY_DIGITS.raw_decode(text, at)
-            yield not_utf8(text[at:end]) or _object(text[at:end])
-            at = _SPACE.match(text, end).end()  # type: ignore[union-attr]
-            if more := text.startswith(",", at):
-                at = _SPACE.match(text, at + 1).end()  # type: ignore[union-attr]
-        if not text.startswith("]", at):
-            raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
-        if rest := text[at + 1 :].strip():
-            raise json.JSONDecodeError("Extra data", text, text.index(rest, at + 1))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{label}:{error.lineno}: {_not_json(error)}") from error
-    except RecursionError as error:
-        raise DataError(f"{label}: {_TOO_DEEP}") from error
+    def __init__(self, text: str, file: TextIO, label: str) -> None:
+        self._text, self._file, self._label = text, file, label
+        self._at = text.index("[") + 1
+        self._line, self._column = 1, 0  # where `text` begins
+
+    def rows(self) -> Iterator[Row | BadRow]:
+        """The rows. Raises DataError with line and column where the array breaks off."""
+        try:
+            more = self._next() != "]"
+            while more:
+                yield self._item()
+                if more := self._next() == ",":
+                    self._at += 1
+                    self._next()
+            if self._next() != "]":
+                raise json.JSONDecodeError("Expecting ',' delimiter", self._text, self._at)
+            self._at += 1
+            if self._next():
+                raise json.JSONDecodeError("Extra data", self._text, self._at)
+        except json.JSONDecodeError as error:
+            line, column = self._place(error.pos)
+            raise DataError(f"{self._label}:{line}: not valid JSON ({error.msg} at column {column})") from error
+        except RecursionError as error:
+            raise DataError(f"{self._label}: {_TOO_DEEP}") from error
+
+    def _next(self) -> str:
+        """Pass over white space; the character that follows, none at the end of the file."""
+        while True:
+            self._at = _SPACE.match(self._text, self._at).end()  # type: ignore[union-attr]
+            if self._at < len(self._text) or not self._read_on():
+                return self._text[self._at : self._at + 1]
+
+    def _item(self) -> Row | BadRow:
+        decoder = _DECODER
+        while True:
+            try:
+                value, end = decoder.raw_decode(self._text, self._at)
+            except json.JSONDecodeError as error:
+                # Only a text can be cut off long before the end of what has been read.
+                cut_off = error.pos > len(self._text) - LONGEST_TOKEN or error.msg.startswith("Unterminated string")
+                if not cut_off or not self._read_on():
+                    raise
+                continue
+            except ValueError:  # an integer of too many digits
+                decoder = _ANY_DIGITS
+                continue
+            if end < len(self._text) or not self._read_on():  # else a number may go on
+                break
+        text, self._at = self._text[self._at : end], end
+        return not_utf8(text) or (_checked(value, value) if decoder is _DECODER else _object(text))
+
+    def _read_on(self) -> bool:
+        """Read at least as much as is held of the item, and forget what lies before it; False at the file's end."""
+        more = self._file.read(max(CHUNK, len(self._text) - self._at))
+        if more:
+            line, column = self._place(self._at)
+            self._line, self._column = line, column - 1
+            self._text, self._at = self._text[self._at :] + more, 0
+        return bool(more)
+
+    def _place(self, at: int) -> tuple[int, int]:
+        """Line and column, from 1, of a place in `text`."""
+        newline = self._text.rfind("\n", 0, at)
+        column = at - newline if newline >= 0 else self._column + at + 1
+        return self._line + self._text.count("\n", 0, at), column
 
 
 def _object(text: str) -> Row | BadRow:

@@ -12,8 +12,12 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
+import signal
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,9 +27,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from dayzero.console import log
 from dayzero.data.mixing import Mix
-from dayzero.data.shuffle import shuffled
+from dayzero.data.shuffle import Order
 from dayzero.data.tokens import FILL, IGNORE, TokenRows
 from dayzero.errors import ConfigError
+from dayzero.parent import end_with_parent
 
 
 @dataclass
@@ -140,9 +145,11 @@ class _Batches:
             prefetch_factor=MESSAGES_AHEAD,
             multiprocessing_context="fork",  # the slots are the same memory in a copy of this process
             collate_fn=_identity,
+            worker_init_fn=partial(_end_with, os.getpid()),
             generator=torch.Generator().manual_seed(0),
         )
-        return _received(iter(workers), slots)
+        with _requests_to_stop_held_back():
+            return _received(iter(workers), slots)
 
     def _make(self, step: int) -> _Flat:
         raise NotImplementedError
@@ -164,6 +171,17 @@ class _Batches:
             num_label_tokens=int(np.count_nonzero(arrays[1] != IGNORE)),
             num_tokens=int(lengths.sum()),
         )
+
+
+@contextmanager
+def _requests_to_stop_held_back() -> Iterator[None]:
+    """Processes that are forked inside the block never see a request to stop. A batch system sends it to every process:
+    the rank would fail in mid-step if they ended before it; they end with it as they are."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _slots(count: int, tokens: int) -> NDArray[np.int32]:
@@ -241,6 +259,7 @@ class TrainBatches(_Batches):
     ) -> None:
         super().__init__(rows, local_batch_size, dp_rank, dp_size, num_workers)
         self.mix = mix
+        self._order = Order(len(rows))
         assert global_batch_size % (local_batch_size * dp_size) == 0
         check_rows(rows, dp_size)
         self.global_batch_size, self.seed = global_batch_size, seed
@@ -276,7 +295,7 @@ class TrainBatches(_Batches):
         rows = np.empty_like(samples)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            rows[here] = shuffled(places[here], len(self.rows), self.seed, int(epoch))
+            rows[here] = self._order.rows(places[here], self.seed, int(epoch))
         return np.where(samples < self.num_samples, rows, FILL)
 
 
@@ -306,6 +325,11 @@ class ValidationBatches(_Batches):
 def _samples(num_rows: int, num_epochs: float | None) -> int:
     assert num_epochs is not None
     return max(1, round(num_rows * num_epochs))
+
+
+def _end_with(rank: int, _: int) -> None:
+    """torch lets a loader process notice that its rank is gone, but not while it hands over what nobody takes."""
+    end_with_parent(rank)
 
 
 def _identity(batch: Any) -> Any:

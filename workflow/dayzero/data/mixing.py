@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dayzero.data.packing import Documents
-from dayzero.data.shuffle import shuffled
+from dayzero.data.shuffle import Order
 from dayzero.errors import ConfigError
 
 LONGEST_ORDER = 10_000
@@ -45,6 +45,7 @@ class Mix:
         self.names = list(names)
         self.sizes = np.array(rows, dtype=np.int64)
         self._first = np.cumsum(self.sizes) - self.sizes
+        self._orders = [Order(count) for count in rows]
         self.shares = np.array(_integers(weights), dtype=np.int64)
         """[S] samples of each source in P."""
         self.order = _even_order(self.shares)
@@ -61,12 +62,11 @@ class Mix:
         result = np.empty_like(samples)
         for source in np.unique(sources).tolist():
             here = sources == source
-            size = int(self.sizes[source])
-            passes, at = np.divmod(turns[here], size)
+            passes, at = np.divmod(turns[here], self.sizes[source])
             found = np.empty_like(at)
             for number in np.unique(passes).tolist():
                 now = passes == number
-                found[now] = shuffled(at[now], size, seed + (source << 32), number)
+                found[now] = self._orders[source].rows(at[now], seed + (source << 32), number)
             result[here] = self._first[source] + found
         return result
 

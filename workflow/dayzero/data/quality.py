@@ -1,8 +1,7 @@
 """What the rows of a data set are like, and how much of the evaluation's items stands in the training rows.
 
-One pass over each split, in memory that does not grow with it: the hashes of the rows' contents are sorted on disk, and
-what is costly is looked at for a share of the rows that a hash of their content chooses, so that copies of a row are
-chosen together and the choice does not depend on the order of rows.
+Memory does not grow with the rows: what is known of each is sorted on disk, and what is costly is looked at for a share
+of them that hashes of their texts choose, so that the choice does not depend on the order of rows.
 """
 
 from __future__ import annotations
@@ -18,12 +17,13 @@ import numpy as np
 import py3langid
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasketch import MinHash, MinHashLSH
 from numpy.typing import NDArray
 
 from dayzero.config import DataCheck
 from dayzero.console import ProgressBar, log
+from dayzero.data import near_duplicates
 from dayzero.data.histogram import LengthHistogram
+from dayzero.data.near_duplicates import NearDuplicates
 from dayzero.data.ngrams import Words, words
 from dayzero.data.spill import Spill, first_of_groups
 from dayzero.data.stored_table import batch_rows, open_table, table_bytes
@@ -33,8 +33,8 @@ BATCH_ROWS, BATCH_BYTES = 512, 2**20
 """Rows looked at together: so many, or fewer long ones."""
 LANGUAGE_ROWS, LANGUAGE_CHARS = 1000, 2000
 """Rows, and characters of each, whose language is told."""
-SHINGLE, PERMUTATIONS = 5, 64
-"""Words in what near-duplicates are compared by, and the length of a row's MinHash."""
+SHORTEST = 5
+"""Words of the shortest items that are looked for; fewer stand in many rows by chance."""
 EXAMPLES = 5
 """Contaminated items of a task that the report names."""
 TEXTS = ("text", "prompt_completion", "messages")
@@ -88,7 +88,10 @@ def _blank(texts: pa.Array) -> pa.Array:
 
 @dataclass
 class Contamination:
-    """Which n-grams of the items stand in the training rows; see `DataCheck` for what counts as contaminated."""
+    """Which n-grams of the items stand in the training rows; see `DataCheck` for what counts as contaminated.
+
+    An item of fewer than n words, but SHORTEST or more, is its only one.
+    """
 
     items: Mapping[str, Sequence[str]]
     """Task -> the question of each of its items."""
@@ -97,15 +100,26 @@ class Contamination:
 
     def __post_init__(self) -> None:
         flat = [text for texts in self.items.values() for text in texts]
-        grams, owner = words(pa.array(flat, pa.string())).ngrams(self.n)
-        self._grams, place = np.unique(grams, return_inverse=True)
-        pairs = np.unique(np.stack([owner, place]), axis=1)  # an n-gram counts once in an item
+        found = words(pa.array(flat, pa.string()))
+        lengths = np.bincount(found.text, minlength=len(flat))
+        whole = np.unique(lengths[(lengths >= SHORTEST) & (lengths < self.n)]).tolist()
+        self._lengths = [self.n, *whole]  # of the runs that are looked for
+        parts = [found.ngrams(self.n)]
+        for length in whole:
+            grams, owner = found.ngrams(length)
+            parts.append((grams[lengths[owner] == length], owner[lengths[owner] == length]))
+        self._grams, place = np.unique(np.concatenate([grams for grams, _ in parts]), return_inverse=True)
+        owners = np.concatenate([owner for _, owner in parts])
+        pairs = np.unique(np.stack([owners, place]), axis=1)  # an n-gram counts once in an item
         self._owner, self._place = pairs
         self._row = np.full(len(self._grams), -1)  # the first training row that holds each n-gram
 
     def see(self, rows: Words, first_row: int) -> None:
         """Look at training rows `first_row`, `first_row + 1`, ..."""
-        grams, text = rows.ngrams(self.n)
+        for length in self._lengths:
+            self._see(*rows.ngrams(length), first_row)
+
+    def _see(self, grams: NDArray[np.uint64], text: NDArray[np.int64], first_row: int) -> None:
         if not len(self._grams) or not len(grams):
             return
         at = np.minimum(np.searchsorted(self._grams, grams), len(self._grams) - 1)
@@ -143,44 +157,6 @@ class Contamination:
         return results
 
 
-@dataclass
-class _Sampled:
-    """Chooses about `wanted` of `rows` by a hash of their content."""
-
-    wanted: int
-    rows: int
-
-    def chosen(self, hashes: NDArray[np.uint64]) -> NDArray[np.intp]:
-        """Indices of the chosen among these."""
-        if self.rows <= self.wanted:
-            return np.arange(len(hashes))
-        return np.flatnonzero(hashes < np.uint64(2**64 * self.wanted // self.rows))
-
-
-@dataclass
-class _NearDuplicates:
-    """Finds rows whose word runs overlap with an earlier row's, by MinHash (https://doi.org/10.1109/SEQUEN.1997.666900)."""
-
-    similarity: float
-    rows: int = 0
-    found: int = 0
-
-    def __post_init__(self) -> None:
-        self._index = MinHashLSH(threshold=self.similarity, num_perm=PERMUTATIONS)
-        self._seen: set[int] = set()
-
-    def see(self, content: int, shingles: NDArray[np.uint64]) -> None:
-        """A row by the hash of its content and its word runs; exact copies of an earlier row are left out."""
-        if content in self._seen or not len(shingles):
-            return
-        self._seen.add(content)
-        signature = MinHash(num_perm=PERMUTATIONS, hashfunc=int)
-        signature.update_batch((np.unique(shingles) & np.uint64(2**32 - 1)).tolist())
-        self.rows += 1
-        self.found += bool(self._index.query(signature))
-        self._index.insert(content, signature, check_duplication=False)
-
-
 def check_split(
     file: Path, kind: str, check: DataCheck, name: str, workspace: Path, contamination: Contamination | None = None
 ) -> dict[str, Any]:
@@ -190,38 +166,51 @@ def check_split(
         file: the split's Parquet file.
         kind: one of TEXTS.
         name: the split's name, for messages.
-        workspace: a folder for 8 bytes a row while this runs.
+        workspace: a folder for 32 bytes a row while this runs.
 
     Raises DataError for a file that cannot be read.
     """
     source = open_table(file)
     rows = source.metadata.num_rows
-    near, told = (_Sampled(n, rows) for n in (check.sample_rows, LANGUAGE_ROWS))
-    lengths, similar = LengthHistogram(), _NearDuplicates(check.near_duplicate)
+    lengths, similar = LengthHistogram(), NearDuplicates(check.near_duplicate)
     languages: Counter[str] = Counter()
     empty = first = 0
-    columns = [c for c in ("text", "prompt", "completion", "messages") if c in source.schema_arrow.names]
+    columns = [c for c in ("text", "prompt", "completion", "messages", "tools") if c in source.schema_arrow.names]
     together = batch_rows(table_bytes(source), rows, BATCH_BYTES, BATCH_ROWS)
-    with Spill(workspace / "contents", 1) as contents, ProgressBar(f"check {name}", rows) as bar:
-        for batch in source.iter_batches(together, columns=columns, use_threads=False):
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        return source.iter_batches(together, columns=columns, use_threads=False)
+
+    with (
+        Spill(workspace / "contents", 1) as contents,
+        Spill(workspace / "groups", 3) as groups,
+        ProgressBar(f"check {name}", rows) as bar,
+    ):
+        for batch in batches():
             texts = row_texts(batch, kind)
             strings = texts.to_pylist()
             hashes = np.fromiter(map(_content_hash, strings), np.uint64, len(strings))
             lengths.add(pc.utf8_length(texts).to_numpy(zero_copy_only=False))
             empty += empty_answers(batch, kind)
             contents.add_all(hashes[:, None])
-            for i in told.chosen(hashes):
+            for i in _sampled(hashes, LANGUAGE_ROWS, rows):
                 languages[language(strings[i])] += 1
-            close = near.chosen(hashes)
-            if contamination is not None or len(close):
-                found = words(texts)
-                if contamination is not None:
-                    contamination.see(found, first)
-                for i, shingles in _of_each(found, close):
-                    similar.see(int(hashes[i]), shingles)
+            found = words(texts)
+            groups.add_all(near_duplicates.records(found, hashes, first))
+            if contamination is not None:
+                contamination.see(found, first)
             first += len(strings)
             bar.advance(len(strings))
         copies = sum(int((~first_of_groups(part, 1)).sum()) for part in contents.buckets())
+        chosen = near_duplicates.chosen_rows(groups, check.sample_rows, max(rows, 1))
+    with ProgressBar(f"near-duplicates in {name}", len(chosen)) as bar:
+        first = 0
+        for batch in batches():
+            start, end = np.searchsorted(chosen, [first, first + len(batch)])
+            if start < end:
+                similar.see(row_texts(batch.take(pa.array(chosen[start:end] - first)), kind))
+                bar.advance(int(end - start))
+            first += len(batch)
     return {
         "rows": rows,
         "empty_answers": empty,
@@ -261,11 +250,11 @@ def language(text: str) -> str:
     return py3langid.classify(part)[0] if any(map(str.isalpha, part)) else "none"
 
 
-def _of_each(found: Words, chosen: NDArray[np.intp]) -> Iterator[tuple[int, NDArray[np.uint64]]]:
-    grams, text = found.ngrams(SHINGLE)
-    starts, ends = np.searchsorted(text, chosen), np.searchsorted(text, chosen, side="right")
-    for i, start, end in zip(chosen.tolist(), starts.tolist(), ends.tolist(), strict=True):
-        yield i, grams[start:end]
+def _sampled(hashes: NDArray[np.uint64], wanted: int, total: int) -> NDArray[np.intp]:
+    """Indices of the rows that are chosen by hashes of their contents, about `wanted` of all `total`."""
+    if total <= wanted:
+        return np.arange(len(hashes))
+    return np.flatnonzero(hashes < np.uint64(2**64 * wanted // total))
 
 
 def _mode(values: NDArray[np.int64]) -> int:

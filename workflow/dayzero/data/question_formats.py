@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import string
 from typing import Any
 
-from dayzero.data.rows import Dropped, Example, Reader, as_text, from_json
+from dayzero.data.rows import Dropped, Example, Reader, as_text, from_json, scalar_text
 from dayzero.errors import DataError
+
+_LISTED = re.compile(r"""\s*(\{|\[\s*["'{\[\]])""")
+"""How a list or an object begins that was to be JSON text, or was written as another language has it."""
 
 
 def prompt_and_completion(
@@ -22,7 +26,7 @@ def prompt_and_completion(
 def squad(reader: Reader) -> Example | Dropped:
     """`context`, `question` and `answers` (`{text: [...]}`, a list, or a text); the first answer is the one learnt."""
     context, question = reader.text("context"), reader.text("question")
-    answers = from_json(reader.value("answers"), reader.origin, f"column {reader.name('answers')!r}")
+    answers = _answers(reader)
     if isinstance(answers, dict):
         answers = answers.get("text")
     answers = [answers] if isinstance(answers, str) else answers
@@ -41,14 +45,24 @@ def squad(reader: Reader) -> Example | Dropped:
     )
 
 
+def _answers(reader: Reader) -> Any:
+    value = reader.value("answers")
+    try:
+        return from_json(value, reader.origin, f"column {reader.name('answers')!r}")
+    except DataError:
+        if _LISTED.match(value):
+            raise
+        return value  # a text that only begins with a bracket, like "[1] says so"
+
+
 def multiple_choice(reader: Reader) -> Example | Dropped:
     """`question`, `choices` and `answer`; named `ctx` and `endings`, the right ending continues the context.
 
     The answer is the choice's number from 0, its letter or label, or its text. Other choices only stand in the prompt.
     """
     question = reader.text("question")
-    choices, labels = _choices(reader)
-    at = _answer(reader, choices, labels)
+    choices, labels, are_texts = _choices(reader)
+    at = _answer(reader, choices, labels, are_texts)
     if at is None:
         return Dropped("no_answer")
     if reader.name("choices") == "endings":
@@ -57,8 +71,11 @@ def multiple_choice(reader: Reader) -> Example | Dropped:
     return prompt_and_completion(f"{question}\n{listed}Answer:", f" {labels[at]}. {choices[at]}", reader.id(), question)
 
 
-def _choices(reader: Reader) -> tuple[list[str], list[str]]:
-    """The choices' texts and their labels: those of `{text: [...], label: [...]}`, else A, B, C, ..."""
+def _choices(reader: Reader) -> tuple[list[str], list[str], bool]:
+    """The choices' texts, and their labels: those of `{text: [...], label: [...]}`, else A, B, C, ...
+
+    Also whether the choices were all texts: a file can have numbers there.
+    """
     where, name = reader.origin, f"column {reader.name('choices')!r}"
     found: Any = from_json(reader.value("choices"), where, name)
     labels: Any = None
@@ -66,37 +83,43 @@ def _choices(reader: Reader) -> tuple[list[str], list[str]]:
         found, labels = found.get("text"), found.get("label")
     if not isinstance(found, list) or len(found) < 2:
         raise reader.fail("choices", "a list of at least two texts")
-    texts = [as_text(choice, where, name) for choice in found]
+    texts = [scalar_text(choice, where, name) for choice in found]
     if labels is None:
         labels = list(string.ascii_uppercase[: len(texts)])
     if not isinstance(labels, list) or len(labels) != len(texts):
         raise DataError(f"{where}: {name} has {len(texts)} choices, which have no label each (letters reach to Z)")
-    return texts, [str(label) for label in labels]
+    for label in labels:
+        if not isinstance(label, str | int) or isinstance(label, bool):
+            raise DataError(f"{where}: {name} has the label {label!r}, expected texts or integers")
+    return texts, [str(label) for label in labels], all(isinstance(choice, str) for choice in found)
 
 
-def _answer(reader: Reader, choices: list[str], labels: list[str]) -> int | None:
+def _answer(reader: Reader, choices: list[str], labels: list[str], are_texts: bool) -> int | None:
     """The right choice's index; None where the row does not tell (a blank, null or -1, as in hidden test sets).
 
-    Raises DataError where a text could be either a choice's number or its text: CSV has "2" for the number 2.
+    Where labels are numbers, a number is one of them. Raises DataError for what could be a choice's number as well as
+    its text: CSV has "2" for the number 2, and a file's choices may be numbers.
     """
     value = reader.value("answer")
     if value is None or value == -1 or (isinstance(value, str) and value.strip() in ("", "-1")):
         return None
-    if isinstance(value, str) and value.strip().isdecimal() and value in choices and value not in labels:
-        at, number = choices.index(value), int(value)
-        if at != number and number < len(choices):
-            raise DataError(
-                f"{reader.origin}: column {reader.name('answer')!r} holds {value!r}, the text of one choice and the "
-                f"number of another, {choices[number]!r}: give its letter ({labels[at]} or {labels[number]})"
-            )
-    if isinstance(value, str):
-        for options in (labels, choices):
-            if value in options:
-                return options.index(value)
-        value = int(value) if value.strip().isdecimal() else value
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < len(choices):
+    where = f"{reader.origin}: column {reader.name('answer')!r} holds {value!r}"
+    text = isinstance(value, str)
+    written = value if text else scalar_text(value, reader.origin, f"column {reader.name('answer')!r}")
+    written = written.strip() if written.strip().isdecimal() else written
+    if written in labels:
+        return labels.index(written)
+    found = [choices.index(written)] if (text or not are_texts) and written in choices else []
+    numbered = any(map(str.isdecimal, labels))
+    if not numbered and written.isdecimal() and int(written) < len(choices):
+        found.append(int(written))
+    if not found:
+        wanted = f"one of the labels {', '.join(labels)}"
+        wanted = wanted if numbered else f"a choice's number from 0 to {len(choices) - 1}, its label"
+        raise DataError(f"{where}, expected {wanted} or its text")
+    if found[0] != found[-1]:
         raise DataError(
-            f"{reader.origin}: column {reader.name('answer')!r} holds {value!r}, expected a choice's number from 0 to "
-            f"{len(choices) - 1}, its label or its text"
+            f"{where}, the text of one choice and the number of another, {choices[found[-1]]!r}: give its letter "
+            f"({labels[found[0]]} or {labels[found[-1]]})"
         )
-    return value
+    return found[0]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,10 +79,22 @@ class Reader:
         )
 
 
+def check_names(names: Sequence[str], where: str) -> None:
+    """Raise DataError where two columns have one name, of which a row would keep the last; blank ones may repeat."""
+    if twice := [name for name, count in Counter(names).items() if count > 1 and name.strip()]:
+        raise DataError(
+            f"{where}: several columns are called {', '.join(twice)}: rename them, or leave all but one out"
+        )
+
+
 def column_value(row: Mapping[str, Any], name: str, origin: str) -> Any:
-    """The row's value; raises DataError with the columns there are when it has no such column."""
+    """The row's value, None for the NaN by which tables say that a number is missing.
+
+    Raises DataError with the columns there are when the row has no such column.
+    """
     if name in row:
-        return row[name]
+        value = row[name]
+        return None if isinstance(value, float) and value != value else value
     close = difflib.get_close_matches(name, map(str, row), n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     raise DataError(f"{origin}: no column {name!r}{hint}; it has {', '.join(map(str, row))}: set data.columns")
@@ -95,6 +108,13 @@ def as_text(value: Any, where: str, what: str) -> str:
         raise DataError(f"{where}: {what} holds {kind(value)}, expected text")
     check_unicode(value, where, what)
     return value
+
+
+def scalar_text(value: Any, where: str, what: str) -> str:
+    """As `as_text`, but numbers and true/false too, as JSON writes them."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value) if isinstance(value, int | float) else as_text(value, where, what)
 
 
 def check_unicode(value: str, where: str, what: str) -> None:

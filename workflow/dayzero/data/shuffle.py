@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,18 +14,29 @@ EXACT_ROWS = 2**20
 ROUNDS = 6
 
 
-def shuffled(places: NDArray[np.int64], num_rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """The rows at the given places of the order of (seed, epoch); over all places each row comes exactly once.
+class Order:
+    """The orders of a set of rows: one for each seed and epoch, over all places of which each row comes exactly once.
 
-    Beyond EXACT_ROWS the order is a keyed permutation that computes each place on its own: a Feistel network on pairs
-    below ceil(sqrt(num_rows)), walked on until it meets a row (https://doi.org/10.1007/3-540-45760-7_9).
-
-    Args:
-        places: integers from 0 to below num_rows, of any shape.
+    Beyond EXACT_ROWS an order is a keyed permutation that computes each place on its own: a Feistel network on pairs
+    below ceil(sqrt(num_rows)), walked on until it meets a row (https://doi.org/10.1007/3-540-45760-7_9). Up to there
+    the order that was drawn last is held: each set of rows needs an Order of its own that lasts as long as the run.
     """
-    assert places.size == 0 or 0 <= places.min() <= places.max() < num_rows
-    if num_rows <= EXACT_ROWS:
-        return _permutation(num_rows, seed, epoch)[places]
+
+    def __init__(self, num_rows: int) -> None:
+        self.num_rows = num_rows
+        self._drawn: tuple[tuple[int, int], NDArray[np.int64]] | None = None
+
+    def rows(self, places: NDArray[np.int64], seed: int, epoch: int) -> NDArray[np.int64]:
+        """The rows at the given places, integers from 0 to below num_rows, of any shape."""
+        assert places.size == 0 or 0 <= places.min() <= places.max() < self.num_rows
+        if self.num_rows > EXACT_ROWS:
+            return _computed(places, self.num_rows, seed, epoch)
+        if self._drawn is None or self._drawn[0] != (seed, epoch):
+            self._drawn = (seed, epoch), np.random.default_rng([seed, epoch]).permutation(self.num_rows)
+        return self._drawn[1][places]
+
+
+def _computed(places: NDArray[np.int64], num_rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
     side = np.uint64(math.isqrt(num_rows - 1) + 1)
     keys = np.random.default_rng([seed, epoch]).integers(2**64, size=ROUNDS, dtype=np.uint64)
     rows = places.astype(np.uint64).ravel()
@@ -38,8 +48,3 @@ def shuffled(places: NDArray[np.int64], num_rows: int, seed: int, epoch: int) ->
         rows[walking] = left * side + right
         walking = walking[rows[walking] >= num_rows]
     return rows.astype(np.int64).reshape(places.shape)
-
-
-@lru_cache(maxsize=2)  # a batch reaches over at most two epochs, unless it is larger than an epoch
-def _permutation(num_rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    return np.random.default_rng([seed, epoch]).permutation(num_rows)

@@ -129,6 +129,7 @@ def checks_tables(runs: Sequence[Run]) -> list[tuple[str, Table, Table]]:
             for task, entry in contamination["tasks"].items()
         ]
         found = f"with {100 * contamination['overlap']:g} % of their {contamination['ngram']}-grams in training rows"
+        found += " (shorter items: all of it)"
         tables.append(
             (
                 _used_by(key, users, runs),
