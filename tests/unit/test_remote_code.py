@@ -122,6 +122,7 @@ def test_trusted_from_the_source_to_the_scores(folder: Path, tmp_path: Path) -> 
     check_same_tokens(store, model, "t", trust_remote_code=True)
 
 
+@pytest.mark.full  # starting vLLM takes a minute
 @pytest.mark.end_to_end
 def test_trusted_by_vllm(folder: Path, tmp_path: Path) -> None:
     run, store, model = config(folder, trust=True, method="none"), tmp_path / "store", tmp_path / "model"
