@@ -33,7 +33,7 @@ from dayzero.engine.packing import any_leak
 from dayzero.engine.parallel_dims import ParallelDims
 from dayzero.engine.parallel_model import ParallelModel
 from dayzero.engine.passes import training_logits
-from dayzero.engine.trainer import Trainer
+from dayzero.engine.trainer import Interrupted, Trainer
 from torch.distributed.tensor import DTensor
 
 from tests.distributed import frozen_weights
@@ -388,6 +388,42 @@ def failing_save(job: dict[str, Any]) -> dict[str, Any]:
     return {"raised": raised, "left": sorted(p.name for p in trainer.checkpoints.glob("step_*"))}
 
 
+def stopped_in_step(job: dict[str, Any]) -> dict[str, Any]:
+    """The last rank is asked to stop in the middle of step `stop_in` (0: before the first): where every rank stops."""
+    trainer = make_trainer(job, Path(job["folder"]))
+    step = trainer.optimizer.step
+
+    def asked() -> None:
+        if distributed.rank() == distributed.world_size() - 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    def stepped(*arguments: Any) -> Any:
+        if trainer.step == job["stop_in"] - 1:
+            asked()
+        return step(*arguments)
+
+    trainer.optimizer.step = stepped
+    batches = batches_of(job, trainer.train, 0, *share_of(trainer))
+    started: list[int] = []
+
+    def begun(_: int) -> Iterator[Batch]:
+        if not job["stop_in"]:
+            asked()
+        for batch in batches:
+            started.append(batch.step + 1)
+            yield batch
+
+    interrupted = False
+    try:
+        trainer.fit(begun, None)
+    except Interrupted:
+        interrupted = True
+    everyone = [interrupted, trainer.step, sorted(p.name for p in trainer.checkpoints.glob("step_*"))]
+    said: list[Any] = [None] * distributed.world_size()
+    torch.distributed.all_gather_object(said, everyone)
+    return {"said": said, "steps": [r["step"] for r in trainer.metrics.records]}
+
+
 def bad_step(job: dict[str, Any]) -> dict[str, Any]:
     """Train and validate with one weight set to infinity; the errors' texts and what the optimizer did."""
     trainer = make_trainer(job, Path(job["folder"]))
@@ -457,7 +493,7 @@ JOBS = {
     job.__name__: job
     for job in (
         *(bf16_logits, frozen, leak, load, optimizers, reference, train, resume, bad_step, same_shape_again),
-        *(train_with_late_writes, train_until_killed_in_save, failing_save),
+        *(train_with_late_writes, train_until_killed_in_save, failing_save, stopped_in_step),
     )
 }
 

@@ -244,6 +244,38 @@ def test_killed_while_saving_falls_back_to_the_previous_checkpoint(
     assert sorted(p.name for p in (Path(killed["folder"]) / "checkpoints").glob("step_*")) == ["step_10", "step_8"]
 
 
+STOPPED: dict[str, dict[str, Any]] = {
+    "in-a-step": {**SETTINGS, "stop_in": 6},
+    "in-a-saved-step": {**SETTINGS, "stop_in": 5},
+    "pipeline": {**SETTINGS, **V_PIPELINE, "stop_in": 6},
+    "tp": {**SETTINGS, "tp": 2, "stop_in": 6},
+}
+
+
+def test_a_stop_saves_the_step_that_it_comes_in_and_starts_no_other(tmp_path: Path) -> None:
+    """One rank alone is asked; no step is trained after that, and what follows is bit for bit as if nobody had."""
+    train = {"checkpoint": {"every": 5, "keep_last": 20}, "ema": {"decay": 0.8}, "num_data_workers": 2}
+    stopped = {
+        name: job("stopped_in_step", *CASE, tmp_path, **options, train=train) for name, options in STOPPED.items()
+    }
+    whole = {name: job("train", *CASE, tmp_path, **options, train=train) for name, options in STOPPED.items()}
+    early = job("stopped_in_step", *CASE, tmp_path, **SETTINGS, stop_in=0, train=train)
+    runs = run_ranks(2, [*stopped.values(), *whole.values(), early], tmp_path / "first")
+    assert runs[early["name"]] == {"said": [[True, 0, []]] * 2, "steps": []}
+    for run in stopped.values():
+        step = run["stop_in"]
+        saved = ["step_5"] if step == 5 else ["step_5", f"step_{step}"]
+        assert runs[run["name"]] == {"said": [[True, step, saved]] * 2, "steps": list(range(1, step + 1))}
+    resumed = run_ranks(2, [{**run, "run": "resume"} for run in stopped.values()], tmp_path / "again")
+    for name, run in stopped.items():
+        found, expected = resumed[run["name"]], runs[whole[name]["name"]]
+        assert found["started_at"] == run["stop_in"]
+        assert found["losses"] == expected["losses"]
+        for part in ("weights", "averages"):
+            for key, tensor in expected[part].items():
+                assert torch.equal(found[part][key], tensor), (name, key)
+
+
 @pytest.fixture
 def stage(tmp_path: Path) -> Iterator[dict[str, Any]]:
     """Inputs of the real train stage: a config for two ranks that saves only when asked to. Ends what a test left."""
@@ -277,11 +309,11 @@ def stage(tmp_path: Path) -> Iterator[dict[str, Any]]:
                 process.kill()
 
 
-def start(stage: dict[str, Any], *more: str) -> subprocess.Popen[str]:
+def start(stage: dict[str, Any], *more: str, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "dayzero.stages.train", "--config", str(stage["config"]), "--tokens",
          str(stage["tokens"]), "--output", str(stage["output"]), "--log", str(stage["log"]), *more],
-        cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "2", "TMPDIR": str(stage["temporary"])},
+        cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "2", "TMPDIR": str(stage["temporary"]), **environment},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
@@ -337,6 +369,13 @@ def test_the_stage_saves_when_asked_to_stop_and_continues(stage: dict[str, Any])
     assert len(resumed) == 60
     assert losses(stage) == resumed
     assert not list(stage["temporary"].iterdir())  # as torchrun would leave there, once a training
+
+
+def test_an_error_before_the_ranks_have_met_is_the_last_line(stage: dict[str, Any]) -> None:
+    process = start(stage, GLOO_SOCKET_IFNAME="nosuch7")
+    _, errors = process.communicate(timeout=LONGEST)
+    assert process.returncode == 1
+    assert re.match(r"train: error: rank [01]: RuntimeError: .*nosuch7", errors.splitlines()[-1]), errors
 
 
 def test_ranks_end_with_the_process_that_started_them(stage: dict[str, Any]) -> None:

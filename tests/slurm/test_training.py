@@ -103,7 +103,7 @@ def test_the_time_limit_stops_with_a_checkpoint_and_the_job_goes_on(site: Site, 
     assert (row["stage"], row["job_id"], row["node"], row["state"]) == ("train", job, "node[1-2]", "running")
     assert (row["step"], row["total"]) == (7, 24)
     # SLURM looks every 30 s and signals 60 s (stop_before) before the end as of its next look: at its next one.
-    # With the signal it wakes (SIGCONT) what was stopped, so the ranks do a step or two and leave.
+    # With the signal it wakes (SIGCONT) what was stopped, so the ranks do at most a step or two and leave.
     site.cluster.call("scontrol", "update", f"JobId={job}", "EndTime=now+90seconds")
     site.wait(lambda: restarts(site, job) == 1, "the job back in the queue", 120)
     site.cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=30")
@@ -112,7 +112,7 @@ def test_the_time_limit_stops_with_a_checkpoint_and_the_job_goes_on(site: Site, 
     assert outcomes(site, "limited") == ["stopped", "training"]
     first, second = read_json(site.folder("limited") / "summary.json")["attempts"]
     assert first["to_step"] == second["from_step"]
-    assert 8 <= second["from_step"] < 24  # the ranks are woken a moment before they are signalled
+    assert 7 <= second["from_step"] < 24  # the ranks are woken a moment before they are signalled
     assert site.curve("limited") == curve
 
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from dayzero import attempts, slurm
 from dayzero.attempts import Attempts, recorded
+from dayzero.console import log
 from dayzero.errors import DataError
 from dayzero.files import read_json_lines
-from dayzero.interruption import EXIT_INTERRUPTED, MAX_WITHOUT_A_STEP, stop_or_go_on
+from dayzero.interruption import EXIT_INTERRUPTED, MAX_WITHOUT_A_STEP, stop_or_go_on, stopped_in_time
 from dayzero.run_lock import LOCK, RunHeld, RunLock, read_lock
 from dayzero.slurm import Job
 
@@ -119,6 +122,16 @@ def test_a_living_job_that_the_queue_does_not_show_is_believed(tmp_path: Path, m
         RunLock(tmp_path, job=None, **FAST).__enter__()
 
 
+def test_a_watched_job_is_asked_for_once_a_beat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+    monkeypatch.setattr(slurm, "job_states", lambda _: asked.append(time.monotonic()) or {"12": "RUNNING"})
+    foreign(tmp_path, job_id="12")
+    with RunLock(tmp_path, job=None, beat=0.6, stale_after=2):
+        pass
+    assert 2 <= len(asked) <= 4
+    assert all(later - earlier >= 0.6 for earlier, later in pairwise(asked))
+
+
 def test_of_two_that_find_a_dead_one_one_wins(tmp_path: Path) -> None:
     foreign(tmp_path, job_id=None, host="elsewhere")
     os.utime(tmp_path / LOCK, (0, 0))
@@ -201,6 +214,31 @@ def test_energy_is_read_while_the_ranks_run(tmp_path: Path, monkeypatch: pytest.
         assert told.wait(20)
     (attempt,) = Attempts(tmp_path).all()
     assert attempt["energy_joules"] == 250
+
+
+def test_a_stop_before_the_first_step_has_no_checkpoint_to_tell_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log, "propagate", True)
+    for says in ("stopped as asked before a first step: start", "stopped as asked with a checkpoint in"):
+        with caplog.at_level("WARNING", logger="dayzero"), pytest.raises(SystemExit):
+            stop_or_go_on(tmp_path, None, max_requeues=1)
+        assert says in caplog.messages[-1]
+        (tmp_path / "checkpoints/step_2").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "checkpoints/step_2/trainer.json").write_text("{}")
+
+
+@pytest.mark.parametrize("time_limit", [None, 60.0])
+def test_a_stop_in_time_needs_the_end_alone(monkeypatch: pytest.MonkeyPatch, time_limit: float | None) -> None:
+    """In a container without SLURM's commands the end is all that is known."""
+    stopped = threading.Event()
+    before = signal.signal(signal.SIGUSR1, lambda *_: stopped.set())
+    try:
+        job = Job(job_id="5", ends=time.time() + 10, time_limit=time_limit)
+        with stopped_in_time(job, 9.9):
+            assert stopped.wait(20)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_a_job_that_gets_nowhere_is_not_put_back_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

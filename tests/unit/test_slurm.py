@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import time
 from dataclasses import replace
@@ -18,14 +19,15 @@ import pytest
 from dayzero import slurm
 from dayzero.config import RunConfig
 from dayzero.config_checks import impossible
-from dayzero.engine.launch import RankFailed, errors_reported, first_report, leave_report
+from dayzero.console import setup_logging
+from dayzero.engine.launch import RankFailed, _failure, errors_reported, first_report, leave_report
 from dayzero.engine.launch_nodes import NodeSettings, check_world, rendezvous_port, run_on_nodes
 from dayzero.engine.node import check_shared, clock_warning, use_interface
 from dayzero.errors import ConfigError
 from dayzero.experiment import Experiment
 from dayzero.slurm import Job, parse_job, parse_time
 from dayzero.slurm_plugin import states_query
-from dayzero.slurm_site import check_site, limit_problem, partitions
+from dayzero.slurm_site import check_site, partitions
 from dayzero.snakemake_resources import Site, backoff, job_resources
 from dayzero.stages.training import launch
 from dayzero.wiring import Wiring
@@ -94,10 +96,17 @@ def test_outside_slurm_there_is_no_job(monkeypatch: pytest.MonkeyPatch) -> None:
     assert slurm.current_job() is None
 
 
-def test_without_its_commands_a_job_has_an_id_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_its_commands_a_job_has_what_the_environment_says(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "9")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert slurm.current_job() == Job(job_id="9")
+    for name in ("SLURM_JOB_NUM_NODES", "SLURM_JOB_NODELIST", "SLURM_RESTART_COUNT", "SLURM_JOB_END_TIME"):
+        monkeypatch.delenv(name, raising=False)
+    assert slurm.current_job() == Job(job_id="9", num_nodes=0, ends=None)
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "1790000000")
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "4")
+    assert slurm.current_job() == Job(job_id="9", num_nodes=4, ends=1.79e9)
     assert slurm.job_states(["9"]) is None
     assert "scontrol does not answer" in str(slurm.put_back("9"))
 
@@ -121,6 +130,7 @@ def test_a_world_that_slurm_did_not_give(nodes: int, world_size: int, says: str)
 def test_a_world_that_fits() -> None:
     assert check_world(JOB, 2, 4) == 2
     assert check_world(JOB, 2, 2) == 1
+    assert check_world(Job(job_id="7"), 4, 16) == 4  # the controller did not answer: srun will say what is wrong
 
 
 def test_two_jobs_have_two_ports() -> None:
@@ -162,6 +172,50 @@ def test_the_network_interface_holds_on_one_machine_too(monkeypatch: pytest.Monk
     assert started(there) == [there, there]
     with pytest.raises(ConfigError, match=r"resources.train.network_interface ib7: .* or leave it null"):
         started("ib7")
+
+
+def test_several_nodes_in_a_job_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    args = SimpleNamespace(nodes=2, network_interface=None, stop_before=0)
+    with pytest.raises(ConfigError, match=r"resources.train.nodes is 2, but this is a step of job 7.*set gpu_request"):
+        launch._run_ranks(2, args, [], Job(job_id="7"))
+
+
+@pytest.mark.parametrize("in_job", [True, False])
+def test_a_killed_rank_of_a_job_has_the_job_s_memory_as_remedy(monkeypatch: pytest.MonkeyPatch, in_job: bool) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    if not in_job:
+        monkeypatch.delenv("SLURM_JOB_ID")
+    said = str(_failure([], {0: 1, 1: -signal.SIGKILL}))
+    assert said.startswith("rank 1 was killed by SIGKILL (often the system's answer to too little memory: ")
+    assert said.endswith("lower train.local_batch_size)")
+    assert ("raise resources.train.mem_mb" in said) == in_job
+
+
+SRUN_WITH_A_WARNING = """#!/bin/sh
+echo "dayzero node warning: the clock of node2 differs" >&2
+echo "plain output" >&2
+"""
+
+
+def test_a_node_s_warning_is_in_the_stage_s_log_and_no_lost_start_leaves_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The job's own output is deleted when it succeeds."""
+    (tmp_path / "srun").write_text(SRUN_WITH_A_WARNING)
+    (tmp_path / "srun").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    folder = tmp_path / "train"
+    (folder / ".launch-7-0-99").mkdir(parents=True)
+    setup_logging("train", tmp_path / "train.log")
+    job = Job(job_id="7", num_nodes=2, nodes="node[1-2]")
+    assert run_on_nodes("m", [], 4, job, NodeSettings(nodes=2), folder=folder, logs=tmp_path / "logs")
+    assert "WARNING the clock of node2 differs\n" in (tmp_path / "train.log").read_text()
+    printed = capfd.readouterr().err
+    assert printed.count("the clock of node2 differs") == 1
+    assert "plain output" in printed
+    assert list(folder.iterdir()) == []
 
 
 def wiring(**values: object) -> Wiring:
@@ -389,7 +443,7 @@ def test_stages_that_runs_share_are_held_against_the_partition_too(cluster: Path
 def test_what_a_profile_replaces_is_its_own_affair(cluster: Path) -> None:
     """A rule's own partition and time are not held against the partition of the others; partitions may be several."""
     values = {"parallelism": {"dp_shard": 8}, "resources": {"train": {"gpu": 8}}}
-    checked(SITE, overwritten={"train": {"slurm_partition": "long", "runtime": 1440}}, **values)
+    checked(SITE, overwritten={"train": {"slurm_partition": "any", "runtime": 1440}}, **values)
     checked(replace(SITE, gpu_partition="gpu,any"), resources={"train": {"gpu": 2, "runtime": 600}})
     with pytest.raises(ConfigError, match=r"set-resources train: slurm_extra would replace .*: set it for all rules"):
         checked(SITE, overwritten={"train": {"slurm_extra": "--exclusive"}})
@@ -398,14 +452,6 @@ def test_what_a_profile_replaces_is_its_own_affair(cluster: Path) -> None:
         checked(SITE, "mine,theirs")
     (cluster / "sacctmgr").write_text("#!/bin/sh\nexit 1\n")
     checked(SITE, "mine")  # sacct answers, so there are accounts, which this user may not list
-
-
-def test_more_jobs_than_may_be_submitted(cluster: Path) -> None:
-    (cluster / "sacctmgr.txt").write_text("\n50\n")
-    assert limit_problem(50) is None
-    assert str(limit_problem(100)).startswith("jobs = 100: this cluster lets you have 50 jobs in the queue")
-    (cluster / "sacctmgr.txt").write_text("\n")
-    assert limit_problem(100) is None
 
 
 def test_half_an_hour_is_no_thirty_hours(cluster: Path) -> None:

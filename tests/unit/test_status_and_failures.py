@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 
 import pytest
+from dayzero import status
 from dayzero.config import RunConfig
 from dayzero.failures import failures, print_failures
 from dayzero.reporting.collect import read_run
 from dayzero.reporting.jobs import jobs_table
 from dayzero.reporting.scores import DASH
-from dayzero.run_lock import RunLock
-from dayzero.status import Queued, duration, main, parse_queue, run_status
+from dayzero.run_lock import LOCK, RunLock, read_lock
+from dayzero.status import Queued, duration, main, parse_queue, run_status, shared_jobs
 
 from tests.unit.report_files import run_config, write_run
 
@@ -70,6 +72,48 @@ def test_training_without_slurm_is_seen_by_its_lock(tmp_path: Path) -> None:
         assert row.node
 
 
+def test_a_training_without_a_sign_of_life_is_silent_before_its_first_step_too(tmp_path: Path) -> None:
+    with RunLock(tmp_path / "train", job=None):
+        os.utime(tmp_path / "train" / LOCK, (0, 0))
+        assert run_status(run_of(), tmp_path, {}).state == "training, silent"
+
+
+def test_a_training_that_ends_while_it_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    live(tmp_path, step(5))
+    with RunLock(tmp_path / "train", job=None):
+
+        def ends_now(folder: Path) -> dict[str, object] | None:
+            lock = read_lock(folder)
+            (folder / LOCK).unlink(missing_ok=True)
+            return lock
+
+        monkeypatch.setattr(status, "read_lock", ends_now)
+        assert run_status(run_of(), tmp_path, {}).state == "training"
+        assert run_status(run_of(), tmp_path, {}).state == ""
+
+
+def test_what_a_run_waits_for_in_the_store(tmp_path: Path) -> None:
+    needs = [tmp_path / "store" / name for name in ("data/rows-1", "models/m-2", "tokens/rows-m-3")]
+    jobs = {("tokenize", "rows-m-3"): Queued("12", "PENDING", "", "Resources")}
+    row = run_status(run_of(), tmp_path / "a", {}, needs)
+    assert (row.stage, row.state, row.job_id) == ("fetch_data", "", "")
+    row = run_status(run_of(), tmp_path / "a", jobs, needs)
+    assert (row.stage, row.state, row.job_id) == ("tokenize", "pending (Resources)", "12")
+    for path in needs:
+        path.mkdir(parents=True)
+        (path / "manifest.json").write_text("{}")
+    assert run_status(run_of(), tmp_path / "a", {}, needs).stage == "train"
+    assert run_status(run_of(), tmp_path / "a", {("train", "a"): jobs["tokenize", "rows-m-3"]}, needs).job_id == "12"
+
+
+def test_jobs_of_several_runs(tmp_path: Path) -> None:
+    """An array that waits and a group: of which runs squeue does not tell."""
+    lines = "16_[1-8]|PENDING||{here}|rule_train_wildcards_a|Priority\n17|RUNNING|node7|{here}|rule_small|None\n"
+    text = lines.format(here=tmp_path)
+    assert parse_queue(text, tmp_path) == {}
+    assert shared_jobs(text, tmp_path) == ["16_[1-8] (train) pending (Priority)", "17 (small) running"]
+
+
 def test_the_stages_one_after_the_other(tmp_path: Path) -> None:
     waiting = {("evaluate", "a"): Queued("9", "PENDING", "", "Resources")}
     assert run_status(run_of(), tmp_path, {}).stage == "train"
@@ -101,6 +145,14 @@ def test_the_command_for_scripts(
     assert "second" in printed
     assert main(["--experiment", "e.yaml", "--once", "--json"]) == 0
     assert [json.loads(line)["run"] for line in capsys.readouterr().out.splitlines()] == ["first", "second"]
+    lock = tmp_path / "results/e/first/train" / LOCK
+    lock.parent.mkdir(parents=True)
+    lock.write_text("{")
+    assert main(["--experiment", "e.yaml", "--once", "--json"]) == 0
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert first["stage"] == "?"
+    assert "lock.json is spoilt: delete it" in first["state"]
+    assert second["stage"] == "fetch_data"
     assert main(["--experiment", "none.yaml", "--once"]) == 1
     assert capsys.readouterr().err.count("\n") == 1
 

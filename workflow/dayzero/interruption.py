@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dayzero import slurm
-from dayzero.attempts import Attempts
+from dayzero.attempts import Attempts, newest_step
 from dayzero.console import log
 
 EXIT_INTERRUPTED = 75
@@ -34,7 +34,7 @@ def stopped_in_time(job: slurm.Job, seconds: float) -> Iterator[None]:
         if not over.wait(max(0.0, job.ends - seconds - time.time())):
             os.kill(os.getpid(), signal.SIGUSR1)
 
-    if job.ends and job.time_limit and seconds:
+    if job.ends and seconds:
         threading.Thread(target=wait, daemon=True).start()
     try:
         yield
@@ -49,7 +49,8 @@ def stop_or_go_on(folder: Path, job: slurm.Job | None, max_requeues: int, notice
     Runs that share the job were asked to stop together, `notice` seconds before its end. Putting it back ends them all,
     so each has half of that for its checkpoint.
     """
-    checkpoint = f"stopped as asked with a checkpoint in {folder / 'checkpoints'}"
+    checkpoint = f"with a checkpoint in {folder / 'checkpoints'}" if newest_step(folder) else "before a first step"
+    checkpoint = f"stopped as asked {checkpoint}"
     if job and (reason := _why_not(folder, job, max_requeues, notice)):
         log.warning("%s: start again to continue (job %s is not put back: %s)", checkpoint, job.job_id, reason)
     elif job:

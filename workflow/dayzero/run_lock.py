@@ -131,7 +131,7 @@ class RunLock:
         return None
 
     def _wait_for_a_sign(self, holder: dict[str, Any]) -> str:
-        first = self._modified()
+        first, asked = self._modified(), time.monotonic()
         while first is not None:
             age = self._server_time() - first
             if age > self.stale_after:
@@ -146,8 +146,10 @@ class RunLock:
                     f"{self.path.parent} is being trained by {describe(holder)}: wait for it, or end it ({whose}); its "
                     f"lock {self.path} is taken over {self.stale_after:.0f} s after its last sign of life"
                 )
-            if reason := self._gone(holder):
-                return reason
+            if time.monotonic() - asked >= self.beat:  # the queue is the whole cluster's: not at every look
+                asked = time.monotonic()
+                if reason := self._gone(holder):
+                    return reason
         return "it has just been released"
 
     def _silent_for(self, seconds: float) -> bool:

@@ -34,7 +34,8 @@ class Job:
     state: str = ""
     nodes: str = ""
     """SLURM's short list of them, e.g. node[1-4]."""
-    num_nodes: int = 1
+    num_nodes: int = 0
+    """0: not told."""
     cpus: int = 0
     """CPUs of the whole job. 0: not told."""
     gpus: int = 0
@@ -51,7 +52,8 @@ class Job:
 
 
 def current_job() -> Job | None:
-    """The job this process runs in; None outside SLURM. A job of which SLURM tells nothing has an id alone."""
+    """The job this process runs in; None outside SLURM. Where SLURM's commands tell nothing of it, what the environment
+    does: at least an id."""
     job_id = os.environ.get("SLURM_JOB_ID")
     if not job_id:
         return None
@@ -63,12 +65,13 @@ def current_job() -> Job | None:
         except SlurmError as error:
             if isinstance(error.__cause__, FileNotFoundError):
                 break
-    nodes = os.environ.get("SLURM_JOB_NUM_NODES", "1")
+    end = os.environ.get("SLURM_JOB_END_TIME", "")  # in every step since SLURM 23.02
     return Job(
         job_id=job_id,
         nodes=os.environ.get("SLURM_JOB_NODELIST", ""),
-        num_nodes=int(nodes) if nodes.isdigit() else 1,
+        num_nodes=int(os.environ.get("SLURM_JOB_NUM_NODES") or 0),
         restarts=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+        ends=float(end) if end.isdigit() else None,
     )
 
 

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -21,11 +22,12 @@ from rich.live import Live
 from rich.table import Table
 
 from dayzero.config import RunConfig
-from dayzero.errors import ConfigError
+from dayzero.errors import ConfigError, DataError, one_line
 from dayzero.files import read_json_lines
-from dayzero.run_lock import read_lock
+from dayzero.run_lock import LOCK, read_lock
 from dayzero.site_config import load
 from dayzero.slurm import SECONDS
+from dayzero.wiring import Wiring
 
 STAGES = {
     "train": "train/summary.json",
@@ -34,6 +36,8 @@ STAGES = {
     "verify_serving": "serve/parity.json",
 }
 """The stages of a run in their order, and the file that each writes last."""
+RULES = {"data": "fetch_data", "models": "fetch_model", "tokenizers": "train_tokenizer", "tokens": "tokenize"}
+"""The folders of the store that a run waits for first, and the rule that fills each."""
 RECENT_STEPS = 20
 QUEUE_FORMAT = "%i|%T|%N|%Z|%k|%r"
 SILENT_SECONDS = 120
@@ -65,8 +69,8 @@ class RunStatus:
     state: str = ""
 
 
-def queue(folder: Path) -> dict[tuple[str, str], Queued]:
-    """(rule, run) -> its job, of the jobs that Snakemake submitted from `folder`; empty without SLURM."""
+def queue(folder: Path) -> tuple[dict[tuple[str, str], Queued], list[str]]:
+    """What `parse_queue` and `shared_jobs` say of the jobs submitted from `folder`; nothing without SLURM."""
     try:
         done = subprocess.run(
             ["squeue", "--me", "--noheader", f"--format={QUEUE_FORMAT}"],
@@ -75,25 +79,44 @@ def queue(folder: Path) -> dict[tuple[str, str], Queued]:
             timeout=SECONDS,
         )
     except (OSError, subprocess.TimeoutExpired):
-        return {}
-    return parse_queue(done.stdout, folder)
+        return {}, []
+    return parse_queue(done.stdout, folder), shared_jobs(done.stdout, folder)
 
 
 def parse_queue(text: str, folder: Path) -> dict[tuple[str, str], Queued]:
-    """Lines of squeue in `QUEUE_FORMAT`; the comment is how the plugin names a job: rule_train_wildcards_RUN."""
-    jobs = {}
+    """(rule, run or key of the store) -> its job, of lines of squeue in `QUEUE_FORMAT`."""
+    return {(rule, name): job for rule, name, job in _named(text, folder) if name}
+
+
+def shared_jobs(text: str, folder: Path) -> list[str]:
+    """The jobs of several runs, in words: squeue does not tell of which ones."""
+    return [f"{job.job_id} ({rule}) {_state(job)}" for rule, name, job in _named(text, folder) if not name]
+
+
+def _named(text: str, folder: Path) -> Iterator[tuple[str, str, Queued]]:
+    """Rule, wildcard and job, by the comment that the plugin gives it: rule_train_wildcards_RUN, or rule_GROUP.
+
+    An array has no wildcard here either: all its tasks have the comment of its first.
+    """
     for line in text.splitlines():
         job_id, state, node, directory, comment, reason = (line.strip().split("|") + [""] * 6)[:6]
-        found = re.fullmatch(r"rule_(\w+?)_wildcards_(.+)", comment)
-        if "_" in job_id:  # all tasks of an array have the comment of its first
-            continue
+        found = re.fullmatch(r"rule_(.+?)(?:_wildcards_(.+))?", comment)
         if found and Path(directory).resolve() == folder.resolve():
-            jobs[found[1], found[2]] = Queued(job_id, state, node, reason)
-    return jobs
+            yield found[1], "" if "_" in job_id else found[2] or "", Queued(job_id, state, node, reason)
 
 
-def run_status(run: RunConfig, folder: Path, jobs: dict[tuple[str, str], Queued]) -> RunStatus:
-    """How one run stands."""
+def _state(job: Queued) -> str:
+    reason = f" ({job.reason})" if job.state == "PENDING" and job.reason not in ("", "None") else ""
+    return job.state.lower() + reason
+
+
+def run_status(
+    run: RunConfig, folder: Path, jobs: dict[tuple[str, str], Queued], needs: Sequence[Path] = ()
+) -> RunStatus:
+    """How one run stands. `needs`: the directories of the store that it starts from.
+
+    Raises ConfigError, DataError and OSError for files that cannot be read.
+    """
     train = folder / "train"
     stages = [stage for stage in STAGES if run.method.name != "none" or stage != "train"]
     missing = [stage for stage in stages if not (folder / STAGES[stage]).exists()]
@@ -102,21 +125,43 @@ def run_status(run: RunConfig, folder: Path, jobs: dict[tuple[str, str], Queued]
     stage = missing[0] if missing else "done"
     job = next((jobs[stage, run.run] for stage in missing if (stage, run.run) in jobs), None)
     stage = next((s for s in missing if (s, run.run) in jobs), stage)
-    lock = read_lock(train) if stage == "train" else None
-    state = job.state.lower() if job else ("training" if lock else "")
-    if job and job.state == "PENDING" and job.reason not in ("", "None"):
-        state += f" ({job.reason})"
+    lock, silent = _lock(train) if stage == "train" else (None, False)
+    if stage == stages[0] and not job and not lock:
+        unmade = [(RULES[p.parent.name], p.name) for p in needs if not (p / "manifest.json").exists()]
+        if unmade:
+            stage, key = next((rule for rule in unmade if rule in jobs), unmade[0])
+            job = jobs.get((stage, key))
+    state = _state(job) if job else ("training" if lock else "")
     metrics = read_json_lines(
         train / ("metrics.jsonl" if stage != "train" else "checkpoints/metrics.jsonl"), growing=True
     )
     facts = _progress(run, metrics) if metrics else {"total": run.train.max_steps if stage == "train" else None}
-    if stage == "train" and lock and metrics and time.time() - (train / "lock.json").stat().st_mtime > SILENT_SECONDS:
+    if silent:
         state += ", silent"
     if stage != "train":
         facts.pop("seconds_left", None)
     node = (job.node if job else "") or (str(lock["nodes"] or lock["host"]) if lock else "")
     job_id = job.job_id if job else str((lock and lock["job_id"]) or "")
     return RunStatus(run=run.run, stage=stage, job_id=job_id, node=node, state=state, **facts)
+
+
+def _lock(train: Path) -> tuple[dict[str, Any] | None, bool]:
+    """The lock of a training, and whether its holder is silent; no lock where the training ends meanwhile."""
+    try:
+        last_sign = (train / LOCK).stat().st_mtime
+    except FileNotFoundError:
+        return None, False
+    lock = read_lock(train)
+    return lock, lock is not None and time.time() - last_sign > SILENT_SECONDS
+
+
+def _needs(wiring: Wiring, run: RunConfig) -> list[Path]:
+    """The directories of the store that a run's first stage reads, in the order in which they are made."""
+    start = [Path(file).parent for file in (*wiring.start(run.run), *wiring.teacher(run.run))]
+    start = [path for path in start if path.parent.parent == Path(wiring.store)]
+    if run.method.name == "none":
+        return start
+    return [Path(wiring.data(run)), *start, Path(wiring.tokens(run))]
 
 
 def _progress(run: RunConfig, metrics: list[dict[str, Any]]) -> dict[str, Any]:
@@ -134,9 +179,10 @@ def _progress(run: RunConfig, metrics: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def table(rows: list[RunStatus], title: str) -> Table:
-    """The rows as a table."""
-    made = Table(title=title, title_justify="left")
+def table(rows: list[RunStatus], title: str, shared: Sequence[str] = ()) -> Table:
+    """The rows as a table; below it the `shared` jobs."""
+    below = f"of several runs: {', '.join(shared)}" if shared else None
+    made = Table(title=title, title_justify="left", caption=below, caption_justify="left")
     for name in ("run", "stage", "step", "loss", "tokens/s", "left", "job", "node", "queue"):
         made.add_column(name, justify="right" if name in ("step", "loss", "tokens/s", "left") else "left")
     for row in rows:
@@ -171,32 +217,40 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         experiment, results = load(args.experiment)
+        wiring = Wiring(experiment, str(args.results or results))
+        needs = {name: _needs(wiring, run) for name, run in experiment.runs.items()}
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 1
 
-    folder = (args.results or Path(results)) / experiment.name
+    folder = Path(wiring.experiment)
 
-    def look() -> list[RunStatus]:
-        jobs = queue(Path.cwd())
-        return [run_status(run, folder / name, jobs) for name, run in experiment.runs.items()]
+    def row(name: str, jobs: dict[tuple[str, str], Queued]) -> RunStatus:
+        try:
+            return run_status(experiment.runs[name], folder / name, jobs, needs[name])
+        except (ConfigError, DataError, OSError) as error:  # of this run alone
+            return RunStatus(run=name, stage="?", state=one_line(error))
 
-    def title() -> str:
-        return f"{experiment.name}, {time.strftime('%Y-%m-%d %H:%M:%S')}"
+    def look() -> tuple[list[RunStatus], list[str]]:
+        jobs, shared = queue(Path.cwd())
+        return [row(name, jobs) for name in experiment.runs], shared
+
+    def shown() -> Table:
+        rows, shared = look()
+        return table(rows, f"{experiment.name}, {time.strftime('%Y-%m-%d %H:%M:%S')}", shared)
 
     if args.once:
-        rows = look()
         if args.json:
-            print("\n".join(json.dumps(row.__dict__) for row in rows))
+            print("\n".join(json.dumps(row.__dict__) for row in look()[0]))
         else:
             wide = None if sys.stdout.isatty() else 160  # into a file or a pipe: nothing is cut off
-            Console(width=wide).print(table(rows, title()))
+            Console(width=wide).print(shown())
         return 0
     try:
-        with Live(table(look(), title()), auto_refresh=False, screen=False) as live:
+        with Live(shown(), auto_refresh=False, screen=False) as live:
             while True:
                 time.sleep(args.every)
-                live.update(table(look(), title()), refresh=True)
+                live.update(shown(), refresh=True)
     except KeyboardInterrupt:
         return 0
 

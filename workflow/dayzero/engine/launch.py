@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
 import os
 import signal
-import sys
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -23,6 +20,7 @@ import psutil
 from dayzero.console import log
 from dayzero.errors import one_line
 from dayzero.interruption import EXIT_INTERRUPTED as EXIT_INTERRUPTED
+from dayzero.parent import end_with_parent
 
 _ERRORS = "DAYZERO_ERROR_DIR"
 _LAUNCHER = "DAYZERO_LAUNCHER"
@@ -95,25 +93,8 @@ def run_torchrun(
 def end_with_launcher() -> None:
     """In a rank: end as soon as the process that started it is gone. It would train on beside the next start."""
     launcher = os.environ.get(_LAUNCHER)
-    if launcher is None:  # torchrun was started by hand
-        return
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1  # prctl(2)
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-        _end_without(int(launcher))  # gone before that
-    else:
-        threading.Thread(target=_watch, args=(int(launcher),), daemon=True).start()
-
-
-def _end_without(launcher: int) -> None:
-    if os.getppid() != launcher:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _watch(launcher: int) -> None:
-    while True:
-        _end_without(launcher)
-        time.sleep(1)
+    if launcher is not None:  # else torchrun was started by hand
+        end_with_parent(int(launcher))
 
 
 def keep_output() -> None:
@@ -173,7 +154,8 @@ def _by_a_stop(codes: dict[int, int]) -> bool:
 def _failure(folders: list[Path], codes: dict[int, int]) -> RankFailed:
     killed = [rank for rank, code in codes.items() if code == -signal.SIGKILL]
     if killed:
-        hint = "often the system's answer to too little memory: lower train.local_batch_size"
+        of_job = "raise resources.train.mem_mb, or " if "SLURM_JOB_ID" in os.environ else ""
+        hint = f"often the system's answer to too little memory: {of_job}lower train.local_batch_size"
         return RankKilled(f"rank {killed[0]} was killed by SIGKILL ({hint})")
     if found := first_report(*folders):
         name, first = found

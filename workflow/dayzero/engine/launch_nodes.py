@@ -28,6 +28,8 @@ FIRST_PORT, NUM_PORTS = 29600, 3000
 
 NODE_ERROR = "dayzero node error: "
 """Begins the line with which a node says why it cannot take part, where it cannot say so in a file."""
+NODE_WARNING = "dayzero node warning: "
+"""Begins a line of a node that belongs in the stage's own log."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +42,10 @@ class NodeSettings:
 
 
 def check_world(job: Job, nodes: int, world_size: int) -> int:
-    """Processes on each node. Raises `SizeError`, with both sides' numbers, when the job does not fit the config."""
+    """Processes on each node. Raises `SizeError`, with both sides' numbers, when the job does not fit the config.
+
+    A job whose nodes SLURM did not tell is not held against it: srun then starts on as many as are asked for, or fails.
+    """
     if world_size % nodes:
         raise SizeError(
             "resources.train.nodes",
@@ -48,7 +53,7 @@ def check_world(job: Job, nodes: int, world_size: int) -> int:
             "be 0: every node has the same number of processes",
         )
     processes = world_size // nodes
-    if job.num_nodes != nodes:
+    if job.num_nodes and job.num_nodes != nodes:
         raise SizeError(
             "parallelism",
             f"the sizes make {world_size} processes on {nodes} nodes (resources.train.nodes), but SLURM gave job "
@@ -90,9 +95,10 @@ def run_on_nodes(
     traceback is logged last; `SizeError` when world and job differ.
     """
     processes = check_world(job, settings.nodes, world_size)
+    for lost in folder.glob(".launch-*"):  # of starts that ended without a word: there is one training at a time
+        shutil.rmtree(lost, ignore_errors=True)
     # the same job may start again after a requeue: never find the files of an earlier start
     meeting = folder / f".launch-{job.job_id}-{job.restarts}-{os.getpid()}"
-    shutil.rmtree(meeting, ignore_errors=True)
     meeting.mkdir(parents=True)
     logs.mkdir(parents=True, exist_ok=True)
     probe = meeting / "probe.json"
@@ -108,7 +114,8 @@ def run_on_nodes(
     command += ["--id", f"{job.job_id}-{job.restarts}", "--meeting", str(meeting), "--logs", str(logs)]
     command += ["--network-interface", settings.network_interface] if settings.network_interface else []
     command += ["--", module, *arguments]
-    log.info("%d processes on each of %d nodes (%s), job %s", processes, settings.nodes, job.nodes, job.job_id)
+    where = job.nodes or "which, SLURM did not tell"
+    log.info("%d processes on each of %d nodes (%s), job %s", processes, settings.nodes, where, job.job_id)
     try:
         code, printed = _run(command)
         stopped = list(meeting.glob("stopped-*"))
@@ -142,6 +149,9 @@ def _run(command: list[str]) -> tuple[int, list[str]]:
             def show() -> None:
                 assert process.stderr
                 for line in process.stderr:
+                    if line.startswith(NODE_WARNING):
+                        log.warning("%s", line.removeprefix(NODE_WARNING).rstrip())
+                        continue
                     sys.stderr.write(line)
                     sys.stderr.flush()
                     if line.strip():

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import psutil
 
-from dayzero.console import log, setup_logging
+from dayzero.console import setup_logging
 from dayzero.engine.launch import RANK_LOGS, RankFailed, RankKilled, first_report, leave_report, run_torchrun
-from dayzero.engine.launch_nodes import NODE_ERROR
+from dayzero.engine.launch_nodes import NODE_ERROR, NODE_WARNING
 from dayzero.errors import ConfigError, one_line
 
 SHARED_WITHIN = 45.0
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         check_shared(args.meeting, name)
         if warning := clock_warning(args.meeting, number, name):
-            log.warning("%s", warning)
+            print(f"{NODE_WARNING}{warning}", file=sys.stderr, flush=True)
         if args.network_interface:
             use_interface(args.network_interface, name)
         os.environ[RANK_LOGS] = str(args.logs)

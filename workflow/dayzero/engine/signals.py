@@ -1,4 +1,4 @@
-"""SIGTERM, SIGUSR1 and SIGINT ask training to stop at the next step boundary, with a checkpoint."""
+"""SIGTERM, SIGUSR1 and SIGINT ask training to stop at the end of its step, with a checkpoint."""
 
 from __future__ import annotations
 

@@ -54,10 +54,10 @@ class Batch(Protocol):
 
 
 class Interrupted(Exception):
-    """Training was asked to stop and has written a checkpoint."""
+    """Training was asked to stop; the checkpoint of its last step, if it did one, is complete."""
 
     def __init__(self, step: int) -> None:
-        super().__init__(f"stopped as asked after step {step}; a checkpoint is written: start again to continue")
+        super().__init__(f"stopped as asked after step {step}: start again to continue")
 
 
 class NonFiniteLoss(ValueError):
@@ -79,6 +79,8 @@ class Trainer:
     """Optimizer steps in all; set before `fit`."""
     step: int = 0
     """Optimizer steps done."""
+    saved: int = 0
+    """The newest step with a checkpoint, which may still be being written. 0: none."""
     validation_losses: dict[int, float] = field(default_factory=dict)
     checkpoint_seconds: float = 0.0
     """How long this process's training has stood still for checkpoints."""
@@ -119,7 +121,7 @@ class Trainer:
             checkpoint.load_checkpoint(found[-1], self.module, self.optimizer, copies, self._averages())
             if self.ema:
                 self.ema.loaded(copies)
-            self.step = saved["step"]
+            self.step = self.saved = saved["step"]
             self.validation_losses = {int(k): v for k, v in saved["validation_losses"].items()}
             if self.is_main:
                 log.info("continuing from %s", found[-1])
@@ -127,8 +129,8 @@ class Trainer:
     def fit(self, batches: Callable[[int], Iterable[Batch]], validation: Callable[[], Iterable[Batch]] | None) -> None:
         """Train from `step` to `max_steps`. `batches(step)` yields this rank's batches from that step on.
 
-        Raises `NonFiniteLoss`, `CheckpointFailed`, and `Interrupted` after SIGTERM or SIGUSR1 once a checkpoint is
-        written.
+        Raises `NonFiniteLoss`, `CheckpointFailed`, and `Interrupted` after SIGTERM or SIGUSR1: at the end of the step
+        under way, once its checkpoint is written.
         """
         self.metrics.start_after(self.step)
         waited = 0.0  # for the checkpoint before this step
@@ -140,7 +142,12 @@ class Trainer:
             waiting_since = time.perf_counter()
             for batch in batches(self.step) if self.step < self.max_steps else ():
                 started = time.perf_counter()
-                record, stop_asked = self.train_step(batch, stop.asked or self.writer.failed)
+                record = self.train_step(batch, stop.asked or self.writer.failed)
+                if record is None:
+                    if self.step > self.saved:
+                        self.save(wait=False)
+                    self.writer.wait()
+                    raise Interrupted(self.step)
                 self.step = batch.step + 1
                 last = self.step == self.max_steps
                 seconds = time.perf_counter() - started
@@ -152,14 +159,12 @@ class Trainer:
                 self.metrics.write(record)
                 progress.advance(loss=record["loss"], tokens_per_second=round(record["tokens_per_second"]))
                 every, waited = self.train.checkpoint.every, 0.0
-                if last or stop_asked or (every and self.step % every == 0):
-                    waited = self.save(wait=last or stop_asked)
-                if stop_asked and not last:
-                    raise Interrupted(self.step)
+                if last or (every and self.step % every == 0):
+                    waited = self.save(wait=last)
                 waiting_since = time.perf_counter()
 
-    def train_step(self, batch: Batch, stop: bool = False) -> tuple[dict[str, Any], bool]:
-        """One optimizer step; returns its record and whether any rank was asked to stop."""
+    def train_step(self, batch: Batch, stop: bool = False) -> dict[str, Any] | None:
+        """One optimizer step; returns its record, or None and does nothing where any rank was asked to `stop`."""
         model, step = self.model, batch.step + 1
         # every step has its own seed, so a resumed run needs no saved RNG state
         torch.manual_seed((model.seed * 1_000_003 + step) * 1_009 + self.dims.seed_rank(distributed.rank()))
@@ -169,6 +174,8 @@ class Trainer:
         flops = self.flops.of_batch(batch.micro_batches, batch.num_label_tokens) if self.flops else 0.0
         counts: list[float] = [batch.num_label_tokens, batch.num_tokens, rows, stop, flops]
         num_labels, num_tokens, num_rows, stops, flops = self._sum_over_rows(counts)
+        if stops:
+            return None
         # FSDP2 and DDP average gradients over ranks; the loss is a sum over ranks
         scale = self.dims.dp * self.dims.cp / max(num_labels, 1)
         # a mean over rows, written as a part of the sum that is divided by the label tokens
@@ -194,7 +201,7 @@ class Trainer:
         if model.distillation:
             record["kl"] = self._sum_over_tokens(model.distillation.take_sum()) / max(num_labels, 1)
         record |= {"num_label_tokens": int(num_labels), "num_tokens": int(num_tokens), "flops": flops}
-        return record, stops > 0
+        return record
 
     @torch.no_grad()
     def validate(self, batches: Iterable[Batch]) -> float:
@@ -220,6 +227,7 @@ class Trainer:
         copies = self.model.names_of_copies
         state = checkpoint.state_of(self.module, self.optimizer, copies, more=self._averages(), for_saving=True)
         self.writer.save(self.step, state, trainer)
+        self.saved = self.step
         if wait:
             self.writer.wait()
         seconds = time.perf_counter() - started

@@ -83,8 +83,14 @@ def _require_gpus(processes: int) -> None:
 def _run_ranks(world_size: int, args: argparse.Namespace, arguments: list[str], job: slurm.Job | None) -> bool:
     """Start the ranks on the nodes of a SLURM job or on this machine; False when they stopped as asked."""
     if job is None or slurm.in_job_step():
+        if args.nodes > 1 and job:
+            raise ConfigError(
+                f"resources.train.nodes is {args.nodes}, but this is a step of job {job.job_id}, which cannot start "
+                "processes on its other nodes: set gpu_request in default-resources of the profile and small_runs to "
+                "false (profiles/README.md), or nodes to 1"
+            )
         if args.nodes > 1:
-            log.info("not in a SLURM job's batch script: all %d processes run on this machine", world_size)
+            log.info("not in a SLURM job: all %d processes run on this machine", world_size)
         if args.network_interface:
             use_interface(args.network_interface, socket.gethostname())
         _require_gpus(world_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -33,18 +34,20 @@ from dayzero.stages.training.results import write_results
 def run_rank(args: argparse.Namespace) -> None:
     """Train as one rank; errors of all ranks reach the launching process, which says them once."""
     end_with_launcher()
-    # torchrun may have been started by hand: its number of processes is held against the config's before they meet
-    run = read_run(args)
-    ParallelDims(world_size=int(os.environ["WORLD_SIZE"]), **run.parallelism.model_dump())
     if reports_errors():
         note_early()
-    keep_output()
-    require_strategy_and_method(run)
     handlers = log.handlers
-    with distributed.process_group() as device, errors_reported(distributed.rank()):
-        if distributed.rank() != 0:
-            log.handlers = [logging.NullHandler()]
+    # an error is reported before the group is left: the others, who then miss this rank, must not be first
+    with ExitStack() as group, errors_reported(int(os.environ["RANK"])):
         try:
+            keep_output()
+            run = read_run(args)
+            # torchrun may have been started by hand: its number of processes is held against the config's
+            ParallelDims(world_size=int(os.environ["WORLD_SIZE"]), **run.parallelism.model_dump())
+            require_strategy_and_method(run)
+            device = group.enter_context(distributed.process_group())
+            if distributed.rank() != 0:
+                log.handlers = [logging.NullHandler()]
             _train(run, args, device)
             distributed.barrier()  # no rank leaves while rank 0 still writes
         except Interrupted:
