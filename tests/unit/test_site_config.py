@@ -65,12 +65,22 @@ def test_the_commands_name_what_snakemake_makes(here: Path, capsys: pytest.Captu
 
 
 def test_status_looks_where_snakemake_writes(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    done = here / "disk/out/mine/lora/train/summary.json"
-    done.parent.mkdir(parents=True)
-    done.write_text("{}")
-    assert status.main(["--once", "--json"]) == 0
-    lora, other = map(json.loads, capsys.readouterr().out.splitlines())
-    assert (lora["stage"], other["stage"], other["total"]) == ("export", "train", 7)
+    def stages() -> list[tuple[str, int | None]]:
+        assert status.main(["--once", "--json"]) == 0
+        rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        return [(row["stage"], row["total"]) for row in rows]
+
+    def write(file: Path) -> None:
+        file.parent.mkdir(parents=True)
+        file.write_text("{}")
+
+    assert stages() == [("fetch_data", None)] * 2
+    wiring = Wiring(*load())
+    run = wiring.run("lora")
+    for folder in (wiring.data(run), wiring.tokenizer(run), wiring.tokens(run)):
+        write(here / folder / "manifest.json")
+    write(here / "disk/out/mine/lora/train/summary.json")
+    assert stages() == [("export", None), ("train", 7)]
 
 
 @pytest.mark.parametrize(
