@@ -293,7 +293,7 @@ def stage(tmp_path: Path) -> Iterator[dict[str, Any]]:
             "model": {"architecture": architecture},
             "method": {"name": "pretrain"},
             "parallelism": {"dp_shard": 2},
-            "train": {"max_steps": 60, "global_batch_size": 16, "local_batch_size": 2, "precision": "fp32",
+            "train": {"max_steps": 40, "global_batch_size": 16, "local_batch_size": 2, "precision": "fp32",
                       "optimizer": {"lr": 1e-3}, "checkpoint": {"every": 0}},
         }
     )  # fmt: skip
@@ -351,7 +351,7 @@ def stop_after(stage: dict[str, Any], steps: int, number: signal.Signals) -> int
     assert not (stage["output"] / "summary.json").exists()
     assert not (stage["output"] / "metrics.jsonl").exists()
     newest = max(int(p.name.removeprefix("step_")) for p in (stage["output"] / "checkpoints").glob("step_*"))
-    assert steps <= newest < 60
+    assert steps <= newest < 40
     return newest
 
 
@@ -366,7 +366,7 @@ def test_the_stage_saves_when_asked_to_stop_and_continues(stage: dict[str, Any])
             assert f"step_{last}" in stage["log"].read_text().rpartition("continuing from")[2]
             resumed = losses(stage)
             shutil.rmtree(stage["output"])  # then once more, never interrupted
-    assert len(resumed) == 60
+    assert len(resumed) == 40
     assert losses(stage) == resumed
     assert not list(stage["temporary"].iterdir())  # as torchrun would leave there, once a training
 
