@@ -14,11 +14,10 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from operator import itemgetter
-from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -143,7 +142,10 @@ class ChatEncoder:
                 self._no_place("tools")
             self._shown.add("tools")
         for number, message in enumerate(messages):
-            for part, changed in _with_stand_ins(message, self._shown):
+            for part in _parts_of(message):
+                if part in self._shown:
+                    continue
+                changed = _with_stand_in(message, part)
                 if not self._notices(messages, [*messages[:number], changed, *messages[number + 1 :]], tools):
                     self._no_place(part)
                 self._shown.add(part)
@@ -241,21 +243,31 @@ class ChatEncoder:
         return self.texts.ids(text)  # none is added: the template writes BOS itself
 
 
-def _with_stand_ins(message: Message, but: Set[str]) -> Iterator[tuple[str, Message]]:
-    """The parts of a message that a template may leave out, `but` for some, each with the message that has a stand-in
-    for it."""
-    contents = f"the texts of the role {message['role']}"
-    if contents not in but and message["content"].strip():
-        yield contents, {**message, "content": STAND_IN}
-    for number, call in enumerate(message.get("tool_calls", [])):
-        function = call["function"]
-        changes: dict[str, dict[str, Any]] = {"tool_calls": {"name": STAND_IN}}
-        if arguments := function["arguments"]:
-            changes["the arguments of tool_calls"] = {"arguments": {**arguments, next(iter(arguments)): STAND_IN}}
-        for part in [part for part in changes if part not in but]:
-            calls = [*message["tool_calls"]]
-            calls[number] = {**call, "function": {**function, **changes[part]}}
-            yield part, {**message, "tool_calls": calls}
+CALLS, ARGUMENTS = "tool_calls", "the arguments of tool_calls"
+"""Parts of a message that a template may leave out, besides its text."""
+
+
+def _parts_of(message: Message) -> Iterator[str]:
+    """The parts that the message has, by what errors call them."""
+    if message["content"].strip():
+        yield f"the texts of the role {message['role']}"
+    if calls := message.get("tool_calls"):
+        yield CALLS
+        if any(call["function"]["arguments"] for call in calls):
+            yield ARGUMENTS
+
+
+def _with_stand_in(message: Message, part: str) -> Message:
+    """The message with a stand-in for that part, in the first call that has it."""
+    if part not in (CALLS, ARGUMENTS):
+        return {**message, "content": STAND_IN}
+    calls = [*message["tool_calls"]]
+    number = next(i for i, call in enumerate(calls) if part == CALLS or call["function"]["arguments"])
+    function = calls[number]["function"]
+    arguments = function["arguments"]
+    changed = {"name": STAND_IN} if part == CALLS else {"arguments": {**arguments, next(iter(arguments)): STAND_IN}}
+    calls[number] = {**calls[number], "function": {**function, **changed}}
+    return {**message, "tool_calls": calls}
 
 
 def _whole(controls: Sequence[Range], edge: int) -> int:
