@@ -85,11 +85,16 @@ def main() -> None:
                 shutil.rmtree(folder)
 
 
-def require_gpu() -> None:
-    """Exit with one line where there is no CUDA GPU."""
+def has_gpu() -> bool:
+    """Whether torch sees a CUDA GPU."""
     import torch
 
-    if not torch.cuda.is_available():
+    return torch.cuda.is_available()
+
+
+def require_gpu() -> None:
+    """Exit with one line where there is no CUDA GPU."""
+    if not has_gpu():
         raise SystemExit("train_gpu.py needs a CUDA GPU; --self-check runs its code on a CPU")
 
 
@@ -120,7 +125,7 @@ def run_case(case: str, folder: Path, args: argparse.Namespace) -> None:
         for way in args.ways or ours() + [w for w in PEERS if installed(w)]:
             try:
                 module = "benchmarks.ours" if way.startswith("dayzero") else "benchmarks.peers"
-                one = step(args, module, [str(folder / "task.json"), way])
+                one = step(args, module, [str(folder / "task.json"), way], apart="liger" in way)
             except (RuntimeError, ValueError, ImportError) as error:
                 failed[way] = (str(error).strip().splitlines() or [type(error).__name__])[-1][:160]
                 continue
@@ -131,9 +136,10 @@ def run_case(case: str, folder: Path, args: argparse.Namespace) -> None:
     print_table(case, task, found, failed, peak, made.extra["device"])
 
 
-def step(args: argparse.Namespace, module: str, arguments: list[str]) -> Measured:
-    """One measurement: in a new process, or for the self-check in this one."""
-    if not args.self_check:
+def step(args: argparse.Namespace, module: str, arguments: list[str], apart: bool = False) -> Measured:
+    """One measurement: in a new process; for the self-check in this one, unless it is to be `apart` (what Liger changes
+    in a peer's model classes would stay for those that follow)."""
+    if not args.self_check or (apart and has_gpu()):
         return measure(module, arguments)
     import importlib
 

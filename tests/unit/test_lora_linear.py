@@ -11,9 +11,11 @@ from dayzero.config import Fp8, Lora
 from dayzero.engine.compiling import compile_layers
 from dayzero.engine.float8 import convert_to_float8, frozen_float8
 from dayzero.engine.lora import inject_lora
+from dayzero.engine.lora_groups import same_input, share_inputs
 from dayzero.engine.lora_linear import FusedLoraLinear, fuse_lora
 from dayzero.engine.structure import find_layers
 from peft import LoraConfig, inject_adapter_in_model
+from torch._dynamo.utils import counters
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tests.tiny import ARCHITECTURES, VOCAB_SIZE
@@ -48,11 +50,13 @@ def check_same(model: PreTrainedModel, wanted: PreTrainedModel, of_logits: Any, 
         torch.testing.assert_close(gradient, expected_gradients[n], **of_gradients, msg=n)
 
 
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "opt", "stablelm"])
-def test_equals_peft_in_value_and_gradient(name: str) -> None:
+def test_equals_peft_in_value_and_gradient(name: str, shared: bool) -> None:
     peft = adapted(name, Lora(rank=3, alpha=7.0), torch.float64)
     fused = copy.deepcopy(peft)
     assert fuse_lora(fused) > 20
+    assert not shared or share_inputs(fused) >= len(find_layers(fused))
     check_same(fused, peft, {"rtol": 1e-10, "atol": 1e-10}, {"rtol": 1e-9, "atol": 1e-10})
 
 
@@ -60,10 +64,14 @@ def test_equals_peft_in_value_and_gradient(name: str) -> None:
 def test_compiled_layers_have_the_same_gradients(name: str) -> None:
     plain = adapted(name, Lora(rank=3, alpha=7.0))
     fuse_lora(plain)
+    share_inputs(plain)
     compiled = copy.deepcopy(plain)
     torch._dynamo.reset()
+    counters.clear()
     compile_layers(find_layers(compiled))
     check_same(compiled, plain, {"rtol": 1e-5, "atol": 1e-5}, {"rtol": 1e-4, "atol": 1e-5})
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 2  # the first layer's input has no gradient
 
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
@@ -75,6 +83,7 @@ def test_equals_peft_around_weights_in_8_bits(recipe: Any) -> None:
         module.quantize(source.get_submodule(name).weight)
     fused = copy.deepcopy(peft)
     assert fuse_lora(fused) == len(frozen_float8(fused)) > 20
+    share_inputs(fused)
     expected, expected_gradients = gradients(peft)
     logits, found = gradients(fused)
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
@@ -91,6 +100,7 @@ def test_in_bfloat16_it_is_no_further_from_the_truth_than_peft() -> None:
         parameter.data = parameter.data.to(torch.bfloat16)  # as FSDP2's policy does with the adapters
     fused = copy.deepcopy(peft)
     fuse_lora(fused)
+    share_inputs(fused)
     truth, true_gradients = gradients(copy.deepcopy(peft).to(torch.float64))
     errors = []
     for model in (peft, fused):
@@ -105,6 +115,40 @@ def test_in_bfloat16_it_is_no_further_from_the_truth_than_peft() -> None:
 @pytest.mark.parametrize("change", [{"dropout": 0.1}])
 def test_what_is_more_than_a_plain_adapter_is_left_to_peft(change: dict[str, float]) -> None:
     assert fuse_lora(adapted("llama", Lora(rank=2, **change))) == 0  # type: ignore[arg-type]
+
+
+def test_modules_with_the_same_input_are_found_by_watching() -> None:
+    model = adapted("llama", Lora(rank=2))
+    assert same_input(model) == [
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("mlp.gate_proj", "mlp.up_proj"),
+    ]
+    fuse_lora(model)
+    layers = find_layers(model)
+    assert share_inputs(model) == 2 * len(layers)
+    assert share_inputs(adapted("llama", Lora(rank=2))) == 0  # nothing fused
+    one = adapted("llama", Lora(rank=2, targets=["q_proj", "down_proj"]))
+    fuse_lora(one)
+    assert share_inputs(one) == 0
+
+
+def test_one_of_a_group_called_with_another_tensor_is_computed_by_itself() -> None:
+    model = adapted("llama", Lora(rank=2))
+    fuse_lora(model)
+    share_inputs(model)
+    attention: Any = find_layers(model)[0].self_attn
+    x, y = torch.randn(2, 3, attention.q_proj.in_features), torch.randn(1, 4, attention.q_proj.in_features)
+    wanted = [super(FusedLoraLinear, m).forward for m in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    query = attention.q_proj(x)
+    key = attention.k_proj(y)  # not what the queries' call computed
+    value = attention.v_proj(x)
+    again = attention.k_proj(x)  # the group's outputs have been given away
+    for got, (forward, given) in zip(
+        (query, key, value, again), zip(wanted[:1] + wanted[1:] + wanted[1:2], (x, y, x, x), strict=True), strict=True
+    ):
+        torch.testing.assert_close(got, forward(given))
+    assert attention.q_proj.shared.x is None
+    assert attention.q_proj.shared.outputs == []
 
 
 def test_trained_base_weights_are_left_to_peft() -> None:

@@ -27,8 +27,8 @@ from dayzero.engine.loss import (
     CausalLMWithLoss,
     Head,
     LossOptions,
+    at_labels,
     chunked,
-    label_positions,
     loss_of_logits,
     sum_of_chunks,
 )
@@ -106,9 +106,9 @@ class Distillation:
         if not model.training:
             return chunked(model, input_ids, labels, position_ids, options)
         head = Head(model)
-        supervised = label_positions(labels)
-        taught = self.teacher(input_ids, position_ids)[supervised]  # [N, D of the teacher]
-        hidden, labels = head.hidden(input_ids, position_ids)[supervised], labels[supervised]
+        taught = self.teacher(input_ids, position_ids)
+        # [N], [N, D of the teacher], [N, D]
+        labels, taught, hidden = at_labels(labels, options, taught, head.hidden(input_ids, position_ids))
 
         def chunk_loss(hidden: Tensor, labels: Tensor, taught: Tensor) -> Tensor:
             logits = head.logits(hidden).float()

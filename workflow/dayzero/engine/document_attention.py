@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, masking_utils
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -77,6 +77,25 @@ def _as_before(documents: _Documents | None) -> Iterator[None]:
         _documents = present
 
 
+def look_for_documents(position_ids: Tensor) -> AbstractContextManager[None]:
+    """While active, transformers takes from rows [B, T] on the CPU whether they are packed. If not, it would
+    look on the device, which waits for all that was asked of it before: 5 ms of each 550 (docs/performance-notes.md).
+    """
+    own = getattr(masking_utils, "find_packed_sequence_indices", None)
+    packed = position_ids.is_cuda or bool((position_ids.diff(dim=1) != 1).any())
+    return nullcontext() if packed or own is None else _finding_none()
+
+
+@contextmanager
+def _finding_none() -> Iterator[None]:
+    own = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = own
+
+
 def mask(
     batch_size: int,
     q_length: int,
@@ -123,9 +142,12 @@ def _documents_of(visible: Callable[..., Tensor], rows: int, tokens: int, device
 
     A document begins where a token does not see the one before it.
     """
+    shape = rows, tokens
+    if visible is masking_utils.causal_mask_function:  # said without asking the device
+        bounds = torch.arange(0, rows * tokens + 1, tokens, dtype=torch.int32, device=device)
+        return _Documents(shape, [[tokens]] * rows, True, bounds, tokens)
     row, head = torch.arange(rows, device=device)[:, None], torch.zeros(1, 1, dtype=torch.long, device=device)
     token = torch.arange(tokens, device=device)[None, :]
-    shape = rows, tokens
     before = visible(row, head, token, (token - 1).clamp(min=0)).expand(shape)
     if not visible(row, head, token, token).expand(shape).all():
         return None

@@ -155,10 +155,10 @@ class FrozenFloat8Linear(nn.Module):
             self.weight_by_columns.copy_(codes.t())
 
     @property
-    def weights(self) -> tuple[Tensor, Tensor]:
-        """The codes [O, I] for a forward product, and as a backward one takes them."""
+    def weights(self) -> tuple[Tensor, Tensor | None]:
+        """The codes [O, I] for a forward product, and as a backward one takes them; None where that is as they are."""
         turned = self.weight_by_columns
-        return self.weight_float8, self.weight_float8 if turned is None else turned.t()
+        return self.weight_float8, None if turned is None else turned.t()
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O]."""
@@ -176,10 +176,13 @@ class _FrozenProduct(torch.autograd.Function):
     """x [N, I] times a quantised W^T [I, O]."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, for_gradient: Tensor, scale: Tensor, emulate: bool) -> Tensor:
-        ctx.save_for_backward(for_gradient, scale)
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, for_gradient: Tensor | None, scale: Tensor, emulate: bool
+    ) -> Tensor:
+        ctx.save_for_backward(weight if for_gradient is None else for_gradient, scale)
         ctx.emulate = emulate
-        return product(*factors_forward(x, weight, scale), x.dtype, emulate, fast=True)
+        codes = to_float8(x, WEIGHT, by_row=scale.ndim > 0)
+        return product(*factors_forward(*codes, weight, scale), x.dtype, emulate, fast=True)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
@@ -192,10 +195,9 @@ Factors = tuple[Tensor, Tensor, Tensor, Tensor]
 """Codes and scale of one factor, then of the other, as `product` takes them."""
 
 
-def factors_forward(x: Tensor, weight: Tensor, scale: Tensor) -> Factors:
-    """Of x W', for x [N, I] and the codes `weight` [O, I] with their scale (one, or [O, 1])."""
-    codes, x_scale = to_float8(x, WEIGHT, by_row=scale.ndim > 0)
-    return codes, x_scale, weight.t(), scale.t() if scale.ndim else scale
+def factors_forward(x: Tensor, x_scale: Tensor, weight: Tensor, scale: Tensor) -> Factors:
+    """Of x W', for the codes `x` [N, I] and `weight` [O, I] with their scales (one, or one a row)."""
+    return x, x_scale, weight.t(), scale.t() if scale.ndim else scale
 
 
 def factors_backward(gradient: Tensor, weight: Tensor, scale: Tensor) -> Factors:

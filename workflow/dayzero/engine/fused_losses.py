@@ -16,7 +16,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from dayzero.engine.loss import IGNORE, Head, LossOptions, chunked, decoder_returns, label_positions, sum_of_chunks
+from dayzero.engine.loss import (
+    IGNORE,
+    Head,
+    LossOptions,
+    at_labels,
+    chunked,
+    decoder_returns,
+    has_labels,
+    sum_of_chunks,
+)
 from dayzero.engine.structure import find_decoder
 from dayzero.engine.vocab_parallel import SumGradients, TakeRows, VocabParallelCrossEntropy, own_rows
 
@@ -65,9 +74,9 @@ def cut_cross_entropy(
     """
     from cut_cross_entropy import linear_cross_entropy
 
-    if not (labels != IGNORE).any():
+    if not has_labels(labels, options):
         return chunked(model, input_ids, labels, position_ids, options)
-    hidden, weight, _, labels = _label_states(model, input_ids, labels, position_ids)
+    hidden, weight, _, labels = _label_states(model, input_ids, labels, position_ids, options)
     implementation: dict[str, Any] = {"impl": "torch_compile"}
     if hidden.is_cuda:
         # "auto" leaves out only gradients below what bfloat16 adds to anything
@@ -85,9 +94,9 @@ def liger_fused(
     in the forward pass. Gradients of the weight are added up in float32."""
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-    if not (labels != IGNORE).any():
+    if not has_labels(labels, options):
         return chunked(model, input_ids, labels, position_ids, options)
-    hidden, weight, bias, labels = _label_states(model, input_ids, labels, position_ids)
+    hidden, weight, bias, labels = _label_states(model, input_ids, labels, position_ids, options)
     function = LigerFusedLinearCrossEntropyLoss(
         ignore_index=IGNORE, lse_square_scale=options.z_loss, reduction="sum", accum_dtype=torch.float32
     )
@@ -100,7 +109,7 @@ def loss_parallel(
     """Each tp rank has the logits of its share of the vocabulary, of one chunk of label positions at a time."""
     group = options.group
     assert group is not None
-    hidden, weight, bias, labels = _label_states(model, input_ids, labels, position_ids)
+    hidden, weight, bias, labels = _label_states(model, input_ids, labels, position_ids, options)
     start, stop = own_rows(len(weight), group)
     hidden = SumGradients.apply(hidden, group)
     weight = TakeRows.apply(weight, start, stop, group)  # [V / R, D]
@@ -114,10 +123,9 @@ def loss_parallel(
 
 
 def _label_states(
-    model: PreTrainedModel, input_ids: Tensor, labels: Tensor, position_ids: Tensor
+    model: PreTrainedModel, input_ids: Tensor, labels: Tensor, position_ids: Tensor, options: LossOptions
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Hidden states [N, D] of the label positions, the head's weight [V, D] and bias [V], and labels [N]."""
-    hidden = Head(model).hidden(input_ids, position_ids)
-    supervised = label_positions(labels)
+    labels, hidden = at_labels(labels, options, Head(model).hidden(input_ids, position_ids))
     head: Any = model.get_output_embeddings()
-    return hidden[supervised], head.weight, head.bias, labels[supervised]
+    return hidden, head.weight, head.bias, labels

@@ -42,6 +42,8 @@ class LossOptions:
     which keeps logits from drifting; its mean is over label tokens. In training only."""
     group: dist.ProcessGroup | None = None
     """The tp ranks over which a loss splits the vocabulary."""
+    positions: Tensor | None = None
+    """int64 [N]: where in the rows end to end the labels are, if that is known and there are any."""
 
 
 Loss = Callable[[PreTrainedModel, Tensor, Tensor, Tensor, LossOptions], Tensor]
@@ -75,25 +77,28 @@ class CausalLMWithLoss(nn.Module):
         position_ids: Tensor,
         real_tokens: Tensor | None = None,
         router_weight: float = 0.0,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """input_ids, labels, position_ids [B, T] -> sum of token losses, float32 scalar.
 
         With `labels` None: logits [B, T, V]. With `router_weight` the auxiliary losses of the rows are added, so many
-        times; `real_tokens` bool [B, T] says then what is no padding.
+        times; `real_tokens` bool [B, T] says then what is no padding. `positions`: see `LossOptions`.
         """
-        loss = self.run(input_ids, labels, position_ids)
+        loss = self.run(input_ids, labels, position_ids, positions)
         if router_weight:
             assert self.router_loss is not None
             assert real_tokens is not None
             loss = loss + router_weight * self.router_loss(real_tokens)
         return loss
 
-    def run(self, input_ids: Tensor, labels: Tensor | None, position_ids: Tensor) -> Tensor:
+    def run(
+        self, input_ids: Tensor, labels: Tensor | None, position_ids: Tensor, positions: Tensor | None = None
+    ) -> Tensor:
         """What `forward` does on one rank; a pipeline puts itself in `forward`'s place and has its last stage do it."""
         forget_documents()
         if labels is None:
             return self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
-        options = self._options if self.training else replace(self._options, z_loss=0.0)
+        options = replace(self._options, positions=positions, z_loss=self._options.z_loss if self.training else 0.0)
         return self._loss(self.model, input_ids, labels, position_ids, options)
 
 
@@ -115,14 +120,29 @@ def cross_entropy(
     return loss_of_logits(logits.flatten(0, 1), labels.flatten(), options.z_loss)
 
 
-def label_positions(labels: Tensor) -> Tensor:
-    """labels [B, T] -> bool [B, T]: what has to pass the head. At least one position, a label or not: it keeps the head
-    in the graph, since every rank must take part in every gradient reduction."""
-    supervised = labels != IGNORE
-    if not supervised.any():
-        supervised = torch.zeros_like(supervised)
-        supervised[0, 0] = True
-    return supervised
+def known_positions(labels: Tensor) -> Tensor | None:
+    """labels [B, T] on the CPU -> `positions` of `LossOptions`. On a device, to ask would mean to wait for it."""
+    found = (labels != IGNORE).flatten().nonzero().flatten()
+    return found if len(found) else None
+
+
+def has_labels(labels: Tensor, options: LossOptions) -> bool:
+    """Whether any position of [B, T] has a label."""
+    return options.positions is not None or bool((labels != IGNORE).any())
+
+
+def at_labels(labels: Tensor, options: LossOptions, *rows: Tensor) -> list[Tensor]:
+    """What has to pass the head: of labels [B, T], then of each of `rows` [B, T, ...], the N label positions.
+
+    At least one position, a label or not: it keeps the head in the graph, since every rank must take part in every
+    gradient reduction.
+    """
+    positions = options.positions
+    if positions is None:
+        positions = known_positions(labels)
+    if positions is None:
+        positions = torch.zeros(1, dtype=torch.long, device=labels.device)
+    return [tensor.flatten(0, 1).index_select(0, positions) for tensor in (labels, *rows)]
 
 
 class Head:
@@ -154,9 +174,7 @@ def chunked(
     The head is whatever the model itself does behind its decoder, see `Head`.
     """
     head = Head(model)
-    hidden = head.hidden(input_ids, position_ids)
-    supervised = label_positions(labels)
-    hidden, labels = hidden[supervised], labels[supervised]  # [N, D], [N]
+    labels, hidden = at_labels(labels, options, head.hidden(input_ids, position_ids))  # [N], [N, D]
 
     def chunk_loss(hidden: Tensor, labels: Tensor) -> Tensor:
         return loss_of_logits(head.logits(hidden), labels, options.z_loss)

@@ -21,6 +21,7 @@ from dayzero.engine.adamw8bit import build_adamw8bit
 from dayzero.engine.expert_parallel import expert_matrices
 from dayzero.engine.muon import Muon
 from dayzero.engine.requirements import require_package
+from dayzero.engine.sharded import local
 from dayzero.errors import ConfigError
 
 
@@ -236,8 +237,8 @@ def clip_grad_norm(
     assert total is not None
     if max_norm > 0:
         scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
-        for _, grad in owned:
-            grad.mul_(scale)
+        # at once and on shares: the host takes longer over hundreds of small DTensors than the device
+        torch._foreach_mul_([local(grad) for _, grad in owned], scale)
     return total.item()
 
 

@@ -92,7 +92,7 @@ class ParallelModel:
         self.router_coefficient = router_loss_coefficient(model, self.train.router_aux_loss_coef, self.dims)
         load = partial(self.weights.load, bare, model, self.device, offload=self.train.cpu_offload)
         self.module, self.partial, self.pipeline = parallelize(
-            bare, self.dims, self.mesh, self.train, load, self.anatomy
+            bare, self.dims, self.mesh, self.train, load, self.anatomy, adapters=self.method.adapters is not None
         )
         self.copies = self.pipeline.copies_here() if self.pipeline else frozenset[int]()
         """Ids of parameters here that another stage of the pipeline holds too, and accounts for."""

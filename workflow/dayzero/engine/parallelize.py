@@ -34,6 +34,7 @@ from dayzero.engine.document_attention import DOCUMENTS, VARLEN
 from dayzero.engine.document_attention import recalled as recalled_documents
 from dayzero.engine.expert_parallel import apply_expert_parallel, layer_placement, shard_experts
 from dayzero.engine.frozen import frozen_in_bf16
+from dayzero.engine.lora_groups import share_inputs
 from dayzero.engine.lora_linear import fuse_lora
 from dayzero.engine.loss import CausalLMWithLoss
 from dayzero.engine.megatron_fsdp import check_megatron_fsdp, shard_module
@@ -52,11 +53,14 @@ def parallelize(
     train: Train,
     load: Callable[[], None],
     found: Anatomy | None = None,
+    *,
+    adapters: bool = False,
 ) -> tuple[nn.Module, list[nn.Parameter], Pipeline | None]:
     """Apply everything that `train` and `dims` ask for to the meta-device `module`, and call `load` to fill it.
 
     Returns the module to call in the training step, the parameters of whose gradients each tp rank has only a part, and
-    with pp the pipeline that trains. `mesh` is None for strategy none; `found` says where a pipeline cuts the model.
+    with pp the pipeline that trains. `mesh` is None for strategy none; `found` says where a pipeline cuts the model;
+    `adapters`: whether it is they that are trained.
     """
     pipeline: Pipeline | None = None
     roots: list[nn.Module] = [module]
@@ -78,6 +82,7 @@ def parallelize(
         experts = apply_expert_parallel(module.model, expert_mesh["ep"])
     if dims.tp == dims.pp == 1:
         fuse_lora(module)
+        share_inputs(module.model)
     around = None
     if pipeline and dims.cp > 1:
         around = recalled
@@ -100,6 +105,8 @@ def parallelize(
         elif data_mesh.shape[-1] == 1 and dims.tp == dims.pp == 1:
             # each rank holds all of them anyway, and FSDP2 would copy them in every forward and backward pass
             kept["ignored_params"] = frozen_in_bf16(module)
+            if adapters:  # copies of what is left are small: see `passes.py`
+                kept["reshard_after_forward"] = False
         kept |= offload
         if experts:
             shard_experts(experts, dims.data_mesh(expert_mesh), policy, **offload)

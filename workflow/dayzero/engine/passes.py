@@ -18,10 +18,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from dayzero.config import Fp8
+from dayzero.engine.document_attention import look_for_documents
 from dayzero.engine.expert_parallel import average_expert_gradients
 from dayzero.engine.float8 import plain_products
 from dayzero.engine.kernels import fastest_sdpa
-from dayzero.engine.loss import IGNORE
+from dayzero.engine.loss import IGNORE, known_positions
 from dayzero.engine.megatron_fsdp import has_unequal_shards, require_gradients
 from dayzero.engine.parallel_model import ParallelModel
 from dayzero.engine.precision import autocast
@@ -122,18 +123,28 @@ def _forward(
         pad_tokens(position_ids, multiple, None),
         None if real_tokens is None else pad_tokens(real_tokens, multiple, False),
     ]
+    documents: AbstractContextManager[None] = nullcontext()
     if model.context:
         model.context.enter(cast(Tensor, inputs[2]).to(model.device))
         inputs = [None if x is None else model.context.split(x) for x in inputs]
+    else:
+        documents = look_for_documents(cast(Tensor, inputs[2]))
+    unknown = inputs[1] is None or inputs[1].is_cuda or model.pipeline
+    inputs.append(None if unknown else known_positions(cast(Tensor, inputs[1])))
+    if model.device.type == "cuda":  # from other memory a copy waits for what the device is doing
+        inputs = [x if x is None or x.is_cuda else x.pin_memory() for x in inputs]
     inputs = [None if x is None else x.to(model.device, non_blocking=True) for x in inputs]
-    real_tokens = inputs.pop()
-    router = {} if real_tokens is None else {"real_tokens": real_tokens, "router_weight": router_weight}
+    *inputs, real_tokens, positions = inputs
+    more = {} if real_tokens is None else {"real_tokens": real_tokens, "router_weight": router_weight}
+    if positions is not None:
+        more["positions"] = positions
     with (
+        documents,
         fastest_sdpa(model.device, cast(Tensor, inputs[0]).shape[1]),
         autocast(precision, "none" if model.mixes_dtypes else model.dims.strategy, model.device),
         float8_autocast(fp8),
     ):
-        output = module(*inputs, **router)
+        output = module(*inputs, **more)
     if labels is not None:
         return output
     return (model.context.join(output) if model.context else output)[:, :tokens]
@@ -148,5 +159,8 @@ def _gradient_sync(model: ParallelModel, *, last: bool) -> AbstractContextManage
     if model.dims.strategy == "ddp" and not last:
         return cast(DistributedDataParallel, model.module).no_sync()
     if model.dims.strategy == "fsdp2" and model.method.adapters:
-        cast(FSDPModule, model.module).set_requires_gradient_sync(last)
+        sharded = cast(FSDPModule, model.module)
+        sharded.set_requires_gradient_sync(last)
+        if model.dims.dp_shard * model.dims.cp == 1:  # gathering is a copy, once a step
+            sharded.set_reshard_after_backward(last)
     return nullcontext()
