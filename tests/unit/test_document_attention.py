@@ -9,14 +9,14 @@ import torch
 from dayzero.config import Train
 from dayzero.engine import document_attention
 from dayzero.engine.compiling import compile_layers
-from dayzero.engine.document_attention import forget_documents
+from dayzero.engine.document_attention import forget_documents, look_for_documents
 from dayzero.engine.kernels import require_kernels, use_attention, use_fused_kernels
 from dayzero.engine.loss import CausalLMWithLoss
 from dayzero.engine.parallel_dims import ParallelDims
 from dayzero.engine.parallelize import parallelize
 from dayzero.engine.structure import find_layers
 from dayzero.errors import ConfigError
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
 
 from tests.tiny import ARCHITECTURES
 
@@ -85,6 +85,28 @@ def test_what_is_computed_again_sees_the_documents_of_the_first_time(checkpointi
     loss.backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, want[name], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "documents"])
+def test_rows_of_one_document_are_known_from_the_host(attention: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("llama")
+    use_attention(model, Train(max_steps=1, attention=attention), ONE)
+    looks: list[int] = []
+    own = masking_utils.find_packed_sequence_indices
+
+    def look(position_ids: torch.Tensor) -> Any:
+        looks.append(len(position_ids))
+        return own(position_ids)
+
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", look)
+    for lengths, expected in (([[16], [16]], 0), ([[16], [7, 9]], 1)):
+        wanted = loss_and_gradients(model, lengths)
+        looks.clear()
+        with look_for_documents(rows(lengths)[1]):
+            found = loss_and_gradients(model, lengths)
+        assert len(looks) == expected
+        assert masking_utils.find_packed_sequence_indices is look
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
 
 
 def test_a_model_that_adds_to_its_mask_keeps_it() -> None:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from dayzero.config import Train
 from dayzero.engine.fused_losses import plain_head
-from dayzero.engine.loss import IGNORE, CausalLMWithLoss, LossOptions, decoder_returns
+from dayzero.engine.loss import IGNORE, CausalLMWithLoss, LossOptions, decoder_returns, known_positions
 from dayzero.engine.loss_choice import LOSSES, choose_loss
 from dayzero.engine.parallel_dims import ParallelDims
 from dayzero.engine.structure import find_decoder, find_layers
@@ -216,3 +216,19 @@ def test_a_head_that_reaches_past_the_outer_decoder() -> None:
 def test_a_model_without_layers_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"Linear has no list of layers: .* choose another model\.source"):
         find_layers(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("supervised", [1.0, 0.4, 0.0])
+def test_label_positions_that_are_known_change_nothing(supervised: float) -> None:
+    model = tiny("llama")
+    input_ids, labels, position_ids = batch(supervised)
+    known = known_positions(labels)
+    assert (known is None) == (supervised == 0)
+    found = []
+    for positions in (None, known):
+        model.zero_grad()
+        loss = CausalLMWithLoss(model)(input_ids, labels, position_ids, positions=positions)
+        loss.backward()
+        found.append((loss.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]))
+    assert found[0][1]
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
