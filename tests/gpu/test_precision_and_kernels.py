@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from dayzero.config import Fp8, Optimizer, Train
-from dayzero.engine.attention_blocks import EfficientOnCUDA, Plain, block_attention, difference
+from dayzero.engine.attention_blocks import EfficientOnCUDA, block_attention, difference
 from dayzero.engine.document_attention import has_varlen
 from dayzero.engine.float8 import CAPABILITY, FrozenFloat8Linear, product, to_float8
 from dayzero.engine.kernels import use_attention, use_fused_kernels
@@ -55,9 +55,9 @@ def test_attention_of_packed_rows(attention: Any) -> None:
 @pytest.mark.parametrize("width", [64, 128])
 def test_blocks_of_ring_attention(width: int) -> None:
     assert difference(EfficientOnCUDA(), "cuda", torch.float32, width) < 1e-2
-    chosen = block_attention(torch.zeros(1, 1, 1, width, dtype=torch.bfloat16, device="cuda"))
-    assert not isinstance(chosen, Plain)  # in bfloat16 itself it is wrong on an H200 with torch 2.11
-    assert difference(chosen, "cuda", torch.bfloat16, width) < 5e-2
+    assert isinstance(
+        block_attention(torch.zeros(1, 1, 1, width, dtype=torch.bfloat16, device="cuda")), EfficientOnCUDA
+    )
 
 
 def test_liger() -> None:

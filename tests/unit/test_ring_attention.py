@@ -11,15 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from dayzero.engine import attention_blocks
-from dayzero.engine.attention_blocks import (
-    Block,
-    EfficientOnCUDA,
-    FlashOnCPU,
-    InFloat32,
-    Plain,
-    block_attention,
-    difference,
-)
+from dayzero.engine.attention_blocks import Block, EfficientOnCUDA, FlashOnCPU, Plain, block_attention, difference
 from dayzero.engine.ring_attention import ring_attention
 from torch import Tensor
 
@@ -121,29 +113,11 @@ def test_a_kernel_that_is_wrong_or_missing_is_not_used(
     def missing(self: FlashOnCPU, *given: Any) -> Any:
         raise RuntimeError("no kernel\nof that kind")
 
-    for backward, reason in ((wrong, "is off by 0.01"), (missing, "no kernel of that kind")):
+    for backward, reason in ((wrong, "it is off by 0.01"), (missing, "no kernel of that kind")):
         monkeypatch.setattr(FlashOnCPU, "backward", backward)
         attention_blocks._chosen.cache_clear()
         assert isinstance(block_attention(torch.zeros(1, 1, 1, 16)), Plain)
         assert reason in caplog.text
-    attention_blocks._chosen.cache_clear()
-
-
-def test_a_kernel_that_is_wrong_in_bfloat16_computes_in_float32(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    real = FlashOnCPU.backward
-
-    def wrong_in_bfloat16(self: FlashOnCPU, block: Block, *given: Any) -> Any:
-        gradients = real(self, block, *given)
-        return gradients if block.query.dtype == torch.float32 else tuple(2 * g for g in gradients)
-
-    monkeypatch.setattr(FlashOnCPU, "backward", wrong_in_bfloat16)
-    attention_blocks._chosen.cache_clear()
-    chosen = block_attention(torch.zeros(1, 1, 1, 16, dtype=torch.bfloat16))
-    assert isinstance(chosen, InFloat32)
-    assert difference(chosen, "cpu", torch.bfloat16, 16) < 1e-2
-    assert "computes in float32: torch's kernel for it is off by" in caplog.text
     attention_blocks._chosen.cache_clear()
 
 
@@ -179,6 +153,7 @@ def test_the_cuda_kernel_is_called_as_it_wants_to_be(monkeypatch: pytest.MonkeyP
     ) -> Any:
         dropout, wanted, causal = rest[2:]
         assert lse.shape[2] == 64
+        assert output.transpose(1, 2).is_contiguous()  # of its strides the kernel for bfloat16 reads none
         assert wanted == [True, True, True, False]
         assert not causal
         return *backward(checked(q, k, v, bias, dropout), gradient, output, lse[:, :, :40].contiguous()), None

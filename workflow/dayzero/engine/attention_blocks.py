@@ -10,7 +10,7 @@ Shapes: B rows, H query heads, K key and value heads, L queries, S keys, E head 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
 
@@ -122,6 +122,9 @@ class EfficientOnCUDA:
     def backward(self, block: Block, gradient: Tensor, output: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         run = torch.ops.aten._scaled_dot_product_efficient_attention_backward
         lse = F.pad(lse, (0, -lse.shape[2] % _QUERIES_ALIGNED), value=float("inf"))
+        # in bfloat16 the kernel takes the output to lie [B, L, H, E] in memory, whatever its strides say (o_strideM in
+        # ATen/native/transformers/cuda/mem_eff_attention/kernel_backward.h)
+        output = output.transpose(1, 2).contiguous().transpose(1, 2)
         given = gradient, block.query, *block.repeated(), self._bias(block), output, lse
         seed = offset = torch.zeros((), dtype=torch.long, device=lse.device)  # of the dropout, which is 0
         wanted = [True, True, True, False]
@@ -134,25 +137,6 @@ class EfficientOnCUDA:
         return aligned.expand(-1, block.query.shape[1], -1, -1)
 
 
-class InFloat32:
-    """Another way, in float32: for a kernel that is right there and not in bfloat16."""
-
-    def __init__(self, way: BlockAttention) -> None:
-        self.way = way
-
-    def forward(self, block: Block) -> tuple[Tensor, Tensor]:
-        output, lse = self.way.forward(self._widened(block))
-        return output.to(block.query.dtype), lse
-
-    def backward(self, block: Block, gradient: Tensor, output: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        gradients = self.way.backward(self._widened(block), gradient.float(), output.float(), lse)
-        of_query, of_key, of_value = (g.to(block.query.dtype) for g in gradients)
-        return of_query, of_key, of_value
-
-    def _widened(self, block: Block) -> Block:
-        return replace(block, query=block.query.float(), key=block.key.float(), value=block.value.float())
-
-
 def block_attention(query: Tensor) -> BlockAttention:
     """The fastest way for queries like these [B, H, L, E]; the plain one where torch's kernel is not right for them."""
     return _chosen(query.device.type, query.dtype, query.shape[-1])
@@ -163,22 +147,14 @@ def _chosen(device: str, dtype: torch.dtype, width: int) -> BlockAttention:
     kernels: dict[str, BlockAttention] = {"cpu": FlashOnCPU(), "cuda": EfficientOnCUDA()}
     if device not in kernels:
         return Plain()
-    ways = [kernels[device]]
-    if dtype in (torch.bfloat16, torch.float16):
-        ways.append(InFloat32(kernels[device]))
-    reasons = []
-    for way in ways:
-        try:
-            moved = difference(way, device, dtype, width)
-        except (RuntimeError, AttributeError) as error:
-            reasons.append(one_line(error))
-            continue
+    try:
+        moved = difference(kernels[device], device, dtype, width)
         if moved <= _NEAR.get(dtype, 0.0):
-            if reasons:
-                log.warning("ring attention computes in float32: torch's kernel for it %s", reasons[0])
-            return way
-        reasons.append(f"is off by {moved:.2g}")
-    log.warning("ring attention goes by matrix products: torch's kernel for it %s", reasons[0])
+            return kernels[device]
+        reason = f"it is off by {moved:.2g}"
+    except (RuntimeError, AttributeError) as error:
+        reason = one_line(error)
+    log.warning("ring attention goes by matrix products: torch's kernel for it cannot be used (%s)", reason)
     return Plain()
 
 
