@@ -31,8 +31,17 @@ SYSTEM_PATH = "/usr/sbin:/sbin:/usr/bin:/bin"
 
 
 def _command(name: str) -> str | None:
-    """Where a command of SLURM is, the directories of daemons included."""
-    return shutil.which(name, path=f"{os.environ['PATH']}{os.pathsep}{SYSTEM_PATH}")
+    """Where a command of SLURM is, the directories of daemons included, those of other clusters' wrappers not."""
+    return shutil.which(name, path=os.pathsep.join([*_outside_clusters(os.environ["PATH"]), SYSTEM_PATH]))
+
+
+def _outside_clusters(path: str) -> list[str]:
+    """The folders of a PATH that are no `bin` of a cluster's."""
+    return [folder for folder in path.split(os.pathsep) if not _is_of_a_cluster(folder)]
+
+
+def _is_of_a_cluster(folder: str) -> bool:
+    return Path(folder).name == "bin" and (Path(folder).parent / "etc/slurm.conf").exists()
 
 
 CONFIG = """\
@@ -129,7 +138,7 @@ class Cluster:
     def environment(self) -> dict[str, str]:
         """This process's environment with the cluster's commands first on PATH."""
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "SRUN_"))}
-        return {**clean, "PATH": f"{self.root}/bin{os.pathsep}{os.environ['PATH']}"}
+        return {**clean, "PATH": os.pathsep.join([f"{self.root}/bin", *_outside_clusters(os.environ["PATH"])])}
 
     def up(self) -> Cluster:
         """Start whatever does not run. Raises RuntimeError with the daemons' last lines when it takes too long."""
@@ -324,7 +333,9 @@ class Cluster:
         for process in psutil.process_iter():
             try:
                 environment = process.environ()
-                if environment.get("SLURMD_NODENAME") != node or f"{self.root}/bin" not in environment.get("PATH", ""):
+                folders = environment.get("PATH", "").split(os.pathsep)
+                cluster = next((folder for folder in folders if _is_of_a_cluster(folder)), None)
+                if environment.get("SLURMD_NODENAME") != node or cluster != f"{self.root}/bin":
                     continue
                 found.add(process.pid)
                 found |= {p.pid for p in process.parents() if "slurmstepd" in " ".join(p.cmdline())}

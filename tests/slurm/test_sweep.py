@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.conftest import Site
+from tests.slurm.conftest import HERE, Site
 from tests.workflow.project import ROOT, STAND_IN, TINY, make_project
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
@@ -46,16 +46,47 @@ def test_eight_small_runs_of_which_one_fails(sweep: StandIns) -> None:
     assert all(word in table for word in ("s3", "train", "made to fail"))
 
 
+class SideBySide(StandIns):
+    """Trainings that end only where four of a job run at the same time."""
+
+    @property
+    def environment(self) -> dict[str, str]:
+        path = f"{HERE / 'together'}{os.pathsep}{ROOT / 'workflow'}"
+        return {**super().environment, "PYTHONPATH": path, "TOGETHER": "4"}
+
+
 def test_small_runs_share_an_allocation(sweep: StandIns) -> None:
-    """Eight trainings, four to a job."""
-    sweep.fails = "none"
+    """Eight trainings, four to a job, all four at the same time; one fails, and takes no other's result with it."""
     profile = sweep.path / "profiles/slurm/config.yaml"
     profile.write_text(profile.read_text().replace("small_runs: false", "small_runs: true"))
+    grouped = ["--groups", "train=small", "--group-components", "small=4", "--retries", "0", "--until", "train"]
     sweep.run("--until", "tokenize", "check_data")
     before = sweep.cluster.jobs()
-    sweep.run("--groups", "train=small", "--group-components", "small=4", "--until", "train")
-    assert all((sweep.path / sweep.summary_file(run)).exists() for run in RUNS)
-    assert len(sweep.cluster.jobs().keys() - before.keys()) == 2
+    small = SideBySide(sweep.path, sweep.cluster, sweep.status_command, sweep.started)
+    code, printed = small.finish(small.start(*grouped))
+    assert code != 0
+    jobs = sweep.cluster.jobs().keys() - before.keys()
+    assert len(jobs) == 2
+    trained = {run for run in RUNS if (sweep.path / sweep.summary_file(run)).exists()}
+    assert trained == {*RUNS} - {"s3"}, printed + sweep.job_logs()
+    table = printed[printed.index("1 failed") :]
+    assert all(word in table for word in ("s3", "train", "made to fail"))
+    assert any(f" {job} " in table for job in jobs)
+    results = {run: (sweep.path / sweep.summary_file(run)).read_text() for run in trained}
+    sweep.fails = "none"
+    sweep.run(*grouped)
+    assert (sweep.path / sweep.summary_file("s3")).exists()
+    assert {run: (sweep.path / sweep.summary_file(run)).read_text() for run in trained} == results
+
+
+def test_runs_that_differ_share_no_allocation(sweep: StandIns) -> None:
+    profile = sweep.path / "profiles/slurm/config.yaml"
+    profile.write_text(profile.read_text().replace("small_runs: false", "small_runs: true"))
+    more = ["--config", "set=runs.s5.resources.train.stop_before=90"]
+    code, printed = sweep.finish(sweep.start("--groups", "train=small", "--group-components", "small=4", *more))
+    assert code != 0
+    assert "groups train=small: runs s0 and s5 differ in resources.train.stop_before" in printed
+    assert "submitted" not in printed
 
 
 def array_of_eight(sweep: StandIns) -> None:

@@ -221,5 +221,8 @@ def test_a_dead_snakemake_and_a_second_one_beside_its_job(site: Site, curve: lis
     go_on(ranks)
     site.wait(lambda: site.cluster.jobs()[job] == "COMPLETED", "the first job's end", 300)
     assert site.curve("orphaned") == curve
+    log = (site.folder("orphaned").parent / f"logs/train-{job}-0.log").read_text()
+    assert "processes on each of 2 nodes" in log
+    assert "train 24/24" in log
     os.sync()
     assert "Nothing to be done" in site.run(site.summary_file("orphaned"))

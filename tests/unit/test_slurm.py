@@ -9,6 +9,7 @@ import re
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import snakemake_executor_plugin_slurm as plugin
 from dayzero import slurm
 from dayzero.config import RunConfig
 from dayzero.config_checks import impossible
@@ -31,7 +33,7 @@ from dayzero.slurm_site import check_site, partitions
 from dayzero.snakemake_resources import Site, backoff, job_resources
 from dayzero.stages.training import launch
 from dayzero.wiring import Wiring
-from snakemake_executor_plugin_slurm.validation import get_forbidden_slurm_options
+from snakemake_executor_plugin_slurm.validation import get_forbidden_slurm_options, validate_slurm_extra
 
 SHOWN = (
     "JobId=7 JobName=x UserId=me(1) Account=(null) QOS=(null) JobState=RUNNING Reason=None Requeue=1 Restarts=2 "
@@ -263,7 +265,9 @@ def test_small_runs_ask_for_gpus_by_number(request_by: str) -> None:
     """Which Snakemake adds up over the runs of an allocation."""
     found = asked("train", Site(gpu_request=request_by, small_runs="true"), resources={"train": {"gpu": 1}})
     assert found["gpu"] == 1
-    assert not {"gres", "slurm_extra", "mpi"} & found.keys()
+    assert found["slurm_extra"] == "-N1"  # else SLURM may gather the GPUs from several nodes
+    validate_slurm_extra(SimpleNamespace(resources=SimpleNamespace(**found)))
+    assert not {"gres", "mpi"} & found.keys()
 
 
 def test_a_sites_own_options_are_added_to_ours() -> None:
@@ -319,25 +323,75 @@ def test_impossible_machine_settings(train: dict[str, int], key: str, says: str)
     assert says in found.message
 
 
-def test_a_limit_below_a_checkpoint_interval(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("train", "interval"),
+    [(None, 200), ({"max_steps": 1000}, 200), ({"max_steps": 40}, 80), ({"max_steps": 20}, None),
+     ({"num_epochs": 2.0}, 80)],
+)  # fmt: skip
+def test_a_limit_below_a_checkpoint_interval(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, train: dict[str, float] | None, interval: int | None
+) -> None:
+    """A run that ends before its first checkpoint is due has no longer interval than itself."""
     import logging
 
     from dayzero import attempts
     from dayzero.console import log
 
-    metrics = tmp_path / "checkpoints/metrics.jsonl"
-    metrics.parent.mkdir()
+    metrics = tmp_path / "train/checkpoints/metrics.jsonl"
+    metrics.parent.mkdir(parents=True)
+    if train:
+        (tmp_path / "config.json").write_text(json.dumps({"train": train}))
     log.propagate = True
     try:
         job = Job(job_id="1", time_limit=60)
-        with caplog.at_level(logging.WARNING, logger="dayzero"), attempts.recorded(tmp_path, job, 100):
+        with (
+            caplog.at_level(logging.WARNING, logger="dayzero"),
+            attempts.recorded(tmp_path / "train", job, 100),
+        ):
             time.sleep(0.1)
-            line = json.dumps({"step": 1, "step_seconds": 2.0, "data_seconds": 0.0, "time": time.time() + 1})
-            metrics.write_text(f"{line}\n" * 3)
+            step = {"step": 1, "epoch": 0.05, "step_seconds": 2.0, "data_seconds": 0.0, "time": time.time() + 1}
+            metrics.write_text(f"{json.dumps(step)}\n" * 3)
             time.sleep(1.3)
     finally:
         log.propagate = False
-    assert "time limit of 60 s is shorter than the 200 s between two checkpoints" in caplog.text
+    assert (f"limit of 60 s is shorter than the {interval} s between two checkpoints" in caplog.text) == bool(interval)
+    assert bool(caplog.records) == bool(interval)
+
+
+def test_the_log_of_an_earlier_or_a_live_start_stays(tmp_path: Path) -> None:
+    """Snakemake removes train.log before each start: of a requeued job, and of a second one that is then refused."""
+    log_file = tmp_path / "logs/train.log"
+
+    def start(said: str, job: str) -> subprocess.Popen[str]:
+        script = f"from dayzero.console import log, setup_logging; setup_logging('train', {str(log_file)!r}); "
+        script += f"log.info('{said} begins'); input(); log.info('{said} goes on')"
+        environment = {**os.environ, "SLURM_JOB_ID": job}
+        environment.pop("DAYZERO_OWN_LOG", None)
+        process = subprocess.Popen(
+            [sys.executable, "-c", script], env=environment, text=True, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not (log_file.exists() and f"{said} begins" in log_file.read_text()):
+            time.sleep(0.05)
+        return process
+
+    first = start("the first", "23")
+    first.communicate("\n", timeout=60)
+    log_file.unlink()
+    second = start("the second", "23")
+    log_file.unlink()
+    other = start("the other", "26")
+    other.communicate("\n", timeout=60)
+    second.communicate("\n", timeout=60)
+    said = {
+        path.name: re.findall(r"the \w+ (?:begins|goes on)", path.read_text()) for path in log_file.parent.iterdir()
+    }
+    assert said == {
+        "train-23-0.log": ["the first begins", "the first goes on"],
+        "train-23-1.log": ["the second begins", "the second goes on"],
+        "train-26-0.log": (newest := ["the other begins", "the other goes on", "the second goes on"]),
+        "train.log": newest,
+    }
 
 
 def test_a_rank_that_was_started_by_hand_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -481,10 +535,16 @@ def test_states_that_sacct_writes_in_several_words(cluster: Path) -> None:
     assert subprocess.run(["/bin/sh", *command[1:]], env=environment, capture_output=True).returncode == 3
 
 
-def test_a_cluster_without_accounts(cluster: Path) -> None:
+def test_a_cluster_without_accounts(cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There the executor, which looks for a sacct and falls back to it, is told of none."""
+    monkeypatch.setattr(plugin, "is_query_tool_available", lambda _: True)
+    assert checked(SITE).status_command == "sacct"
+    assert plugin.is_query_tool_available("sacct")
     for name in ("sacct", "sacctmgr"):
         (cluster / name).write_text("#!/bin/sh\nexit 1\n")
     assert checked(SITE).status_command == "squeue"
+    assert not plugin.is_query_tool_available("sacct")
+    assert plugin.is_query_tool_available("squeue")
     with pytest.raises(ConfigError, match=r"slurm_account = 'mine' .*: this cluster keeps no accounts"):
         checked(SITE, "mine")
 

@@ -127,6 +127,11 @@ def test_only_gpus_of_the_type_count(cluster: Path) -> None:
     checked(site, gpu=4)
     with pytest.raises(ConfigError, match="asks for 6 GPUs of a node, but the nodes of partition gpu have 4 of type a"):
         checked(site, gpu=6)
+    with pytest.raises(ConfigError, match=r"0 of type h100; gpu_type \(.*\) can be a100, v100$"):
+        checked(Site(gpu_request="gres", gpu_type="h100"), gpu=1)
+    (cluster / "sinfo.txt").write_text("gpu*|gpu:4|1-00:00:00|2\n")
+    with pytest.raises(ConfigError, match=r"0 of type h100; gpu_type \(.*\) can be \"''\" \(any\)$"):
+        checked(Site(gpu_request="gres", gpu_type="h100"), gpu=1)
 
 
 def test_a_single_rule_s_partition_that_is_not_there(cluster: Path) -> None:

@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import os
 import time
+from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 from dayzero import status
+from dayzero.attempts import Attempts
 from dayzero.config import RunConfig
 from dayzero.failures import failures, print_failures
+from dayzero.provenance import scheduler_job
 from dayzero.reporting.collect import read_run
 from dayzero.reporting.jobs import jobs_table
 from dayzero.reporting.scores import DASH
 from dayzero.run_lock import LOCK, RunLock, read_lock
+from dayzero.slurm import Job
 from dayzero.status import Queued, duration, main, parse_queue, run_status, shared_jobs
 
 from tests.unit.report_files import run_config, write_run
@@ -157,6 +162,24 @@ def test_the_command_for_scripts(
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_gpu_hours_count_from_the_job_s_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the record of a training's starts and each stage's JSON alike: Snakemake's start in the job is paid for."""
+    began = time.time() - 3600
+    job = Job(job_id="5", gpus=4, started=f"{datetime.fromtimestamp(began):%Y-%m-%dT%H:%M:%S}")
+    monkeypatch.setattr("dayzero.slurm.current_job", lambda: job)
+    monkeypatch.setattr("dayzero.slurm.energy_joules", lambda _: None)
+    made = scheduler_job(60.0)
+    assert made
+    Attempts(tmp_path).begin(job, 0, "node1")
+    (attempt,) = Attempts(tmp_path).all()
+    assert made["gpu_hours"] == pytest.approx(4.0, abs=0.01)
+    assert attempt["gpu_hours"] == pytest.approx(4.0, abs=0.01)
+    assert attempt["seconds"] < 10
+    unknown = replace(job, started="")
+    monkeypatch.setattr("dayzero.slurm.current_job", lambda: unknown)
+    assert (scheduler_job(900.0) or {})["gpu_hours"] == pytest.approx(1.0)
+
+
 def test_durations() -> None:
     assert [duration(s) for s in (5, 3725, 90000)] == ["0:00:05", "1:02:05", "1d 1:00:00"]
 
@@ -203,6 +226,67 @@ def test_failures_that_stayed(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "rank 1: no" in printed
     print_failures(str(tmp_path / "none.log"))
     assert capsys.readouterr().err.startswith("no table of failures")
+
+
+GROUP_LOG = """\
+Job afc2c101-fb49-545f-a30a-bb4ffcf71be4 has been submitted with SLURM jobid 34 (log: /p/group_small_train/34.log).
+Job 8a68506c-2dbb-524e-b673-522ddeea94ed has been submitted with SLURM jobid 35 (log: /p/group_small_train/35.log).
+[Fri Nov 27 19:31:29 2026]
+    message: Error in group small
+    log: /p/.snakemake/slurm_logs/group_small_train/34.log (check log file(s) for error details)
+    jobs:
+        rule train:
+            jobid: 9
+            output: {sweep}/s0/train/metrics.jsonl, {sweep}/s0/train/summary.json
+            log: {sweep}/s0/logs/train.log (check log file(s) for error details)
+        rule train:
+            jobid: 10
+            output: {sweep}/s1/train/metrics.jsonl, {sweep}/s1/train/summary.json
+            log: {sweep}/s1/logs/train.log (check log file(s) for error details)
+    [Fri Nov 27 19:31:29 2026]
+    Error in rule train:
+        message: None
+        jobid: 9
+        input: res4/store/tokens/rows-0c4df6b031/manifest.json, res4/store/models/llama-5fe36d7e4a/manifest.json
+        output: {sweep}/s0/train/metrics.jsonl, {sweep}/s0/train/summary.json
+        log: {sweep}/s0/logs/train.log (check log file(s) for error details)
+        shell:
+            python -m dayzero.stages.train --output {sweep}/s0/train --log {sweep}/s0/logs/train.log
+            (command exited with non-zero exit code)
+    [Fri Nov 27 19:31:29 2026]
+    Error in rule train:
+        message: None
+        jobid: 10
+        output: {sweep}/s1/train/metrics.jsonl, {sweep}/s1/train/summary.json
+        log: {sweep}/s1/logs/train.log (check log file(s) for error details)
+        shell:
+            python -m dayzero.stages.train --output {sweep}/s1/train --log {sweep}/s1/logs/train.log
+            (command exited with non-zero exit code)
+[Fri Nov 27 19:31:41 2026]
+Finished jobid: 11 (Rule: train)
+[Fri Nov 27 19:31:41 2026]
+Finished jobid: 12 (Rule: train)
+2 of 23 steps (9%) done
+"""
+
+
+def test_the_failed_runs_of_a_group(tmp_path: Path) -> None:
+    """As Snakemake 9.27 writes them; a run whose results were kept had finished, as had one that a second try made."""
+    for run, said in (("s0", "stopped"), ("s1", "error: method.lora.targets 'nosuch' match no module")):
+        (tmp_path / run / "logs").mkdir(parents=True)
+        (tmp_path / run / "logs/train.log").write_text(f"2026-11-27 19:31:24,000 ERROR {said}\n")
+    log = tmp_path / "snakemake.log"
+    log.write_text(GROUP_LOG.format(sweep=tmp_path))
+    s0, s1 = failures(log)
+    assert (s0.run, s0.stage, s0.job_id, s0.reason, s0.last_line) == ("s0", "train", "34", "failed", "stopped")
+    assert (s1.run, s1.job_id) == ("s1", "34")
+    assert s1.last_line == "method.lora.targets 'nosuch' match no module"
+    (tmp_path / "s0/train").mkdir()
+    for name in ("metrics.jsonl", "summary.json"):
+        (tmp_path / "s0/train" / name).touch()
+    assert failures(log) == [s1]
+    log.write_text(GROUP_LOG.format(sweep=tmp_path) + "\nFinished jobid: 10 (Rule: train)\n")
+    assert failures(log) == []
 
 
 def test_the_report_shows_every_start_of_a_training(tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ class Attempts:
                 "gpus": job.gpus,
                 "requeues": job.restarts,
             }
+            record |= {"job_began": job.began} if job.began else {}
         self._append({"begin": record})
 
     def end(self, outcome: str, step: int, energy: int | None = None) -> None:
@@ -49,7 +50,7 @@ class Attempts:
     def all(self) -> list[dict[str, Any]]:
         """Every attempt; one that never said how it ended was `lost`, at the latest when the next one began.
 
-        The newest without an end is counted until now.
+        The newest without an end is counted until now. GPU hours count from the job's start, as SLURM's own do.
         """
         attempts: list[dict[str, Any]] = []
         for event in read_json_lines(self.path, growing=True):
@@ -61,8 +62,10 @@ class Attempts:
             elif attempts and "end" in event:
                 attempts[-1] |= event["end"]
         for attempt in attempts:
-            attempt["seconds"] = round(max(0.0, attempt.get("ended", time.time()) - attempt["started"]), 1)
-            attempt["gpu_hours"] = round(attempt.get("gpus", 0) * attempt["seconds"] / 3600, 4)
+            ended, started = attempt.get("ended", time.time()), attempt["started"]
+            attempt["seconds"] = round(max(0.0, ended - started), 1)
+            paid = max(0.0, ended - min(started, attempt.get("job_began", started)))
+            attempt["gpu_hours"] = round(attempt.get("gpus", 0) * paid / 3600, 4)
         return attempts
 
     def _append(self, event: dict[str, Any]) -> None:
@@ -121,13 +124,12 @@ def _warn_of_a_short_limit(metrics: Path, limit: float, every: int, done: thread
     """As soon as three steps tell how long one takes."""
     began = time.time()
     while not done.wait(1):
-        seconds = [
-            r["step_seconds"] + r["data_seconds"]
-            for r in read_json_lines(metrics, growing=True)
-            if r.get("time", 0) > began
-        ]
+        records = [r for r in read_json_lines(metrics, growing=True) if r.get("time", 0) > began]
+        seconds = [r["step_seconds"] + r["data_seconds"] for r in records]
         if len(seconds) < 3:
             continue
+        if steps := _steps_of_the_run(metrics.parents[2], records[-1]):
+            every = min(every, steps)
         if (interval := median(seconds) * every) > limit:
             log.warning(
                 "the job's time limit of %.0f s is shorter than the %.0f s between two checkpoints "
@@ -136,3 +138,14 @@ def _warn_of_a_short_limit(metrics: Path, limit: float, every: int, done: thread
                 limit, interval, every, median(seconds),
             )  # fmt: skip
         return
+
+
+def _steps_of_the_run(folder: Path, last: dict[str, Any]) -> int:
+    """How many steps the run of this folder has, by its config.json and the metrics of its last step; 0: not known."""
+    try:
+        train = json.loads((folder / "config.json").read_text())["train"]
+    except (OSError, ValueError, KeyError):  # a training that was started by hand has none
+        return 0
+    if train.get("max_steps"):
+        return int(train["max_steps"])
+    return round(last["step"] / last["epoch"] * (train.get("num_epochs") or 0)) if last.get("epoch") else 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import logging.handlers
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
@@ -21,6 +23,12 @@ SECONDS_BETWEEN_LINES = 15
 """Without a terminal a progress bar becomes a log line at most this often."""
 
 
+STARTED_AGAIN = ("train",)
+"""Stages whose every start in a SLURM job keeps a log of its own."""
+OWN_LOG = "DAYZERO_OWN_LOG"
+"""Environment variable: the log of this start, for the processes that it starts."""
+
+
 def setup_logging(stage: str, log_file: str | Path | None = None) -> None:
     """Send the `dayzero` log to stderr and, with full detail and times, to `log_file`."""
     log.setLevel(logging.DEBUG)
@@ -37,13 +45,63 @@ def setup_logging(stage: str, log_file: str | Path | None = None) -> None:
     log.addHandler(terminal)
     if log_file:
         Path(log_file).parent.mkdir(parents=True, exist_ok=True)
-        to_file = logging.FileHandler(log_file, encoding="utf-8")
-        to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        log.addHandler(to_file)
-        logging.getLogger().addHandler(to_file)  # the libraries' warnings belong in the file too
+        own = _own_log(Path(log_file)) if stage in STARTED_AGAIN else None
+        to_file: list[logging.Handler] = [_Reopened(log_file, own)]
+        to_file += [logging.FileHandler(own, encoding="utf-8")] if own else []
+        for handler in to_file:
+            handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+            log.addHandler(handler)
+            logging.getLogger().addHandler(handler)  # the libraries' warnings belong in the file too
     logging.captureWarnings(True)
     # torchao still registers enums as constants, which torch 2.13 calls deprecated: not for a user to mend
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+
+
+class _Reopened(logging.handlers.WatchedFileHandler):
+    """Writes to the file of that name, also when another start of the stage has removed it and made its own.
+
+    While it is the very file `own` it writes nothing: what is written there is written here.
+    """
+
+    def __init__(self, log_file: str | Path, own: Path | None) -> None:
+        super().__init__(log_file, encoding="utf-8")
+        self.own = own
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            same = self.own is not None and os.path.samefile(self.baseFilename, self.own)
+        except OSError:
+            same = False
+        if same:
+            return
+        try:
+            super().emit(record)
+        except OSError:  # its folder is gone, say: no reason to end a training
+            self.handleError(record)
+
+
+def _own_log(log_file: Path) -> Path | None:
+    """{stage}-{job}-{start}.log beside the log of a stage in a SLURM job, a second name of the same file.
+
+    Snakemake removes the log before each start, a requeued one and one that is refused too: what an earlier or a live
+    one says stays under that name. None without a job, or where the file system has no hard links.
+    """
+    if given := os.environ.get(OWN_LOG):
+        return Path(given) if Path(given).parent == log_file.resolve().parent else None
+    if not (job := os.environ.get("SLURM_JOB_ID")):
+        return None
+    log_file.touch()
+    for start in range(1000):
+        own = log_file.resolve().with_name(f"{log_file.stem}-{job}-{start}.log")
+        try:
+            os.link(log_file, own)
+        except FileExistsError:
+            continue
+        except OSError:
+            return None
+        os.environ[OWN_LOG] = str(own)
+        return own
+    return None
 
 
 class ProgressBar:

@@ -50,14 +50,15 @@ def failures(snakemake_log: Path) -> list[Failure]:
     found: dict[str, Failure] = {}
     reasons = dict(re.findall(r"SLURM-job '([^']+)' failed.*?SLURM status is:\s*'(\w+)'", text, re.DOTALL))
     reasons |= REFUSED_ARRAY.findall(text)
-    for part in re.split(r"\n(?=Error in rule |Finished jobid: |Error in group )", text)[1:]:
+    for part in re.split(r"\n(?=Error in rule |Finished jobid: |    message: Error in group )", text)[1:]:
         if done := re.match(r"Finished jobid: (\d+)", part):
             found.pop(done[1], None)
         elif failed := re.match(r"Error in rule (\w+)", part):
             found[_field(part, "jobid")] = _failure(failed[1], part, reasons)
         else:
-            for entry in re.split(r"\n        rule ", part)[1:]:
-                found[_field(entry, "jobid")] = _failure(entry.partition(":")[0], part + entry, reasons, entry)
+            for entry in re.split(r"\n        rule ", part.partition("\n    Error in rule ")[0])[1:]:
+                if not _is_finished(entry):
+                    found[_field(entry, "jobid")] = _failure(entry.partition(":")[0], part, reasons, entry)
     return list(found.values())
 
 
@@ -67,11 +68,23 @@ def _failure(stage: str, part: str, reasons: dict[str, str], own: str | None = N
     run = path.parent.parent.name if path.parent.name == "logs" else ""
     if run in ("store", "") or stage in ("report",):
         run = path.stem.partition("-")[2] or "-"
-    job_id = _field(part, "external_jobid")
+    job_id = _field(part, "external_jobid") or (_job_of_group(part) if own else "")
     if not job_id and (refused := _refused(part, reasons)):
         return Failure(run, stage, "-", "not submitted", refused)
     reason = reasons.get(job_id) or ((slurm.job_states([job_id]) or {}).get(job_id, "") if job_id else "")
     return Failure(run, stage, job_id or "-", (reason or "failed").lower(), last_line(path) if log else "")
+
+
+def _job_of_group(part: str) -> str:
+    """The SLURM job of a group, which Snakemake tells by its log alone; nothing where it was not submitted."""
+    name = Path(_field(part, "log").partition(" (check")[0]).stem
+    return name if name.isdigit() else ""
+
+
+def _is_finished(entry: str) -> bool:
+    """Whether a member of a failed group had finished: its outputs were kept (`slurm_groups.keep_finished`)."""
+    outputs = [Path(name) for name in _field(entry, "output").split(", ") if name]
+    return bool(outputs) and all(path.exists() for path in outputs)
 
 
 def _refused(part: str, reasons: dict[str, str]) -> str:

@@ -63,10 +63,14 @@ def hardware() -> dict[str, Any]:
 
 
 def scheduler_job(seconds: float) -> dict[str, Any] | None:
-    """The SLURM job this runs in, with what a stage of so many seconds used of it; None elsewhere."""
+    """The SLURM job this runs in, with what it has used by the end of a stage of so many seconds; None elsewhere.
+
+    GPU hours count from the job's start, as SLURM's own do, where it is told.
+    """
     job = slurm.current_job()
     if job is None:
         return None
+    seconds = max(seconds, time.time() - job.began) if job.began else seconds
     known = {
         "job_id": job.job_id,
         "nodes": job.nodes,

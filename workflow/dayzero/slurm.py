@@ -7,7 +7,7 @@ import re
 import subprocess
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 SECONDS = 20
@@ -18,6 +18,10 @@ ATTEMPTS, WAIT_SECONDS = 3, 5.0
 
 ALIVE = {"PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "STOPPED", "COMPLETING", "REQUEUED", "RESIZING", "SIGNALING"}
 """States of a job that runs or may yet run."""
+
+
+SHARED_BY = "DAYZERO_SHARED_BY"
+"""Environment variable: how many small runs share this job, where several do (`slurm_groups`)."""
 
 
 class SlurmError(ValueError):
@@ -39,16 +43,22 @@ class Job:
     cpus: int = 0
     """CPUs of the whole job. 0: not told."""
     gpus: int = 0
-    """GPUs of the whole job."""
+    """GPUs of the whole job; where runs share it, one's share."""
     partition: str = ""
     account: str = ""
     restarts: int = 0
     """How often it was put back into the queue."""
     started: str = ""
+    """When its nodes were given to it, as SLURM writes it."""
     time_limit: float | None = None
     """Seconds. None: no limit."""
     ends: float | None = None
     """When the time limit ends it, by this node's clock. None: not told."""
+
+    @property
+    def began(self) -> float | None:
+        """`started` by this node's clock: what is paid for counts from there. None: not told."""
+        return _moment(self.started)
 
 
 def current_job() -> Job | None:
@@ -61,7 +71,8 @@ def current_job() -> Job | None:
         if attempt:
             time.sleep(WAIT_SECONDS)
         try:
-            return _shown(job_id)
+            job = _shown(job_id)
+            return replace(job, gpus=job.gpus // int(os.environ.get(SHARED_BY) or 1))
         except SlurmError as error:
             if isinstance(error.__cause__, FileNotFoundError):
                 break

@@ -4,6 +4,9 @@ How it asks sacct for job states: it knows no state but bare words, and sacct sa
 would be waited for for ever. And it asks for raw ids, in which the last task of an array has the array's own id and the
 others ids that nobody was told: each would be judged by the last one's end.
 
+How it falls back: where squeue is asked and one look at MinJobAge gets no answer, it asks sacct, which knows of no job
+where there is no accounting: a job that has ended would be waited for for ever.
+
 How it submits: a job that sbatch refuses has failed, and so all its attempts are gone within seconds, though most
 refusals pass by themselves. And once a node is lost, no later job may use any node of the job that ran there, though
 SLURM itself knows which of them is down.
@@ -62,6 +65,14 @@ def mend_sacct() -> None:
     import snakemake_executor_plugin_slurm as plugin
 
     plugin.query_job_status_sacct = states_query
+
+
+def leave_sacct_alone() -> None:
+    """Let the plugin never ask sacct, on a cluster where it does not answer."""
+    import snakemake_executor_plugin_slurm as plugin
+
+    there = plugin.is_query_tool_available
+    plugin.is_query_tool_available = lambda name: name != "sacct" and there(name)
 
 
 def mend_submission() -> None:

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from dayzero.errors import ConfigError
 from dayzero.slurm import parse_time
 from dayzero.slurm_accounts import PROFILE, account_problem, answer, limit_problems
 from dayzero.slurm_arrays import array_problems
-from dayzero.slurm_plugin import get_min_job_age, mend_sacct, mend_submission
+from dayzero.slurm_groups import group_problems, keep_finished
+from dayzero.slurm_plugin import get_min_job_age, leave_sacct_alone, mend_sacct, mend_submission
 from dayzero.snakemake_resources import Run, Site, named, not_a_site
 from dayzero.wiring import Wiring
 
@@ -44,6 +45,8 @@ class Partition:
     nodes: int
     is_default: bool = False
     """Jobs that name no partition go there."""
+    types: tuple[str, ...] = ()
+    """The types of its GPUs; an empty one for those that have none."""
 
 
 Overwritten = Mapping[str, Mapping[str, Any]]
@@ -59,6 +62,8 @@ def check_site(
     at_once: int | None = None,
     jobs: int | None = None,
     qos: str = "",
+    groups: Mapping[str, str] | None = None,
+    components: Mapping[str, int] | None = None,
 ) -> None:
     """Hold the profile and the runs against the cluster. Raises ConfigError with a line for each mistake.
 
@@ -68,6 +73,7 @@ def check_site(
         at_once: jobs that Snakemake hands over together at most. None: any number.
         jobs: how many Snakemake keeps in the queue at most.
         qos: the profile's quality of service.
+        groups: by rule, the group whose jobs share allocations; `components`: how many of a group share one.
     """
     if not site.is_slurm:
         raise ConfigError(not_a_site("executor: slurm is set"))
@@ -100,6 +106,11 @@ def check_site(
     default = "" if own_choice else next((name for name, partition in there.items() if partition.is_default), "")
     problems += _too_much(wiring, site, there, overwritten, default)
     problems += array_problems(wiring, site, executor_settings, at_once)
+    replaced = "slurm_partition" in overwritten.get("train", {})
+    together = replace(site, cpu_partition="", gpu_partition="") if replaced else site
+    choices = [] if replaced else [there[name] for name in _names(site.gpu_partition or default) if name in there]
+    on_a_node = max((choice.gpus for choice in choices), default=None)
+    problems += group_problems(wiring, together, groups or {}, components or {}, on_a_node)
     if account and (problem := account_problem(account)):
         problems.append(problem)
     qos = qos or str(getattr(executor_settings, "qos", None) or "")
@@ -108,11 +119,14 @@ def check_site(
     if problems:
         raise ConfigError("\n".join(problems))
     mend_submission()
-    if getattr(executor_settings, "status_command", None) == "sacct":
+    if groups:
+        keep_finished()
+    if getattr(executor_settings, "status_command", None) in ("sacct", "squeue"):
         if answer("sacct", "--noheader", "-X") is not None:
             mend_sacct()
         else:
             executor_settings.status_command = "squeue"
+            leave_sacct_alone()
     if getattr(executor_settings, "status_command", None) == "squeue":
         _warn_of_short_memory()
 
@@ -189,11 +203,15 @@ def _too_much(
             gpus=max(choice.gpus for choice in choices),
             limit=None if None in limits else max(limit for limit in limits if limit),
             nodes=max(choice.nodes for choice in choices),
+            types=tuple(dict.fromkeys(kind for choice in choices for kind in choice.types)),
         )
         key, where = f"resources.{stage}", f"partition {partition_name}"
         if gpus > partition.gpus:
             of_type = f" of type {site.gpu_type}" if site.gpu_type else ""
             more = "; spread the run over more resources.train.nodes" if stage == "train" else ""
+            if of_type and not partition.gpus and partition.types:
+                types = ", ".join(kind or "\"''\" (any)" for kind in partition.types)
+                more = f"; gpu_type ({PROFILE}) can be {types}"
             problems.append(
                 f"run {run}: {key} asks for {gpus} GPUs of a node, but the nodes of {where} have {partition.gpus}"
                 f"{of_type}{more}"
@@ -221,8 +239,9 @@ def partitions(gpu_type: str = "") -> dict[str, Partition]:
         counted = re.findall(r"(?:^|,)gpu(?::([^:(),]+))?:(\d+)", gres)
         gpus = sum(int(number) for kind, number in counted if gpu_type in ("", kind))
         known = found.get(name, Partition(0, None, 0))
+        types = dict.fromkeys((*known.types, *(kind for kind, _ in counted)))
         seconds = parse_time(f"00:{limit}" if limit.count(":") == 1 else limit)  # 30:00 are minutes and seconds
         found[name] = Partition(
-            max(gpus, known.gpus), seconds or known.limit, known.nodes + int(nodes or 0), is_default
+            max(gpus, known.gpus), seconds or known.limit, known.nodes + int(nodes or 0), is_default, tuple(types)
         )
     return found

@@ -16,6 +16,9 @@ from dayzero.wiring import Wiring
 
 GPU_REQUESTS = ("gres", "gpus-per-node", "gpus")
 SIGNAL = "USR1"
+ONE_NODE = "-N1"
+"""For an allocation of several runs, whose GPUs SLURM would else gather from several nodes. Snakemake would add up the
+resource `nodes` over them, and the executor refuses the option's other spellings."""
 BACKOFF_SECONDS = 60
 """Delay before a job's second attempt; it doubles with each further one."""
 MAX_BACKOFF_SECONDS = 3600
@@ -171,6 +174,8 @@ def _extra(wiring: Wiring, site: Site, stage: str, wildcards: Any, attempt: int)
     asked = wiring.resources(stage, wildcards)
     if isinstance(asked, TrainResources) and asked.stop_before and not site.runs_are_small:
         options.append(f"--signal={SIGNAL}@{asked.stop_before}")
+    if stage == "train" and site.runs_are_small:
+        options.append(ONE_NODE)
     if attempt > 1:
         options.append(f"--begin=now+{backoff(attempt)}")
     if site.slurm_extra:

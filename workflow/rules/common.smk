@@ -14,6 +14,7 @@ from dayzero.failures import print_failures
 from dayzero.files import check_folder, check_writable
 from dayzero.site_config import site_config
 from dayzero.slurm_arrays import become_task
+from dayzero.slurm_groups import become_group
 from dayzero.slurm_site import check_site
 from dayzero.snakemake_resources import (
     Site,
@@ -27,6 +28,7 @@ from dayzero.store import RUN_NAME
 
 try:
     become_task(sys.argv)
+    become_group(sys.argv)
 except ConfigError as error:
     raise WorkflowError(str(error)) from None
 
@@ -88,9 +90,12 @@ onstart:
                 ),
                 jobs=workflow.resource_settings.nodes,
                 qos=QOS,
+                groups=workflow.group_settings.overwrite_groups,
+                components=workflow.group_settings.group_components,
             )
     except ConfigError as error:
-        raise WorkflowError(str(error)) from None
+        # an exception would be shown between lines that name this file, as if the fault were here
+        sys.exit(str(error))
 
 
 onerror:
