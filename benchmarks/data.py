@@ -53,6 +53,10 @@ try:
     from trl.data_utils import pack_dataset
 except ImportError:
     pack_dataset = None
+NO_TRL = (
+    "datasets.map + TRL: not measured, TRL cannot be imported: pip install --no-deps --target DIR trl==1.16.0, then "
+    "run again with PYTHONPATH=DIR"
+)
 
 
 def main() -> None:
@@ -64,6 +68,9 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--chunks", action="store_true", help="only compare a hundred rows at a time")
     args = parser.parse_args()
+    if pack_dataset is None and not args.chunks:
+        print(NO_TRL, flush=True)
+    check_text(parser, args.text)
     datasets.disable_progress_bars()
     torch.set_num_threads(1)
     tqdm.tqdm.monitor_interval = 0  # no thread: ours copies its process only where there is none
@@ -76,6 +83,19 @@ def main() -> None:
         tokenizer = TokenizerSource(args.tokenizer).load()
         if tokenizer.chat_template:
             compare(args, Work("messages", conversations(texts), Path(folder) / "messages"))
+
+
+def check_text(parser: argparse.ArgumentParser, file: Path) -> None:
+    """End with one line where the file is no Parquet with texts."""
+    try:
+        names = pq.read_schema(file).names
+    except (OSError, pa.ArrowException) as error:
+        parser.error(f"--text {file}: {' '.join(str(error).split())}: give a Parquet file with a column text")
+    if "text" not in names:
+        parser.error(
+            f"--text {file}: it has the columns {', '.join(names)} and no text: give the train.parquet of data of the "
+            "format text, such as that of config/experiments/methods.yaml (`format: text` in its manifest.json)"
+        )
 
 
 @dataclass

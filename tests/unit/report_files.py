@@ -151,7 +151,9 @@ def _write_shared(shelf: Path, run: RunConfig) -> None:
             "near_duplicates": {**found, "similarity": 0.8},
             "languages": {"en": 987, "es": 13},
         }
-        tasks = {"tool_calls": {"items": 120, "too_short": 7, "contaminated": 2, "share": 2 / 120, "worst": []}}
+        worst = [{"item": 17, "overlap": 0.9231, "train_row": 770, "origin": "a.jsonl:12", "text": "Is <b> it?"}]
+        worst += [{"item": 4, "overlap": 0.75, "train_row": 1501, "text": "As earlier reports have it"}]
+        tasks = {"tool_calls": {"items": 120, "too_short": 7, "contaminated": 2, "share": 2 / 120, "worst": worst}}
         contamination = {"tasks": tasks, "ngram": 8, "overlap": 0.7, "max_contamination": 0.05}
         check = {"format": "messages", "splits": {"train": rows}, "contamination": contamination}
         check_file = shelf / "checks" / store.check_key(run) / "manifest.json"
@@ -202,6 +204,10 @@ def _write_training(directory: Path, run: RunConfig, first: float, last: float) 
         "total_parameters": 139_399_488,
         "checkpoint": "step_60",
         "seed": run.seed,
+        "mix": [
+            {"source": "a.jsonl", "share": 0.625, "samples": 1300, "passes": 2.5},
+            {"source": "b.jsonl", "share": 0.375, "samples": 780, "passes": 0.141},
+        ],
         "provenance": provenance(181.0, 2.9, 6),
     }
     _write(directory / "summary.json", summary)

@@ -37,7 +37,7 @@ LINES = [
 REASONS = {
     2: "not valid JSON (Expecting value",
     3: "a row must be a JSON object, found list",
-    4: "no column 'messages'",
+    4: "no column 'messages'; it has text: set data.columns, or, where other rows have it, set such ones aside",
     5: "message 1 of 'messages': content holds a number, expected text",
     6: "half of a surrogate pair",
 }
@@ -196,12 +196,19 @@ def test_a_first_row_that_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFix
     assert run(tmp_path / "no", source=sources) == 1
     assert "b.jsonl:1 has the columns hello, none of the formats fits" in capsys.readouterr().err.splitlines()[-1]
     assert run(tmp_path / "out", source=sources, on_bad_row="reject") == 0
-    assert [origin for origin, _, _ in aside(tmp_path / "out")] == ["b.jsonl:1", "b.jsonl:2"]
+    assert [(origin, reason[:30]) for origin, reason, _ in aside(tmp_path / "out")] == [
+        ("b.jsonl:1", "has the columns hello, none of"),
+        ("b.jsonl:2", "is of format alpaca, kept as m"),
+    ]
     assert [r["text"] for r in rows(tmp_path / "out")] == ["a", "x", "y", "z"]
     capsys.readouterr()
     (tmp_path / "b.jsonl").write_text("\n".join(lines[:1] * 3))
     assert run(tmp_path / "never", source=sources, on_bad_row="reject") == 1, "then it is no bad row"
     assert "name yours in data.columns" in capsys.readouterr().err.splitlines()[-1]
+    assert run(tmp_path / "never", source=sources, columns={"promt": "hello"}, on_bad_row="reject") == 1
+    [*before, last] = capsys.readouterr().err.splitlines()
+    assert "error: data.columns: 'promt' is not a column of any format (did you mean prompt?)" in last
+    assert not any("rejected" in line for line in before), "it is no row's fault"
 
 
 def test_only_bad_rows_is_an_error_and_none_leaves_no_file(

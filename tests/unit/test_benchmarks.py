@@ -6,8 +6,11 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.train_cpu import print_table
@@ -90,6 +93,20 @@ def test_the_gpu_benchmark_checks_itself_on_a_cpu() -> None:
     for case in (rows[:3], rows[3:]):
         last = [float(row[-1]) for row in case]
         assert max(last) - min(last) < 0.02 * max(last), "the programs do not train alike"
+
+
+def test_the_data_benchmark_says_what_it_cannot_measure(tmp_path: Path) -> None:
+    """TRL where it is not installed, and a file that holds no texts, each in one line."""
+    chats = tmp_path / "chats.parquet"
+    pq.write_table(pa.table({"id": ["1"], "messages": [[{"role": "user"}]]}), chats)
+    command = [sys.executable, str(ROOT / "benchmarks/data.py"), "--tokenizer", str(tmp_path), "--text", str(chats)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert f"--text {chats}: it has the columns id, messages and no text: give the train.parquet of data" in last
+    missing = find_spec("trl") is None
+    assert missing == ("datasets.map + TRL: not measured, TRL cannot be imported: pip install" in done.stdout)
 
 
 def test_without_a_gpu_the_gpu_benchmark_says_so_in_one_line() -> None:

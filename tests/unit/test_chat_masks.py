@@ -151,9 +151,21 @@ def test_a_template_that_rewrites_history_is_refused_with_the_token(tokenizer):
         ConfigError, match=r"around message 3: token (\d+) is 'The' in the whole and 'f.*' in its"
     ) as error:
         encode(tokenizer, TWO_TURNS, thinks)
+    assert "loss_turns: last" in str(error.value)
     at = int(str(error.value).split("token ")[1].split()[0])
     assert tokenizer.decode(tokenizer.apply_chat_template(TWO_TURNS, return_dict=False)[:at]).endswith("assistant\n")
     assert encode(tokenizer, TWO_TURNS[:3], thinks), "one turn alone is stable"
+
+
+def test_the_last_turn_alone_is_offered_where_it_would_do(tokenizer):
+    asks = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+        "{% if loop.last and m['role'] == 'user' %}{{ '(last) ' }}{% endif %}{{ m['content'] + '<|im_end|>\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    with pytest.raises(ConfigError, match=r"around message \d: ") as error:
+        encode(tokenizer, TWO_TURNS, asks)
+    assert "loss_turns: last" not in str(error.value)
 
 
 def test_no_template_and_a_template_that_refuses(tokenizer):

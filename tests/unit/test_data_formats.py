@@ -25,8 +25,9 @@ from dayzero.data.documents import DocumentEncoder
 from dayzero.data.formats import FORMATS, normalise
 from dayzero.data.megatron import documents
 from dayzero.data.rows import Dropped, Example, PaddedRow
+from dayzero.data.tokens import IGNORE, TokenRows
 from dayzero.errors import ConfigError, DataError
-from dayzero.stages import fetch_data
+from dayzero.stages import fetch_data, tokenize
 from transformers import AutoTokenizer
 
 from tests.tiny_tokenizer import tiny_tokenizer
@@ -77,6 +78,34 @@ def test_examples(name: str, tmp_path: Path, tokenizer: Any, capsys: pytest.Capt
     made = [document for row in rows for document in encoder.encode(row)]
     assert len(made) == count
     assert all(any(mask) and len(ids) == len(mask) for ids, mask in made)
+
+
+@pytest.mark.parametrize("name", ["messages", "sharegpt"])
+def test_the_example_template_writes_what_the_example_conversations_hold(name: str, tmp_path: Path) -> None:
+    """The demo's model, whose tokenizer this one is like, has a template without tools."""
+    tokenizer = tiny_tokenizer(tmp_path / "tokenizer")
+    fetch(tmp_path / "data", source=str(EXAMPLES / f"{name}.jsonl"))
+    folders = ["--data", str(tmp_path / "data"), "--tokenizer", str(tokenizer), "--output", str(tmp_path / "tokens")]
+    config: dict[str, Any] = {"tokenize": {"packing": False, "seq_len": 1024}}
+    assert tokenize.main(["--config", json.dumps(config), *folders]) == 1, "so that the page names the other"
+    config["model"] = {"chat_template": str(EXAMPLES.parent / "chat_template.jinja")}
+    for number, options in enumerate(({}, {"loss_reasoning": False}, {"loss_parts": "tool_arguments"})):
+        config["tokenize"] |= options
+        folders[-1] = str(tmp_path / f"tokens{number}")
+        assert tokenize.main(["--config", json.dumps(config), *folders]) == 0
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    rows = TokenRows(tmp_path / "tokens0/train")
+    found = [(loaded.decode(r.input_ids), loaded.decode(r.labels[r.labels != IGNORE])) for r in map(rows.row, range(3))]
+    whole, answers = next(both for both in found if "tool_call" in both[1])
+    assert '{"type": "function", "function": {"name": "get_weather", "description": "The weather of a city"' in whole
+    city = {"messages": "Oslo", "sharegpt": "Lisbon"}[name]
+    assert f'<tool_call>\n{{"name": "get_weather", "arguments": {{"city": "{city}"' in answers
+    assert {"messages": '<|im_start|>tool\n{"rain": true}<|im_end|>', "sharegpt": '{"celsius": 27}'}[name] in whole
+    assert ("<think>\nI should look it up.\n</think>\n\n<tool_call>" in answers) == (name == "messages")
+    assert answers.endswith({"messages": "umbrella.<|im_end|>", "sharegpt": "27 degrees.<|im_end|>"}[name])
+    masked = TokenRows(tmp_path / "tokens1/train")
+    said = [loaded.decode(r.labels[r.labels != IGNORE]) for r in map(masked.row, range(3))]
+    assert not any("<think>" in text for text in said)
 
 
 def test_every_format_has_an_example() -> None:
@@ -184,6 +213,37 @@ def test_rows_without_an_answer_are_dropped() -> None:
         assert normalise(row, "f:1", name, {}) == Dropped(reason)
 
 
+def test_nulls_that_say_something_are_kept() -> None:
+    """No answer, a column that need not be there, and no words beside a call or reasoning."""
+    for name, row in (
+        ("text", {"text": None}),
+        ("prompt_completion", {"prompt": "p", "completion": None}),
+        ("alpaca", {"instruction": "Do", "output": None}),
+        ("squad", {"context": "c", "question": "q", "answers": [None]}),
+    ):
+        assert normalise(row, "f:1", name, {}) == Dropped("empty")
+    row = {"instruction": "Do", "input": None, "output": "Done", "system": None, "history": None}
+    assert [m["content"] for m in messages_of(row, "alpaca")] == ["Do", "Done"]
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    thought = {"role": "assistant", "content": None, "reasoning_content": "Hm."}
+    assert [m["content"] for m in messages_of({"messages": [call, thought]}, "messages")] == ["", ""]
+
+
+def test_a_null_question_is_a_bad_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An empty prompt would teach to answer nothing."""
+    table = [("p", "c"), (None, "an answer to nothing"), ("q", None), ("", "to an empty prompt")]
+    file = tmp_path / "r.jsonl"
+    file.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in table))
+    config = {"source": str(file), "validation_size": 0}
+    template = {"user": "{prompt}", "assistant": "{completion}"}
+    for extra, said in (({}, "column 'prompt'"), ({"template": template}, "data.template.user: 'prompt'")):
+        data = json.dumps({"data": {**config, **extra}})
+        assert fetch_data.main(["--config", data, "--output", str(tmp_path / "no")]) == 1
+        assert f"{file}:2: {said} holds nothing (null)" in capsys.readouterr().err.splitlines()[-1]
+        manifest, rows = fetch(tmp_path / f"out{len(extra)}", **config, **extra, on_bad_row="reject")
+        assert (manifest["rejected"]["rows"], manifest["dropped"], len(rows)) == (1, {"empty": 1}, 2)
+
+
 def _called(arguments: str) -> dict[str, Any]:
     return {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}]}
 
@@ -260,6 +320,15 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("messages", {"messages": [{"role": "assistant", "content": "x", "training": False}]}, "has training False"),
     ("alpaca", {"instruction": "x", "output": "y", "history": ["z"]}, "'history' is no list of [question, answer]"),
     ("squad", {"context": "c", "question": "q", "answers": "['x']"}, "column 'answers' begins like JSON but is none"),
+    ("messages", {"messages": [{"role": "user", "content": None}]}, "message 1 of 'messages': content holds nothing"),
+    ("messages", {"messages": [{"role": "assistant", "content": None}]}, "content holds nothing (null), expected tex"),
+    ("messages", {"messages": [{"role": "user", "content": [{"type": "text", "text": None}]}]}, "content holds noth"),
+    ("sharegpt", {"conversations": [{"from": "human", "value": None}]}, "value holds nothing (null)"),
+    ("alpaca", {"instruction": None, "output": "y"}, "column 'instruction' holds nothing (null)"),
+    ("alpaca", {"instruction": "x", "output": "y", "history": [[None, "z"]]}, "'history': it holds nothing (null)"),
+    ("squad", {"context": None, "question": "q", "answers": ["a"]}, "column 'context' holds nothing (null)"),
+    ("multiple_choice", {"ctx": None, "endings": ["a", "b"], "label": 1}, "column 'ctx' holds nothing (null)"),
+    ("multiple_choice", {"ctx": "c", "endings": ["a", None], "label": 0}, "'endings' holds a choice that is null"),
     ("pretokenized", {"input_ids": "1 2"}, "holds text, expected a list of integers"),
     ("pretokenized", {"input_ids": [1, 2.5]}, "holds 2.5, expected integers from 0"),
     ("pretokenized", {"input_ids": [1, -2]}, "holds -2"),

@@ -69,7 +69,7 @@ def json_error(text: str) -> str | None:
     try:
         json.loads(text)
     except json.JSONDecodeError as error:
-        return f"f:{error.lineno}: not valid JSON ({error.msg} at column {error.colno})"
+        return f"f:{error.lineno}: not valid JSON ({error.msg.removesuffix(' at')} at column {error.colno})"
     return None
 
 
@@ -150,6 +150,8 @@ BAD = {
     "cut.jsonl.zst": (_cut(zstandard.compress(BIG)), "damaged or cut off"),
     "not.jsonl.gz": (b"plain text", "damaged or cut off"),
     "bad.jsonl": (b'{"text": "a"}\n{"text": \n', r"bad\.jsonl:2: not valid JSON"),
+    "open.jsonl": (b'{"text": "a\n', r"open\.jsonl:1: not valid JSON \(Invalid control character at column 12\)"),
+    "open.json": (b'[{"text": "a', r"open\.json:1: not valid JSON \(Unterminated string starting at column 11\)"),
     "bad.json": (b'\n[{"text": "a"},\n {"text": }]', r"bad\.json:3: not valid JSON"),
     "list.jsonl": (b"[1]\n", r"list\.jsonl:1: a row must be a JSON object, found list"),
     "one.json": (b'{\n"text": "a"}', "one JSON object: write a list"),
@@ -195,6 +197,9 @@ def test_columns_are_renamed_and_unknown_ones_refused() -> None:
     assert got == Example({"prompt": "why?", "completion": "so"}, "why?", 6, "7")
     with pytest.raises(ConfigError, match=r"'promt' is not a column of prompt_completion \(did you mean prompt\?\)"):
         check_columns("prompt_completion", {"promt": "q"})
+    check_columns("auto", {"prompt": "q", "context": "c", "id": "key"})
+    with pytest.raises(ConfigError, match=r"'promt' is not a column of any format \(did you mean prompt\?\)"):
+        check_columns("auto", {"promt": "q", "completion": "a"})
 
 
 def test_a_missing_column_is_named_with_what_there_is() -> None:

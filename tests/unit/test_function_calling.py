@@ -102,6 +102,8 @@ def test_bad_rows() -> None:
         _call(_row(question="How big?"))
     with pytest.raises(DataError, match=r"f:1: not in the layout"):
         _call(_row(question=[[{"text": "How big?"}]]))
+    with pytest.raises(DataError, match=r"f:1: the user's content holds nothing \(null\)"):
+        _call(_row(question=[[{"role": "user", "content": None}]]))
     with pytest.raises(DataError, match=r"g:2: the id 'a' has an answer already"):
         read_answers([("g:1", {"id": "a", "ground_truth": []}), ("g:2", {"id": "a", "ground_truth": []})])
     with pytest.raises(DataError, match=r"g:1: no column 'ground_truth'"):

@@ -203,7 +203,10 @@ def test_reasoning_inside_the_content(tokenizer: PreTrainedTokenizerBase) -> Non
         ("<think>secret</think>An<think>more secret</think>\nswer", ["An", "swer<|im_end|>"]),
         ("<think>secret</think>secret</think>answer", ["answer<|im_end|>"]),
         ("<thinking>secret <think></thinking>answer", ["answer<|im_end|>"]),
-        ("<think></think>answer", ["<think></think>answer<|im_end|>"]),
+        ("<think></think>answer", ["answer<|im_end|>"]),
+        ("<think>\n\n</think>\n\nanswer", ["answer<|im_end|>"]),
+        ("An<think></think>swer<think>", ["An", "swer", "<|im_end|>"]),
+        ("</think>answer", ["answer<|im_end|>"]),
     ],
 )
 def test_reasoning_is_masked_however_the_content_holds_it(
@@ -213,6 +216,14 @@ def test_reasoning_is_masked_however_the_content_holds_it(
     for template in (CHATML, MARKED, JSON_CALLS):
         assert runs(tokenizer, template, messages, None, loss_reasoning=False) == left
         assert runs(tokenizer, template, messages, None) == [content + "<|im_end|>"]
+
+
+def test_an_empty_block_that_the_template_drops_loses_nothing(tokenizer: PreTrainedTokenizerBase) -> None:
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "<think>\n</think>answer"}]
+    tokenizer.chat_template = CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")
+    encoder = ChatEncoder(tokenizer, Tokenize(loss_reasoning=False))
+    assert supervised(tokenizer, *encode_chat(encoder, messages)) == ["answer<|im_end|>"]
+    assert not encoder.counts["reasoning_left_out"]
 
 
 def test_reasoning_of_both_kinds_in_one_turn(tokenizer: PreTrainedTokenizerBase) -> None:

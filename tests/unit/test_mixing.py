@@ -121,6 +121,28 @@ def test_rows_hold_one_source_each(made: tuple[Path, dict[str, Any]]) -> None:
         assert {d >= bound for d in rows.source_rows(np.array([index]))} == {index >= many["rows"]}
 
 
+def test_a_source_that_leaves_no_row_of_tokens_is_named_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, text in (("long", SENTENCE), ("short", "fox")):
+        lines = "".join(f'{{"text": "{text} {i}"}}\n' for i in range(6))
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+    tiny_tokenizer(tmp_path / "tokenizer")
+    config = {
+        "data": {"source": [str(tmp_path / f"{n}.jsonl") for n in ("long", "short")], "validation_size": 0},
+        "tokenize": {"min_label_tokens": 6},
+        "by_source": True,
+    }
+    text = json.dumps(config)
+    assert fetch_data.main(["--config", text, "--output", str(tmp_path / "data")]) == 0
+    folders = ["--data", str(tmp_path / "data"), "--tokenizer", str(tmp_path / "tokenizer")]
+    assert tokenize.main(["--config", text, *folders, "--output", str(tmp_path / "tokens")]) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    said = f"data.source: {tmp_path}/short.jsonl: no train row is left of its 6 (dropped of all sources: 6 few_labels)"
+    assert said in last
+    assert not (tmp_path / "tokens").exists()
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_the_loader_draws_the_mix_on_any_ranks_and_from_any_step(
     made: tuple[Path, dict[str, Any]], num_workers: int

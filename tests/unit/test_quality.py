@@ -120,7 +120,8 @@ def test_texts_questions_and_blank_answers_of_each_kind():
 
 
 def write(path, texts):
-    pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), path, row_group_size=64)
+    origins = [f"{path.stem}.jsonl:{i + 1}" for i in range(len(texts))]
+    pq.write_table(pa.table({"origin": origins, "text": pa.array(texts, pa.string())}), path, row_group_size=16)
     return path
 
 
@@ -254,8 +255,9 @@ def test_the_stage_stops_at_contamination_unless_allowed(data, tmp_path, capsys)
     code, out = run(data, tasks)
     assert code == 1
     assert not out.exists()
-    last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "2 of 20 items of the test split (10.0 %) stand in training rows" in last
+    *_, named, last = capsys.readouterr().err.strip().splitlines()
+    assert "item 4 stands in train.jsonl:40: " in named
+    assert "2 of 20 items of the test split (10.0 %) stand in training rows (train.jsonl:39, train.jsonl:40), " in last
     assert "data_check.max_contamination: null" in last
     for allowed in (0.1, None):
         code, out = run(data, tasks, max_contamination=allowed)
@@ -264,6 +266,7 @@ def test_the_stage_stops_at_contamination_unless_allowed(data, tmp_path, capsys)
     for found in manifest["contamination"]["tasks"].values():
         assert (found["items"], found["contaminated"], found["too_short"]) == (20, 2, 0)
         assert {(w["item"], w["train_row"]) for w in found["worst"]} == {(3, 38), (4, 39)}
+        assert [w["origin"] for w in found["worst"]] == ["train.jsonl:39", "train.jsonl:40"]
     assert manifest["contamination"]["tasks"].keys() == {"the test split", "held_out"}
     assert manifest["splits"]["train"]["rows"] == 40
 

@@ -89,6 +89,9 @@ def test_the_page_holds_the_data_report(demo: tuple[list[Path], Path]) -> None:
     for shown in ("truncated", "split up", "with control-token text", "reasoning left out", "2 no labels"):
         assert shown in page
     assert "Share of supervised tokens" in page
+    assert "tool_calls 17 92 % a.jsonl:12 Is <b> it?" in page
+    assert "tool_calls 4 75 % row 1,501 As earlier reports have it" in page
+    assert "lora a.jsonl 62.50 % 1,300 2.50 lora b.jsonl 37.50 % 780 0.14" in page, "what was drawn of a mix"
 
 
 def test_csv_has_one_row_for_each_score_with_the_values_of_the_files(demo: tuple[list[Path], Path]) -> None:

@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from dayzero.console import setup_logging
 from dayzero.data.file_kinds import data_files
 from dayzero.data.packages import download_package, extract, package_licence
 from dayzero.data.sources import fetch_files
@@ -104,6 +105,24 @@ def test_local_glob(tmp_path: Path) -> None:
     assert [p.read_text() for p in sorted(fetched.path.rglob("*.jsonl"))] == ["a", "b"]
     with pytest.raises(ConfigError, match="no file matches"):
         _fetch(tmp_path, str(tmp_path / "*.csv"))
+
+
+def test_a_glob_names_files_by_paths_that_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "g/here").mkdir(parents=True)
+    (tmp_path / "g/a.jsonl").write_text("{}")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path / "g/here")
+    setup_logging("fetch_data")
+    for pattern, name in (
+        (f"{tmp_path}/g/**/*.jsonl", f"{tmp_path}/g/a.jsonl"),
+        ("~/g/*.jsonl", f"{tmp_path}/g/a.jsonl"),
+        ("../../g/*.jsonl", "../../g/a.jsonl"),
+    ):
+        fetched = _fetch(tmp_path, pattern)
+        assert [label for _, label in data_files(fetched.path, fetched.label)] == [name]
+        assert f"fetch_data: {pattern}: 1 files" in capsys.readouterr().err, "not the folder that collects them"
 
 
 def test_a_glob_gives_the_files_of_the_folders_it_matches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

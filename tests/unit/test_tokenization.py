@@ -328,6 +328,27 @@ def test_the_models_limits(tmp_path):
         documents(tokenizer, "text", [])
 
 
+@pytest.mark.parametrize("model", [{"vocab_size": 500}, None], ids=["of a model", "of a tokenizer"])
+def test_ids_that_the_model_does_not_have_are_a_bad_row(tmp_path, capsys, model):
+    tokenizer = tiny_tokenizer(tmp_path / "tokenizer")
+    limit = 500 if model else len(AutoTokenizer.from_pretrained(tokenizer))
+    if model:
+        (tokenizer / "config.json").write_text(json.dumps(model))
+    ids = [[1, limit - 1, 2], [1, 2, limit, limit + 1]]
+    data = tmp_path / "data"
+    data.mkdir()
+    parquet(data / "train.parquet", input_ids=ids, loss_mask=[[True] * len(row) for row in ids])
+    splits = {"train": {"file": "train.parquet"}}
+    (data / "manifest.json").write_text(json.dumps({"format": "pretokenized", "splits": splits}))
+    arguments = ["--data", str(data), "--tokenizer", str(tokenizer), "--output", str(tmp_path / "out")]
+    assert stage.main(["--config", "{}", *arguments]) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"row rows.jsonl:2: token 3 has the id {limit}, but the model's are below {limit}: " in last
+    assert stage.main(["--config", '{"data": {"on_bad_row": "reject"}}', *arguments]) == 0
+    assert json.loads((tmp_path / "out/manifest.json").read_text())["splits"]["train"]["dropped"] == {"rejected": 1}
+    assert json.loads((tmp_path / "out/train/rejected.jsonl").read_text())["origin"] == "rows.jsonl:2"
+
+
 def messages_data(tmp_path, rows):
     data = tmp_path / "data"
     data.mkdir()
@@ -371,6 +392,34 @@ def test_a_failed_stage_leaves_nothing_and_one_line(tmp_path, path, capsys):
         assert text in capsys.readouterr().err.strip().splitlines()[-1]
         assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out*"))
+
+
+def test_faults_of_a_template_are_told_with_its_name(tmp_path, path, capsys):
+    """One of its syntax once and at the start, also where rows may be bad; another with the row that it shows in."""
+    data, _ = messages_data(tmp_path, 5)
+    file = tmp_path / "own.jinja"
+    syntax = f"tokenize: error: model.chat_template {file}:2: Encountered unknown tag 'endif'"
+    refused = "tokenize: error: row rows.jsonl:1: the chat template refuses a conversation of user, assistant"
+    for text, row, said in (
+        ("{% for m in messages %}\n{% endif %}", "reject", syntax),
+        ("\n{{ 1 // 0 }}", "fail", f"{refused} (ZeroDivisionError: integer division or modulo by zero; {file}, li"),
+        ("{{ messages[0].x.y }}", "fail", f"{refused} ('dict object' has no attribute 'x'; {file}, line 1)"),
+    ):
+        file.write_text(text)
+        config = {"model": {"chat_template": str(file)}, "data": {"on_bad_row": row}}
+        arguments = ["--config", json.dumps(config), "--data", str(data), "--tokenizer", str(path)]
+        assert stage.main([*arguments, "--output", str(tmp_path / "out")]) == 1
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert lines[-1].startswith(said)
+        assert "rejected" not in "".join(lines)
+    config["data"]["on_bad_row"] = "reject"
+    arguments[1] = json.dumps(config)
+    assert stage.main([*arguments, "--output", str(tmp_path / "out")]) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "all 2 rows are set aside, so none is left; the first is rows.jsonl:1: the chat template refuses" in last
+    own = tiny_tokenizer(tmp_path / "broken", chat_template="{% if x %}")
+    with pytest.raises(ConfigError, match=r"the chat template of the tokenizer in .*broken, line 1: Unexpected end"):
+        documents(AutoTokenizer.from_pretrained(own), "messages", [])
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])

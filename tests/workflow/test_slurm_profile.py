@@ -106,4 +106,5 @@ def test_what_cannot_be_is_said_before_anything_is_submitted(site: Project, argu
     assert snakemake.returncode != 0
     assert says in printed
     assert "Traceback" not in printed
+    assert "onstart" not in printed  # where Snakemake would have met it
     assert not calls(site)

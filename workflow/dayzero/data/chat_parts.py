@@ -56,13 +56,15 @@ def reasoning(messages: list[dict[str, Any]], text: str, render: Render, *, exac
         if message.get("reasoning_content", "").strip():
             parts.append(({**message, "reasoning_content": STAND_IN}, None))
         for start, end in _blocks(content):
-            if content[start:end].strip():
+            if exactly or content[start:end].strip():  # of a block that holds nothing its tags are masked
                 parts.append(({**message, "content": content[:start] + STAND_IN + content[end:]}, (start, end)))
         for changed, place in parts:
             other = render([*messages[:i], changed, *messages[i + 1 :]])
             found = _compare(text, other)
             if found:
                 thoughts.append(_thought(text, found, content, place))
+            elif place and not content[slice(*place)].strip():
+                continue  # nothing is lost, and nothing would be learnt but what a template makes of it
             elif other == text:
                 left_out += 1
             elif exactly:

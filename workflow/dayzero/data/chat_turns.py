@@ -12,7 +12,7 @@ from dayzero.config import Tokenize
 from dayzero.data.chat_shapes import Found, Shapes
 from dayzero.data.chat_template import ChatTemplate, Message, Tools
 from dayzero.data.plain_text import STAND_IN, Range, TextEncoder
-from dayzero.errors import ConfigError
+from dayzero.errors import ConfigError, DataError
 
 
 class TurnFinder:
@@ -69,11 +69,22 @@ class TurnFinder:
             if answer:
                 before = self._template.render(messages[:i], tools, add_generation_prompt=True)[0]
                 if not text.startswith(before):
-                    raise _unstable(self._texts, text, before, i, len(turns) == 1)
+                    raise _unstable(self._texts, text, before, i, self._stable(messages, tools, text, turns[-1]))
             if not text.startswith(after):
-                raise _unstable(self._texts, text, after, i, len(turns) == 1)
+                raise _unstable(self._texts, text, after, i, self._stable(messages, tools, text, turns[-1]))
             spans.append((len(before) if answer else self._head(messages[: i + 1], tools, text), len(after)))
         return text, sorted(spans)
+
+    def _stable(self, messages: list[Message], tools: Tools, text: str, turn: int) -> bool:
+        """Whether the conversation through that turn, and up to it if it is an answer, is how the whole `text`
+        begins."""
+        try:
+            beginnings = [self._template.render(messages[: turn + 1], tools)[0]]
+            if messages[turn]["role"] == "assistant":
+                beginnings.append(self._template.render(messages[:turn], tools, add_generation_prompt=True)[0])
+        except DataError:
+            return False
+        return all(map(text.startswith, beginnings))
 
     def _head(self, messages: list[Message], tools: Tools, text: str) -> int:
         """Where the content of the last of these messages begins in the conversation: after the turn's head, which no
@@ -135,13 +146,13 @@ class TurnFinder:
         return False
 
 
-def _unstable(texts: TextEncoder, text: str, beginning: str, message: int, only: bool) -> ConfigError:
-    """The error of a `beginning`, up to that message, that is not how the whole `text` begins; `only`: no other turn
-    is supervised."""
+def _unstable(texts: TextEncoder, text: str, beginning: str, message: int, last_is_stable: bool) -> ConfigError:
+    """The error of a `beginning`, up to that message, that is not how the whole `text` begins; `last_is_stable`: the
+    last turn alone could be supervised."""
     whole, part = texts.ids(text).tolist(), texts.ids(beginning).tolist()
     at = next((k for k, (a, b) in enumerate(zip(whole, part, strict=False)) if a != b), min(len(whole), len(part)))
     seen = [repr(texts.tokenizer.decode(ids[at : at + 1])) if at < len(ids) else "the end" for ids in (whole, part)]
-    last = "" if only else ", or supervise only the last turn (tokenize.loss_turns: last)"
+    last = ", or supervise only the last turn (tokenize.loss_turns: last)" if last_is_stable else ""
     return ConfigError(
         f"the chat template changes a conversation as it goes on around message {message + 1}: token {at} is {seen[0]} "
         f"in the whole and {seen[1]} in its beginning: mark the answers with {{% generation %}} in a template of your "

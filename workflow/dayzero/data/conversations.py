@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from dayzero.data.rows import Dropped, Example, PaddedRow, Reader, as_text, from_json, kind, to_json
+from dayzero.data.rows import Dropped, Example, PaddedRow, Reader, as_text, from_json, kind, needed_text, to_json
 from dayzero.errors import DataError
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -69,7 +69,7 @@ def sharegpt(reader: Reader) -> Example | Dropped:
         role = _SHAREGPT_ROLES.get(turn["from"]) if isinstance(turn["from"], str) else None
         if role is None:
             raise DataError(f"{where} is from {turn['from']!r}, expected one of {', '.join(_SHAREGPT_ROLES)}")
-        text = as_text(turn["value"], where, "value")
+        text = needed_text(turn["value"], where, "value")
         if turn["from"] == "function_call":
             call = from_json(text, where, "value")
             calls = call if isinstance(call, list) else [call]
@@ -84,7 +84,8 @@ def alpaca(reader: Reader) -> Example | Dropped:
 
     `history` holds the turns before them, a list of [question, answer].
     """
-    instruction, extra, answer = reader.text("instruction"), reader.text("input", optional=True), reader.text("output")
+    instruction, extra = reader.text("instruction"), reader.text("input", optional=True)
+    answer = reader.text("output", answer=True)
     if not answer.strip():
         return Dropped("empty")
     question = f"{instruction}\n\n{extra}" if extra.strip() else instruction
@@ -123,7 +124,10 @@ def _message(message: Any, where: str, padded: bool) -> dict[str, str]:
     if role not in ROLES:
         raise DataError(f"{where} has the role {role!r}, expected one of {', '.join(ROLES)}")
     _refuse_unread(message, where)
-    done = {"role": role, "content": _content(message.get("content"), where)}
+    # beside calls or reasoning null says that there is no more; alone it would teach to say nothing
+    more = role == "assistant" and any(message.get(key) for key in ("tool_calls", "reasoning_content"))
+    content = message.get("content")
+    done = {"role": role, "content": "" if more and content is None else _content(content, where)}
     for key, only in (("tool_calls", "assistant"), ("reasoning_content", "assistant"), ("tool_call_id", "tool")):
         if message.get(key) and role != only:
             raise DataError(f"{where} has {key}, which only a message of the role {only} may have, not {role}")
@@ -166,19 +170,19 @@ def _history(reader: Reader) -> list[tuple[str, str]]:
     turns = from_json(reader.value("history"), where, "it")
     if not isinstance(turns, list) or any(not isinstance(turn, list) or len(turn) != 2 for turn in turns):
         raise DataError(f"{where} is no list of [question, answer]")
-    return [(as_text(asked, where, "it"), as_text(said, where, "it")) for asked, said in turns]
+    return [(needed_text(asked, where, "it"), needed_text(said, where, "it")) for asked, said in turns]
 
 
 def _content(value: Any, where: str) -> str:
     """Text, or the joined texts of a list of parts `{type: text, text}`."""
     if not isinstance(value, list):
-        return as_text(value, where, "content")
+        return needed_text(value, where, "content")
     parts = []
     for part in value:
         if not isinstance(part, dict) or part.get("type", "text") != "text" or "text" not in part:
             found = part.get("type") if isinstance(part, dict) else kind(part)
             raise DataError(f"{where}: content holds a part of the type {found}, only text can be trained on")
-        parts.append(as_text(part["text"], where, "content"))
+        parts.append(needed_text(part["text"], where, "content"))
     return "".join(parts)
 
 

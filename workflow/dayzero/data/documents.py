@@ -26,7 +26,7 @@ from dayzero.config_checks import LOSS_KEYS
 from dayzero.data.chat import ChatEncoder, Rendered
 from dayzero.data.conversations import load_messages
 from dayzero.data.plain_text import Ids, Mask, TextEncoder
-from dayzero.data.tokenizer import affixes
+from dayzero.data.tokenizer import affixes, num_token_ids
 from dayzero.errors import ConfigError, DataError
 
 COLUMNS = {"text": ["text"], "prompt_completion": ["prompt", "completion"], "messages": ["messages"]}
@@ -70,6 +70,7 @@ class DocumentEncoder:
                     f"tokenize.{name} is only for conversations, this data is kept as {data_format}: leave it out"
                 )
         if data_format == "pretokenized":
+            self._num_token_ids = num_token_ids(tokenizer)
             return
         self._texts = TextEncoder(tokenizer)
         self._prefix = np.array(affixes(tokenizer)[0], np.int32)
@@ -191,7 +192,14 @@ class DocumentEncoder:
         return rendered
 
     def _pretokenized(self, row: Mapping[str, Any]) -> Document:
-        return np.array(row["input_ids"], np.int32), np.array(row["loss_mask"], np.bool_)
+        ids = np.array(row["input_ids"], np.int32)
+        if ids.max(initial=-1) >= self._num_token_ids:
+            at = int(np.argmax(ids >= self._num_token_ids))
+            raise DataError(
+                f"token {at + 1} has the id {ids[at]}, but the model's are below {self._num_token_ids}: tokenise the "
+                "row with the model's own tokenizer, take it out, or set such rows aside (data.on_bad_row: reject)"
+            )
+        return ids, np.array(row["loss_mask"], np.bool_)
 
     def _marked(self, text: str) -> str:
         return self._texts.mark(text) if self.options.special_text == "plain" else text

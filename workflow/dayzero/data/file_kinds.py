@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+from itertools import takewhile
 from pathlib import Path
 
 from dayzero.console import log
@@ -51,7 +53,14 @@ def data_files(path: Path, label: str) -> list[tuple[Path, str]]:
         raise DataError(
             f"{label}: no data file in the directory: name one, or convert it to a known ending ({endings()})"
         )
-    return [(p, str(p.relative_to(path)) if pattern else f"{label}/{p.relative_to(path)}") for p in tables or read]
+    folder = _leading(label) if pattern else f"{label}/"
+    return [(p, f"{folder}{p.relative_to(path)}") for p in tables or read]
+
+
+def _leading(pattern: str) -> str:
+    """What a glob begins with that its matches lack where they are collected: the root, or the way up."""
+    parts = takewhile(lambda part: part in ("..", os.sep), Path(os.path.expanduser(pattern)).parts)
+    return "".join(part if part == os.sep else part + os.sep for part in parts)
 
 
 def _name_left_out(label: str, path: Path, files: list[Path], read: list[Path]) -> None:

@@ -15,7 +15,7 @@ import pyarrow as pa
 from dayzero.column_template import fill, parse_template
 from dayzero.console import log
 from dayzero.data import conversations, question_formats
-from dayzero.data.rows import Dropped, Example, Reader, from_json, scalar_text
+from dayzero.data.rows import Dropped, Example, Reader, from_json, null_value, scalar_text
 from dayzero.errors import ConfigError, DataError
 
 SCHEMAS = {
@@ -31,12 +31,14 @@ IGNORE = -100
 
 
 def _text(reader: Reader) -> Example | Dropped:
-    text = reader.text("text")
+    text = reader.text("text", answer=True)
     return Example({"text": text}, text, len(text), reader.id()) if text.strip() else Dropped("empty")
 
 
 def _prompt_completion(reader: Reader) -> Example | Dropped:
-    return question_formats.prompt_and_completion(reader.text("prompt"), reader.text("completion"), reader.id())
+    return question_formats.prompt_and_completion(
+        reader.text("prompt"), reader.text("completion", answer=True), reader.id()
+    )
 
 
 def _pretokenized(reader: Reader) -> Example | Dropped:
@@ -157,16 +159,15 @@ def detect_format(row: Mapping[str, Any], columns: dict[str, str], origin: str) 
 
 
 def check_columns(format_name: str, columns: dict[str, str]) -> None:
-    """Raise ConfigError when `columns` renames something that the format does not read."""
-    form = FORMATS[format_name]
-    known = [*form.needs, *form.may_have, "id"]
+    """Raise ConfigError when `columns` renames something that the format, or with `auto` every one, does not read."""
+    forms = FORMATS.values() if format_name == "auto" else [FORMATS[format_name]]
+    known = [*dict.fromkeys(name for form in forms for name in (*form.needs, *form.may_have)), "id"]
     for name in columns:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f" (did you mean {close[0]}?)" if close else ""
-            raise ConfigError(
-                f"data.columns: {name!r} is not a column of {format_name}{hint}: it has {', '.join(known)}"
-            )
+            of, they = ("any format", "they have") if format_name == "auto" else (format_name, "it has")
+            raise ConfigError(f"data.columns: {name!r} is not a column of {of}{hint}: {they} {', '.join(known)}")
 
 
 def normalise(
@@ -191,9 +192,14 @@ def _from_template(reader: Reader, template: dict[str, str]) -> Example | Droppe
     def value(name: str) -> str:
         return scalar_text(reader.value(name), reader.origin, f"column {reader.name(name)!r}")
 
-    texts = {key: fill(parse_template(text, f"data.template.{key}"), value) for key, text in template.items()}
+    parts = {key: parse_template(text, f"data.template.{key}") for key, text in template.items()}
+    texts = {key: fill(of_key, value) for key, of_key in parts.items()}
     if not next(texts[key] for key in ("text", "completion", "assistant") if key in texts).strip():
         return Dropped("empty")
+    for key in ("prompt", "user"):
+        names = [name for _, name in parts.get(key, ()) if name is not None]
+        if names and all(reader.value(name) is None for name in names):
+            raise null_value(reader.origin, f"data.template.{key}: {', '.join(map(repr, map(reader.name, names)))}")
     if "text" in texts:
         return Example(texts, texts["text"], len(texts["text"]), reader.id())
     if "prompt" in texts:

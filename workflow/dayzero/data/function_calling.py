@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from dayzero.data.rows import Dropped, Example
+from dayzero.data.rows import Dropped, Example, needed_text
 from dayzero.data.rows import column_value as column
 from dayzero.errors import DataError
 
@@ -84,7 +84,7 @@ def _example(key: str, turns: Any, functions: Any, origin: str, answers: dict[st
     if any(options == [] for options in accepted.values()):
         return Dropped("no_accepted_value")
 
-    question = turns[0][-1]["content"]
+    question = needed_text(turns[0][-1]["content"], origin, "the user's content")
     system = "\n".join(m["content"] for m in turns[0][:-1])
     schemas = "\n".join(json.dumps(f, ensure_ascii=False, separators=(",", ":")) for f in functions)
     prompt = PROMPT.format(functions=schemas, question=question)

@@ -10,15 +10,14 @@ import unicodedata
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import numpy as np
-import pyarrow.parquet as pq
 from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from dayzero.data.stored_table import row_origins
 from dayzero.data.tokenizer import special_tokens
 from dayzero.data.tokens import IGNORE, TokenRows
 from dayzero.errors import ConfigError
@@ -71,7 +70,8 @@ def view_rows(
     for index in indices:
         row = rows.row(index)
         supervised = np.concatenate([[False], row.labels[:-1] != IGNORE])
-        origins = _origins(data_file, row.document_ids.tolist())
+        ids = row.document_ids.tolist()
+        origins = row_origins(data_file, ids) if data_file else {i: f"row {i}" for i in ids}
         documents = []
         for number, source_row in enumerate(row.document_ids.tolist()):
             here = slice(int(row.cu_seqlens[number]), int(row.cu_seqlens[number + 1]))
@@ -139,23 +139,6 @@ def _pieces(ids: list[int], mask: list[bool], tokenizer: PreTrainedTokenizerBase
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)) if ids else ""
-
-
-def _origins(data_file: Path | None, source_rows: list[int]) -> dict[int, str]:
-    """Where rows of the Parquet file came from; only the row groups that hold them are read."""
-    origins = {row: f"row {row}" for row in source_rows}
-    if data_file is None:
-        return origins
-    with pq.ParquetFile(data_file) as file:
-        first = 0
-        for group in range(file.metadata.num_row_groups):
-            size = file.metadata.row_group(group).num_rows
-            wanted = [row for row in origins if first <= row < first + size]
-            if wanted and "origin" in file.schema_arrow.names:
-                column: Any = file.read_row_group(group, ["origin"]).column("origin")
-                origins |= {row: str(column[row - first].as_py()) for row in wanted}
-            first += size
-    return origins
 
 
 def _heading(number: int, document: DocumentView) -> str:

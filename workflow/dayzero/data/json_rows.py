@@ -78,7 +78,7 @@ class _Array:
                 raise json.JSONDecodeError("Extra data", self._text, self._at)
         except json.JSONDecodeError as error:
             line, column = self._place(error.pos)
-            raise DataError(f"{self._label}:{line}: not valid JSON ({error.msg} at column {column})") from error
+            raise DataError(f"{self._label}:{line}: {_not_json(error, column)}") from error
         except RecursionError as error:
             raise DataError(f"{self._label}: {_TOO_DEEP}") from error
 
@@ -129,7 +129,7 @@ def _object(text: str) -> Row | BadRow:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        return BadRow(_not_json(error), text)
+        return BadRow(_not_json(error, error.colno), text)
     except RecursionError:
         return BadRow(_TOO_DEEP, text)
     except ValueError as error:  # an integer of more digits than Python reads
@@ -143,5 +143,5 @@ def _checked(value: Any, content: Any) -> Row | BadRow:
     return BadRow(f"a row must be a JSON object, found {type(value).__name__}", content)
 
 
-def _not_json(error: json.JSONDecodeError) -> str:
-    return f"not valid JSON ({error.msg} at column {error.colno})"
+def _not_json(error: json.JSONDecodeError, column: int) -> str:
+    return f"not valid JSON ({error.msg.removesuffix(' at')} at column {column})"

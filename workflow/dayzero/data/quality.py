@@ -26,7 +26,7 @@ from dayzero.data.histogram import LengthHistogram
 from dayzero.data.near_duplicates import NearDuplicates
 from dayzero.data.ngrams import Words, words
 from dayzero.data.spill import Spill, first_of_groups
-from dayzero.data.stored_table import batch_rows, open_table, table_bytes
+from dayzero.data.stored_table import batch_rows, open_table, row_origins, table_bytes
 from dayzero.errors import DataError
 
 BATCH_ROWS, BATCH_BYTES = 512, 2**20
@@ -221,6 +221,17 @@ def check_split(
     }
 
 
+def name_rows(found: Mapping[str, dict[str, Any]], file: Path) -> None:
+    """Give each of the worst items the `origin`, file and line, of the row of `file` that it stands in.
+
+    Raises DataError for a file that cannot be read.
+    """
+    worst = [item for entry in found.values() for item in entry["worst"]]
+    origins = row_origins(file, (item["train_row"] for item in worst))
+    for item in worst:
+        item["origin"] = origins[item["train_row"]]
+
+
 def refuse_contamination(found: Mapping[str, dict[str, Any]], check: DataCheck) -> None:
     """Log what was found; raise DataError where more than `max_contamination` of a task's items is contaminated."""
     for task, entry in found.items():
@@ -230,11 +241,13 @@ def refuse_contamination(found: Mapping[str, dict[str, Any]], check: DataCheck) 
     for task, entry in found.items():
         if entry["share"] > check.max_contamination:
             for item in entry["worst"]:
-                log.warning("item %d stands in training row %d: %s", item["item"], item["train_row"], item["text"])
+                log.warning("item %d stands in %s: %s", item["item"], item["origin"], item["text"])
+            rows = dict.fromkeys(item["origin"] for item in entry["worst"])
             raise DataError(
                 f"{entry['contaminated']} of {entry['items']} items of {task} ({100 * entry['share']:.1f} %) stand in "
-                f"training rows, data_check.max_contamination {check.max_contamination} allows fewer: take those rows "
-                "out of the data, or allow it with data_check.max_contamination: null"
+                f"training rows ({', '.join(rows)}{', ...' * (entry['contaminated'] > len(entry['worst']))}), "
+                f"data_check.max_contamination {check.max_contamination} allows fewer: take those rows out of the "
+                "data, or allow it with data_check.max_contamination: null, which has the report name the worst items"
             )
 
 

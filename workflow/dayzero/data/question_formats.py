@@ -83,6 +83,8 @@ def _choices(reader: Reader) -> tuple[list[str], list[str], bool]:
         found, labels = found.get("text"), found.get("label")
     if not isinstance(found, list) or len(found) < 2:
         raise reader.fail("choices", "a list of at least two texts")
+    if None in found:
+        raise DataError(f"{where}: {name} holds a choice that is null: write all of them out, or take the row out")
     texts = [scalar_text(choice, where, name) for choice in found]
     if labels is None:
         labels = list(string.ascii_uppercase[: len(texts)])

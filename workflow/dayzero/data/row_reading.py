@@ -60,6 +60,8 @@ class RowReader:
 
         Raises ConfigError or DataError for what cannot be fetched or read, and for a source of which nothing is left.
         """
+        if self._format == "auto":
+            check_columns("auto", self.data.columns)
         answers = [self._read(text, "data.answers", None) for text in listed(self.data.answers)]
         self._answers = function_calling.read_answers(chain.from_iterable(answers))
         keys = ("source", "validation_source", "test_source")
@@ -154,7 +156,7 @@ class RowReader:
                 if self.rejects is None or self._format != "auto":
                     raise
                 unfit = unfit or error
-                self._set_aside(origin, str(error).removeprefix("data.format auto: "), row)
+                self._set_aside(origin, str(error).removeprefix("data.format auto: ").removeprefix(f"{origin} "), row)
                 continue
             except DataError as error:
                 if self.rejects is None:

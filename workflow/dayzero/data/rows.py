@@ -61,11 +61,13 @@ class Reader:
         """The column's value; DataError where there is none."""
         return column_value(self.row, self.name(column), self.origin)
 
-    def text(self, column: str, optional: bool = False) -> str:
-        """The column's text; null is empty, and so is a column that is `optional` and not there."""
+    def text(self, column: str, *, optional: bool = False, answer: bool = False) -> str:
+        """The column's text. A null is empty where the column is `optional`, which may then also not be there, or the
+        `answer`: a row without one is left out. Elsewhere it is an error: to ask nothing would be learnt."""
         if optional and not self.has(column):
             return ""
-        return as_text(self.value(column), self.origin, f"column {self.name(column)!r}")
+        read = as_text if optional or answer else needed_text
+        return read(self.value(column), self.origin, f"column {self.name(column)!r}")
 
     def id(self) -> str | None:
         """The row's own id, where it has one that is a text or an integer."""
@@ -97,7 +99,10 @@ def column_value(row: Mapping[str, Any], name: str, origin: str) -> Any:
         return None if isinstance(value, float) and value != value else value
     close = difflib.get_close_matches(name, map(str, row), n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
-    raise DataError(f"{origin}: no column {name!r}{hint}; it has {', '.join(map(str, row))}: set data.columns")
+    raise DataError(
+        f"{origin}: no column {name!r}{hint}; it has {', '.join(map(str, row))}: set data.columns, or, where other "
+        "rows have it, set such ones aside (data.on_bad_row: reject)"
+    )
 
 
 def as_text(value: Any, where: str, what: str) -> str:
@@ -108,6 +113,21 @@ def as_text(value: Any, where: str, what: str) -> str:
         raise DataError(f"{where}: {what} holds {kind(value)}, expected text")
     check_unicode(value, where, what)
     return value
+
+
+def needed_text(value: Any, where: str, what: str) -> str:
+    """As `as_text`, but DataError for null."""
+    if value is None:
+        raise null_value(where, what)
+    return as_text(value, where, what)
+
+
+def null_value(where: str, what: str) -> DataError:
+    """The error for a null where a text is needed."""
+    return DataError(
+        f"{where}: {what} holds nothing (null), expected text: fill it, take the row out, or set such rows aside "
+        "(data.on_bad_row: reject)"
+    )
 
 
 def scalar_text(value: Any, where: str, what: str) -> str:

@@ -45,7 +45,7 @@ def fetch_files(source: Source, key: str, workspace: Path, memory: Memory, sha25
     Raises ConfigError when there is no such file or its hash is another one, DataError for a broken archive.
     """
     fetched = locate(source, key, workspace)
-    found = _sha256(fetched.path)
+    found = _sha256(fetched.path, source.text)
     check_sha256(source.text, found, sha256, key.partition(".")[0])
     moved = memory.moved_from(source.text, found, pinned=sha256 is not None)
     return replace(fetched, sha256=found, moved_from=moved)
@@ -162,11 +162,11 @@ def _local(source: Source, key: str, workspace: Path) -> Path:
     raise ConfigError(f"{key}: {source.text!r} does not exist{hint}: give {FORMS}")
 
 
-def _sha256(path: Path) -> str:
+def _sha256(path: Path, text: str) -> str:
     if path.is_file():
         return sha256_file(path)
     files = {str(p.relative_to(path)): sha256_file(p) for p in files_below(path) if p.is_file()}
     if not files:
-        raise DataError(f"{path}: the directory holds no files")
-    log.info("%s: %d files", path.name, len(files))
+        raise DataError(f"{text}: the directory holds no files")
+    log.info("%s: %d files", text, len(files))
     return sha256_json(files)

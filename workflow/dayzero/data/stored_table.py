@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,24 @@ def table_bytes(file: pq.ParquetFile) -> int:
 def batch_rows(size: int, rows: int, most_bytes: int = BATCH_BYTES, most_rows: int = BATCH_ROWS) -> int:
     """How many rows of a table of `size` bytes to hold at once: `most_rows`, or fewer where rows are large."""
     return max(1, min(most_rows, most_bytes * rows // max(size, 1)))
+
+
+def row_origins(file: Path, rows: Iterable[int]) -> dict[int, str]:
+    """Where rows of the Parquet file came from, file and line; only the row groups that hold them are read.
+
+    Raises DataError for a file that cannot be read.
+    """
+    origins = {row: f"row {row}" for row in rows}
+    with open_table(file) as table:
+        first = 0
+        for group in range(table.metadata.num_row_groups):
+            size = table.metadata.row_group(group).num_rows
+            wanted = [row for row in origins if first <= row < first + size]
+            if wanted and "origin" in table.schema_arrow.names:
+                column: Any = table.read_row_group(group, ["origin"]).column("origin")
+                origins |= {row: str(column[row - first].as_py()) for row in wanted}
+            first += size
+    return origins
 
 
 def rows_of(batch: pa.RecordBatch) -> list[dict[str, Any]]:

@@ -69,7 +69,7 @@ def tokenize_split(
     tokenizer: TokenizerSource,
     options: Tokenize,
     num_workers: int,
-    rows_by_source: Sequence[int] | None = None,
+    sources: Sequence[tuple[str, int]] | None = None,
     reject: bool = False,
 ) -> dict[str, Any]:
     """Write the token store of one split to the new directory `output` and return what the manifest says about it.
@@ -79,24 +79,26 @@ def tokenize_split(
         name: the split's name, for messages.
         data_format: text, prompt_completion, messages or pretokenized.
         num_workers: processes; the result does not depend on it.
-        rows_by_source: rows of each source in the file, in its order: no row of tokens then holds two sources.
+        sources: name and rows of each source in the file, in its order: no row of tokens then holds two sources.
         reject: set rows that cannot be encoded aside, in rejected.jsonl of `output`.
 
-    Raises DataError for a file that cannot be read, lacks a column, or leaves no supervised token, and, unless told to
-    `reject` it, for a row that cannot be encoded; ConfigError for a
-    tokenizer that does not fit the format or the model.
+    Raises DataError for a file that cannot be read, lacks a column, or leaves no supervised token, of one of `sources`
+    too, and, unless told to `reject` it, for a row that cannot be encoded; ConfigError for a tokenizer that does not
+    fit the format or the model.
     """
     check_model_limits(tokenizer.path, seq_len=options.seq_len)
     counts: Counter[str] = Counter()
     source_rows, label_tokens, max_token_id = 0, 0, -1
     lengths = LengthHistogram()
+    why = ""  # what was wrong with the first row that was set aside
     rejects = Rejects(output / "rejected.jsonl")
 
     def documents() -> Iterator[Documents]:
-        nonlocal counts, source_rows, label_tokens, max_token_id
+        nonlocal counts, source_rows, label_tokens, max_token_id, why
         for part in _encode(source, name, num_workers, (tokenizer, data_format, options, reject)):
             for row in part.rejected:
                 rejects.add(*row)
+                why = why or f"{row[0]}: {row[1]}"
             counts += part.counts
             source_rows += part.source_rows
             label_tokens += int(part.documents.loss_mask.sum())
@@ -105,9 +107,10 @@ def tokenize_split(
             if len(part.documents.lengths):
                 yield part.documents
 
-    of_source = [dict.fromkeys(_COUNTED, 0) for _ in rows_by_source or [0]]
+    rows_by_source = [count for _, count in sources or [("", 2**62)]]
+    of_source = [dict.fromkeys(_COUNTED, 0) for _ in rows_by_source]
     with TokenWriter(output) as writer:
-        for number, parts in groupby(by_source(documents(), rows_by_source or [2**62]), lambda part: part[0]):
+        for number, parts in groupby(by_source(documents(), rows_by_source), lambda part: part[0]):
             before = writer.num_rows, writer.num_documents, writer.num_tokens
             for rows, counted in _rows((part for _, part in parts), options):
                 writer.append(rows.input_ids, rows.loss_mask, rows.lengths, counted, rows.document_ids)
@@ -115,12 +118,20 @@ def tokenize_split(
             of_source[number] = dict(zip(_COUNTED, (b - a for a, b in zip(before, after, strict=True)), strict=True))
     rejected = rejects.close()
     dropped = {key.removeprefix("dropped."): n for key, n in sorted(counts.items()) if key.startswith("dropped.")}
+    reasons = ", ".join(f"{n} {key}" for key, n in dropped.items()) or "there are none"
+    if source_rows and counts["dropped.rejected"] == source_rows:
+        raise DataError(f"{source}: all {source_rows} rows are set aside, so none is left; the first is {why}")
     if not label_tokens:
-        reasons = ", ".join(f"{n} {key}" for key, n in dropped.items()) or "there are none"
         raise DataError(
             f"{source}: no document with a supervised token is left of {source_rows} rows ({reasons}): check the "
             "data's columns, tokenize.seq_len, long_documents and min_label_tokens"
         )
+    for (of, there), left in zip(sources or (), of_source, strict=False):
+        if not left["rows"]:  # which training would find only when it draws from it
+            raise DataError(
+                f"data.source: {of}: no {name} row is left of its {there} (dropped of all sources: {reasons}): check "
+                "tokenize.seq_len, long_documents and min_label_tokens, or remove it and its weight"
+            )
     check_model_limits(tokenizer.path, max_token_id=max_token_id)
     return {
         "source_rows": source_rows,
@@ -137,7 +148,7 @@ def tokenize_split(
         "packing_efficiency": writer.num_tokens / (writer.num_rows * options.seq_len),
         "document_tokens": lengths.result(),
         "max_token_id": max_token_id,
-        **({"sources": of_source} if rows_by_source is not None else {}),
+        **({"sources": of_source} if sources is not None else {}),
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ from jinja2 import Environment
 from jinja2.exceptions import TemplateSyntaxError
 from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from dayzero.console import log
 from dayzero.context_length import context_field
-from dayzero.errors import ConfigError, one_line
+from dayzero.errors import ConfigError, one_line, short
 from dayzero.remote_code import require_trusted_code
 
 
@@ -49,6 +50,7 @@ class TokenizerSource:
         tokenizer.model_max_length = int(1e30)
         if self.chat_template is not None:
             tokenizer.chat_template = read_chat_template(self.chat_template)
+            tokenizer.chat_template_file = self.chat_template  # for messages
         return tokenizer
 
     def describe(self, data_format: str) -> dict[str, Any]:
@@ -66,11 +68,23 @@ class TokenizerSource:
 
 
 def read_chat_template(path: str | Path) -> str:
-    """The text of a Jinja chat template file; ConfigError where it cannot be read."""
+    """The text of a Jinja chat template file; ConfigError where it cannot be read, or is no template."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        template = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"model.chat_template {path}: {error}: give the path of a Jinja file") from error
+    if fault := syntax_fault(template):
+        raise ConfigError(f"model.chat_template {path}:{fault[0]}: {fault[1]}: correct the template")
+    return template
+
+
+def syntax_fault(template: str) -> tuple[int, str] | None:
+    """The line of a chat template that is no Jinja, and what is wrong there; None for a sound one."""
+    try:
+        render_jinja_template([], chat_template=template)  # no conversation: it is only compiled, as it will be again
+    except TemplateSyntaxError as error:
+        return error.lineno, short(error.message or "no template", 300).rstrip(".")
+    return None
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
@@ -185,12 +199,22 @@ def check_model_limits(path: str | Path, *, seq_len: int | None = None, max_toke
             f"tokenize.seq_len {seq_len} exceeds the context length {context[1]} of the model in {path}: "
             f"set it to {context[1]} or less"
         )
-    vocab_size = config.get("vocab_size")
-    if max_token_id is not None and isinstance(vocab_size, int) and max_token_id >= vocab_size:
+    vocab_size = _vocab_size(config)
+    if max_token_id is not None and vocab_size is not None and max_token_id >= vocab_size:
         raise ConfigError(
             f"the tokenizer in {path} gave token id {max_token_id}, beyond the model's vocab_size {vocab_size}: "
             "use the tokenizer the model was trained with"
         )
+
+
+def num_token_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many token ids there are: the vocab_size of the model beside the tokenizer, else those that it has."""
+    return _vocab_size(_model_config(tokenizer.name_or_path)) or len(tokenizer)
+
+
+def _vocab_size(config: Mapping[str, Any]) -> int | None:
+    size = config.get("vocab_size")
+    return size if isinstance(size, int) else None
 
 
 def _model_config(path: str | Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dayzero.nested import flatten
-from dayzero.reporting.collect import RUN_STAGES, Record, Run
+from dayzero.reporting.collect import RUN_STAGES, Run
 from dayzero.reporting.scores import DASH, run_facts
 
 
@@ -98,45 +98,7 @@ def data_tables(runs: Sequence[Run]) -> list[tuple[str, Table, Table]]:
             facts.append(["set aside in rejected.jsonl", said])
         facts.extend([f"overlap: {words(name)}", text(value)] for name, value in (data.get("overlap") or {}).items())
         header = ["source", "rows", "licence", "revision", "sha256"]
-        tables.append((_used_by(key, users, runs), Table(header, sources, frozenset({1})), Table(["", ""], facts)))
-    return tables
-
-
-def checks_tables(runs: Sequence[Run]) -> list[tuple[str, Table, Table]]:
-    """(title, rows, contamination) for each data report."""
-    tables = []
-    for key, users in by_key(runs, "check_data").items():
-        check = users[0].check
-        if check is None:
-            continue
-        rows = [
-            [
-                split,
-                number(entry["rows"]),
-                number(entry["empty_answers"]),
-                _found(entry["exact_duplicates"]),
-                _found(entry["near_duplicates"]),
-                number(round(entry["characters"]["total"] / max(entry["rows"], 1))),
-                number(entry["characters"]["longest"]),
-                ", ".join(f"{name} {number(n)}" for name, n in list(entry["languages"].items())[:4]) or DASH,
-            ]
-            for split, entry in check["splits"].items()
-        ]
-        header = ["split", "rows", "blank answers", "copies", "near-duplicates", "mean characters", "longest"]
-        contamination = check["contamination"]
-        items = [
-            [task, number(entry["items"]), _found(entry, "contaminated", "items"), number(entry["too_short"])]
-            for task, entry in contamination["tasks"].items()
-        ]
-        found = f"with {100 * contamination['overlap']:g} % of their {contamination['ngram']}-grams in training rows"
-        found += " (shorter items: all of it)"
-        tables.append(
-            (
-                _used_by(key, users, runs),
-                Table([*header, "languages of a sample"], rows, frozenset(range(1, 7))),
-                Table(["task", "items", found, "too short to tell"], items, frozenset({1, 2, 3})),
-            )
-        )
+        tables.append((used_by(key, users, runs), Table(header, sources, frozenset({1})), Table(["", ""], facts)))
     return tables
 
 
@@ -154,7 +116,7 @@ def tokens_table(runs: Sequence[Run]) -> Table:
             efficiency = entry.get("packing_efficiency")
             rows.append(
                 [
-                    _used_by(key, users, runs),
+                    used_by(key, users, runs),
                     split,
                     number(tokens.get("seq_len")),
                     text(tokens.get("packing")),
@@ -317,11 +279,6 @@ def _percent(part: float | None, whole: float | None) -> str:
     return DASH if part is None or not whole else f"{100 * part / whole:.1f} %"
 
 
-def _found(entry: Record, found: str = "found", of: str = "looked_at") -> str:
-    looked_at = f" of {number(entry[of])}" if of != "items" else ""
-    return f"{number(entry[found])}{looked_at} ({100 * entry['share']:.1f} %)"
-
-
 def _dropped(dropped: dict[str, int] | int | None) -> str:
     if isinstance(dropped, dict):
         return ", ".join(f"{number(n)} {words(why)}" for why, n in dropped.items() if n) or "0"
@@ -337,5 +294,6 @@ def by_key(runs: Sequence[Run], stage: str) -> dict[str, list[Run]]:
     return users
 
 
-def _used_by(key: str, users: Sequence[Run], runs: Sequence[Run]) -> str:
+def used_by(key: str, users: Sequence[Run], runs: Sequence[Run]) -> str:
+    """A key of the store, and the runs that use it where not all do."""
     return key if len(users) == len(runs) else f"{key} ({', '.join(run.name for run in users)})"

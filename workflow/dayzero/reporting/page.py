@@ -10,8 +10,10 @@ from markupsafe import Markup
 from dayzero import __version__
 from dayzero.provenance import git_revision
 from dayzero.reporting import facts
+from dayzero.reporting.checks import checks_tables
 from dayzero.reporting.collect import Run
 from dayzero.reporting.jobs import jobs_table
+from dayzero.reporting.mix import mix_table
 from dayzero.reporting.scores import ScoreTable
 from dayzero.reporting.style import COLOURS
 
@@ -46,7 +48,8 @@ def render_page(
         runs=facts.runs_table(runs),
         serving=facts.serving_table(runs),
         data_tables=facts.data_tables(runs),
-        checks=facts.checks_tables(runs),
+        checks=checks_tables(runs),
+        mix=mix_table(runs),
         tokens=facts.tokens_table(runs),
         differences=facts.differences_table(runs),
         provenance=facts.provenance_tables(runs),

@@ -49,6 +49,7 @@ def body(args: argparse.Namespace) -> None:
                 splits[name] = quality.check_split(file, kind, check, name, Path(workspace), seen_by)
             _say(name, splits[name])
         found = contamination.result()
+        quality.name_rows(found, files["train"])
         quality.refuse_contamination(found, check)
     else:
         log.warning("rows of format %s hold no text: neither duplicates nor contamination are looked for", kind)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from dayzero.stages.base import read_config, run_stage, stage_parser
 
@@ -50,7 +51,7 @@ def body(args: argparse.Namespace) -> None:
                 options=options,
                 num_workers=args.num_workers,
                 reject=(config.get("data") or {}).get("on_bad_row") == "reject",
-                rows_by_source=data["splits"][name]["source_rows"] if mixed and name == "train" else None,
+                sources=_sources(data) if mixed and name == "train" else None,
             )
             report_split(name, splits[name], options)
         manifest = {
@@ -64,6 +65,12 @@ def body(args: argparse.Namespace) -> None:
             "provenance": clock.provenance(inputs={"data": sha256_file(args.data / "manifest.json")}),
         }
         write_json(output / "manifest.json", manifest)
+
+
+def _sources(data: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """Each of data.source and its training rows; the manifest names those of the other splits after them."""
+    rows = data["splits"]["train"]["source_rows"]
+    return [(source["source"], count) for source, count in zip(data["sources"], rows, strict=False)]
 
 
 if __name__ == "__main__":
