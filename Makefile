@@ -53,7 +53,7 @@ test-full: env
 
 test-slurm: env
 	@$(BIN)/python -m tests.slurm.cluster check
-	$(BIN)/pytest -m slurm tests/slurm --durations=0 $(PYTEST_ARGS)
+	$(BIN)/pytest -m slurm tests/slurm --numprocesses=$(WORKERS) --dist=loadfile --durations=0 $(PYTEST_ARGS)
 
 coverage: env
 	$(BIN)/python -m tests.coverage.walk $(COVERAGE_ARGS)
