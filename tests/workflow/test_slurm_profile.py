@@ -58,6 +58,8 @@ def started(site: Project, refused: int, *arguments: str) -> subprocess.Popen[st
     return subprocess.Popen(
         [*command, *more, *arguments], cwd=site.path, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        # what a shell starts in the background ignores SIGINT, and so does all that it starts
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 
