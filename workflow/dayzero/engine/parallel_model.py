@@ -92,10 +92,18 @@ class ParallelModel:
         self.router_coefficient = router_loss_coefficient(model, self.train.router_aux_loss_coef, self.dims)
         load = partial(self.weights.load, bare, model, self.device, offload=self.train.cpu_offload)
         self.module, self.partial, self.pipeline = parallelize(
-            bare, self.dims, self.mesh, self.train, load, self.anatomy, adapters=self.method.adapters is not None
+            bare, self.dims, self.mesh, self.train, load, self.anatomy, keep_gathered=self.keeps_gathered
         )
         self.copies = self.pipeline.copies_here() if self.pipeline else frozenset[int]()
         """Ids of parameters here that another stage of the pipeline holds too, and accounts for."""
+
+    @property
+    def keeps_gathered(self) -> bool:
+        """Whether FSDP2 gathers once a step instead of in each pass: where that is a copy of adapters, which are small,
+        and of nothing else (the frozen weights are left out of it, see `parallelize.py`)."""
+        dims = self.dims
+        alone = dims.strategy == "fsdp2" and dims.dp_shard * dims.cp == dims.tp == dims.pp == 1
+        return alone and self.method.adapters is not None and not self.train.cpu_offload
 
     @property
     def names_of_copies(self) -> dict[str, str]:

@@ -54,13 +54,13 @@ def parallelize(
     load: Callable[[], None],
     found: Anatomy | None = None,
     *,
-    adapters: bool = False,
+    keep_gathered: bool = False,
 ) -> tuple[nn.Module, list[nn.Parameter], Pipeline | None]:
     """Apply everything that `train` and `dims` ask for to the meta-device `module`, and call `load` to fill it.
 
     Returns the module to call in the training step, the parameters of whose gradients each tp rank has only a part, and
     with pp the pipeline that trains. `mesh` is None for strategy none; `found` says where a pipeline cuts the model;
-    `adapters`: whether it is they that are trained.
+    `keep_gathered`: whether FSDP2 frees nothing after a forward pass.
     """
     pipeline: Pipeline | None = None
     roots: list[nn.Module] = [module]
@@ -98,15 +98,13 @@ def parallelize(
         data_mesh = dims.data_mesh(mesh)
         placement = layer_placement(data_mesh.shape[-1])
         # in a pipeline the next micro-batch needs the weights again at once: gathered for each they would cost too much
-        kept: dict[str, Any] = {"reshard_after_forward": False} if pipeline else {}
+        kept: dict[str, Any] = {"reshard_after_forward": False} if pipeline or keep_gathered else {}
         offload: dict[str, Any] = {}
         if train.cpu_offload:
             offload["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
         elif data_mesh.shape[-1] == 1 and dims.tp == dims.pp == 1:
             # each rank holds all of them anyway, and FSDP2 would copy them in every forward and backward pass
             kept["ignored_params"] = frozen_in_bf16(module)
-            if adapters:  # copies of what is left are small: see `passes.py`
-                kept["reshard_after_forward"] = False
         kept |= offload
         if experts:
             shard_experts(experts, dims.data_mesh(expert_mesh), policy, **offload)

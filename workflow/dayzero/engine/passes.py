@@ -161,6 +161,6 @@ def _gradient_sync(model: ParallelModel, *, last: bool) -> AbstractContextManage
     if model.dims.strategy == "fsdp2" and model.method.adapters:
         sharded = cast(FSDPModule, model.module)
         sharded.set_requires_gradient_sync(last)
-        if model.dims.dp_shard * model.dims.cp == 1:  # gathering is a copy, once a step
+        if model.keeps_gathered:
             sharded.set_reshard_after_backward(last)
     return nullcontext()
