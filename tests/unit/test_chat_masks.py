@@ -30,14 +30,9 @@ TWO_TURNS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    return tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
 @pytest.fixture
-def tokenizer(path):
-    return AutoTokenizer.from_pretrained(path)
+def tokenizer(tokenizer_path):
+    return AutoTokenizer.from_pretrained(tokenizer_path)
 
 
 def encode(tokenizer, messages, template=CHATML):

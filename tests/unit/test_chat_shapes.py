@@ -11,9 +11,9 @@ from dayzero.data.chat import ChatEncoder, Rendered
 from dayzero.errors import ConfigError
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from tests.tiny_tokenizer import CHATML, tiny_tokenizer
+from tests.tiny_tokenizer import CHATML
 
 ANY = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}BODY{{ '<|im_end|>\n' }}{% endfor %}"
 ANY += "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -61,11 +61,6 @@ WORDS = st.lists(st.sampled_from(["The", " ", "\n", "fox", "</think>", "☃", '"
     "".join
 )
 TURNS = st.lists(st.tuples(st.sampled_from(["system", "user", "assistant"]), WORDS), min_size=1, max_size=6)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(tiny_tokenizer(tmp_path_factory.mktemp("tokenizer")))
 
 
 def chat(turns: list[tuple[str, str]]) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from tests.tiny_tokenizer import CHATML, tiny_tokenizer
+from tests.tiny_tokenizer import CHATML
 from tests.unit.chat_templates import (
     FORGETS_REASONING,
     JSON_CALLS,
@@ -53,16 +53,6 @@ CALLS = (
     '<tool_call>\n{"name": "add", "arguments": {"a": 17, "to": "25 🤖"}}\n</tool_call>'
     '<tool_call>\n{"name": "add", "arguments": {}}\n</tool_call>'
 )
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(path)
 
 
 def runs(
@@ -283,8 +273,8 @@ def test_reasoning_that_the_prompt_opens_and_the_content_too(tokenizer: PreTrain
     assert runs(tokenizer, template, messages, None, loss_reasoning=False) == ["It is 42.<|im_end|>"]
 
 
-def test_the_end_of_a_turn_after_calls_that_end_in_a_control_token(path: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(path)
+def test_the_end_of_a_turn_after_calls_that_end_in_a_control_token(tokenizer_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
     tokenizer.add_special_tokens(
         {"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>"]}
     )
@@ -356,9 +346,9 @@ TURNS = st.lists(st.tuples(st.sampled_from(["system", "user", "assistant"]), TEX
     roles=st.sampled_from([["assistant"], ["user", "assistant"], ["system", "user", "assistant"]]),
 )
 def test_the_supervised_tokens_are_what_the_chosen_roles_say(
-    path: Path, turns: list[tuple[str, str]], marked: bool, last: bool, roles: list[str]
+    tokenizer_path: Path, turns: list[tuple[str, str]], marked: bool, last: bool, roles: list[str]
 ) -> None:
-    tokenizer = _cached(path)
+    tokenizer = _cached(tokenizer_path)
     tokenizer.chat_template = MARKED if marked else CHATML
     messages = [{"role": role, "content": text} for role, text in turns]
     options = Tokenize(loss_turns="last" if last else "all", loss_roles=roles)
@@ -377,7 +367,7 @@ def test_the_supervised_tokens_are_what_the_chosen_roles_say(
 _TOKENIZERS: dict[Path, PreTrainedTokenizerBase] = {}
 
 
-def _cached(path: Path) -> PreTrainedTokenizerBase:
-    if path not in _TOKENIZERS:
-        _TOKENIZERS[path] = AutoTokenizer.from_pretrained(path)
-    return _TOKENIZERS[path]
+def _cached(tokenizer_path: Path) -> PreTrainedTokenizerBase:
+    if tokenizer_path not in _TOKENIZERS:
+        _TOKENIZERS[tokenizer_path] = AutoTokenizer.from_pretrained(tokenizer_path)
+    return _TOKENIZERS[tokenizer_path]

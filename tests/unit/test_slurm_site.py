@@ -15,7 +15,7 @@ from snakemake_executor_plugin_slurm.utils import set_gres_string
 from snakemake_executor_plugin_slurm.validation import validate_slurm_extra
 from snakemake_interface_common.exceptions import WorkflowError
 
-from tests.unit.test_slurm import asked, wiring
+from tests.unit.slurm_requests import asked, wiring
 
 SINFO = "cpu|(null)|1-00:00:00|4\ngpu*|gpu:a100:4(S:0-1),gpu:v100:2|1-00:00:00|2\n"
 SACCTMGR = """#!/bin/sh

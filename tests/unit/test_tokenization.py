@@ -44,16 +44,6 @@ WORDS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    return tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(path):
-    return AutoTokenizer.from_pretrained(path)
-
-
 def sentences(count, seed=0, longest=60):
     rng = np.random.default_rng(seed)
     return [" ".join(rng.choice(WORDS, size=rng.integers(1, longest))) for _ in range(count)]
@@ -216,10 +206,10 @@ def test_a_prompt_that_leaves_no_room_is_dropped_and_counted(tokenizer):
     assert counts == {"dropped.few_labels": 1}
 
 
-def test_the_store_holds_exactly_the_documents(tmp_path, path, tokenizer):
+def test_the_store_holds_exactly_the_documents(tmp_path, tokenizer_path, tokenizer):
     texts = sentences(300)
     source = parquet(tmp_path / "train.parquet", text=texts)
-    counts, rows = run(source, tmp_path / "out", path)
+    counts, rows = run(source, tmp_path / "out", tokenizer_path)
     assert counts["documents"] == counts["source_rows"] == num_documents(rows) == 300
     assert (counts["rows"], counts["tokens"]) == (len(rows), rows.num_tokens)
     assert counts["packing_efficiency"] == rows.num_tokens / (len(rows) * 128) > 0.9
@@ -244,9 +234,9 @@ def test_the_store_holds_exactly_the_documents(tmp_path, path, tokenizer):
     ]
 
 
-def test_without_packing_a_row_is_a_document_in_file_order(tmp_path, path):
+def test_without_packing_a_row_is_a_document_in_file_order(tmp_path, tokenizer_path):
     source = parquet(tmp_path / "train.parquet", text=sentences(50))
-    counts, rows = run(source, tmp_path / "out", path, packing=False)
+    counts, rows = run(source, tmp_path / "out", tokenizer_path, packing=False)
     assert counts["rows"] == counts["documents"] == 50
     assert rows.source_rows(range(50)) == list(range(50))
 
@@ -273,7 +263,7 @@ def test_rows_read_by_column_are_those_that_arrow_gives():
 
 
 @pytest.mark.parametrize("copied", [True, False], ids=["copies of this process", "processes of a server"])
-def test_any_number_of_workers_gives_the_same_bytes(tmp_path, path, monkeypatch, copied):
+def test_any_number_of_workers_gives_the_same_bytes(tmp_path, tokenizer_path, monkeypatch, copied):
     monkeypatch.setattr(tokenization, "_can_be_copied", lambda: copied)
     for name in ("BYTES_PER_WORKER", "BYTES_PER_SERVED_WORKER"):
         monkeypatch.setattr(tokenization, name, 10_000)
@@ -282,7 +272,7 @@ def test_any_number_of_workers_gives_the_same_bytes(tmp_path, path, monkeypatch,
     asked = []
     in_processes = tokenization._encode_in_processes
     monkeypatch.setattr(tokenization, "_encode_in_processes", lambda *a: asked.append(a[-1]) or in_processes(*a))
-    results = [run(source, tmp_path / str(n), path, num_workers=n, seq_len=64)[0] for n in (1, 2, 3)]
+    results = [run(source, tmp_path / str(n), tokenizer_path, num_workers=n, seq_len=64)[0] for n in (1, 2, 3)]
     assert asked == [2, 3]
     assert results[0] == results[1] == results[2]
     assert results[0]["truncated"] > 0
@@ -291,24 +281,24 @@ def test_any_number_of_workers_gives_the_same_bytes(tmp_path, path, monkeypatch,
         assert one == (tmp_path / "2" / f"{name}.npy").read_bytes() == (tmp_path / "3" / f"{name}.npy").read_bytes()
 
 
-def test_a_workers_error_reaches_the_user_with_the_row(tmp_path, path, monkeypatch):
+def test_a_workers_error_reaches_the_user_with_the_row(tmp_path, tokenizer_path, monkeypatch):
     for name in ("BYTES_PER_WORKER", "BYTES_PER_SERVED_WORKER"):
         monkeypatch.setattr(tokenization, name, 100)
     source = parquet(tmp_path / "train.parquet", text=["fox", *[None] * 40])
     for workers in (1, 2):
         with pytest.raises(DataError, match=r"row rows\.jsonl:2: no value in column text"):
-            run(source, tmp_path / str(workers), path, num_workers=workers)
+            run(source, tmp_path / str(workers), tokenizer_path, num_workers=workers)
 
 
-def test_bad_input_is_named(tmp_path, path):
+def test_bad_input_is_named(tmp_path, tokenizer_path):
     source = parquet(tmp_path / "train.parquet", text=["", ""])
     with pytest.raises(DataError, match=r"no document with a supervised token is left of 2 rows \(2 empty\)"):
-        run(source, tmp_path / "a", path)
+        run(source, tmp_path / "a", tokenizer_path)
     with pytest.raises(DataError, match="needs the column prompt"):
-        run(source, tmp_path / "b", path, data_format="prompt_completion")
+        run(source, tmp_path / "b", tokenizer_path, data_format="prompt_completion")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(DataError, match=r"cannot read .*broken\.parquet"):
-        run(tmp_path / "broken.parquet", tmp_path / "c", path)
+        run(tmp_path / "broken.parquet", tmp_path / "c", tokenizer_path)
     with pytest.raises(ConfigError, match="cannot load a tokenizer from"):
         run(source, tmp_path / "d", tmp_path)
 
@@ -362,10 +352,10 @@ def messages_data(tmp_path, rows):
     return data, chats
 
 
-def test_the_stage(tmp_path, path, tokenizer):
+def test_the_stage(tmp_path, tokenizer_path, tokenizer):
     data, chats = messages_data(tmp_path, 20)
     output = tmp_path / "out"
-    arguments = ["--config", '{"tokenize": {"seq_len": 512}}', "--data", str(data), "--tokenizer", str(path)]
+    arguments = ["--config", '{"tokenize": {"seq_len": 512}}', "--data", str(data), "--tokenizer", str(tokenizer_path)]
     assert stage.main([*arguments, "--output", str(output), "--num-workers", "2"]) == 0
     manifest = json.loads((output / "manifest.json").read_text())
     assert manifest["seq_len"] == 512
@@ -379,13 +369,17 @@ def test_the_stage(tmp_path, path, tokenizer):
     assert answers == [chats[i][1]["content"] + "<|im_end|>" for i in rows.source_rows(range(3))]
 
 
-def test_a_failed_stage_leaves_nothing_and_one_line(tmp_path, path, capsys):
+def test_a_failed_stage_leaves_nothing_and_one_line(tmp_path, tokenizer_path, capsys):
     data, _ = messages_data(tmp_path, 5)
     plain = tiny_tokenizer(tmp_path / "plain", chat_template=None)
     for tokenizer, config, text in (
         (plain, {}, "no chat template"),
         (plain, {"model": {"chat_template": "no/such.jinja"}}, "model.chat_template no/such.jinja"),
-        (path, {"tokenize": {"seq_len": 3}}, "no document with a supervised token is left of 2 rows (2 few_labels)"),
+        (
+            tokenizer_path,
+            {"tokenize": {"seq_len": 3}},
+            "no document with a supervised token is left of 2 rows (2 few_labels)",
+        ),
     ):
         arguments = ["--config", json.dumps(config), "--data", str(data), "--tokenizer", str(tokenizer)]
         assert stage.main([*arguments, "--output", str(tmp_path / "out")]) == 1
@@ -394,7 +388,7 @@ def test_a_failed_stage_leaves_nothing_and_one_line(tmp_path, path, capsys):
     assert not list(tmp_path.glob(".out*"))
 
 
-def test_faults_of_a_template_are_told_with_its_name(tmp_path, path, capsys):
+def test_faults_of_a_template_are_told_with_its_name(tmp_path, tokenizer_path, capsys):
     """One of its syntax once and at the start, also where rows may be bad; another with the row that it shows in."""
     data, _ = messages_data(tmp_path, 5)
     file = tmp_path / "own.jinja"
@@ -407,7 +401,7 @@ def test_faults_of_a_template_are_told_with_its_name(tmp_path, path, capsys):
     ):
         file.write_text(text)
         config = {"model": {"chat_template": str(file)}, "data": {"on_bad_row": row}}
-        arguments = ["--config", json.dumps(config), "--data", str(data), "--tokenizer", str(path)]
+        arguments = ["--config", json.dumps(config), "--data", str(data), "--tokenizer", str(tokenizer_path)]
         assert stage.main([*arguments, "--output", str(tmp_path / "out")]) == 1
         lines = capsys.readouterr().err.strip().splitlines()
         assert lines[-1].startswith(said)

@@ -55,6 +55,8 @@ def setup_logging(stage: str, log_file: str | Path | None = None) -> None:
     logging.captureWarnings(True)
     # torchao still registers enums as constants, which torch 2.13 calls deprecated: not for a user to mend
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+    # imported by transformers and peft, it warns of each kernel that needs a GPU this machine lacks
+    logging.getLogger("torchao").setLevel(logging.ERROR)
 
 
 class _Reopened(logging.handlers.WatchedFileHandler):
