@@ -63,10 +63,19 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "state_size": 4,
         "num_hidden_layers": 2,
     },
+    "big_bird": {
+        "model_type": "big_bird",
+        **{name: size for name, size in _SHAPE.items() if name != "num_key_value_heads"},
+        "is_decoder": True,
+        "attention_type": "original_full",
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    },
 }
 """Config fields of random models: one with tied embeddings, one with query and key norms and an untied head, one
 with a state that packed documents would share, and two mixtures of experts, one with a dense layer among its layers and
-a number of experts that 4 ranks do not share evenly; opt and stablelm ship no tensor-parallel plan."""
+a number of experts that 4 ranks do not share evenly; opt and stablelm ship no tensor-parallel plan, big_bird has
+weights (of a pooler) that never get a gradient."""
 
 
 def write_rows(path: Path, *, packed: bool, documents: int = 40, seed: int = 0) -> Path:

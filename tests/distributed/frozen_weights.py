@@ -11,6 +11,7 @@ import torch
 from dayzero.engine import distributed
 from dayzero.engine.gathering import float32_logits, whole_weights
 from dayzero.engine.passes import training_logits
+from dayzero.engine.structure import find_layers
 from dayzero.engine.trainer import Trainer
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -45,10 +46,16 @@ def frozen(
                 "bf16": training_logits(trainer.model, row, places),
                 "float32": float32_logits(trainer.model, row, places),
                 "again": training_logits(trainer.model, row, places),
+                "kept_gathered": sum(not isinstance(p, DTensor) for p in _frozen_in_layers(trainer)),
                 "dtypes": sorted({str(p.dtype) for p in frozen_ones}),
                 "sharded": sum(isinstance(p, DTensor) for p in frozen_ones) / len(frozen_ones),
             }
     return found
+
+
+def _frozen_in_layers(trainer: Trainer) -> list[torch.nn.Parameter]:
+    layers = find_layers(trainer.module.model)
+    return [p for layer in layers for p in layer.parameters() if not p.requires_grad]
 
 
 def _real() -> Callable[..., None]:
@@ -66,6 +73,7 @@ def check_frozen(results: dict[str, dict[str, Any]], expected: dict[str, float])
         assert kept["dtypes"] == ["torch.bfloat16"]
         assert masters["dtypes"] == ["torch.float32"]
         assert kept["sharded"] == next(share for part, share in expected.items() if part in name)
+        assert masters["kept_gathered"] == 0, name  # a second copy of the model
         for key in ("losses", "grad_norms"):
             assert kept[key] == masters[key], (name, key)  # the same numbers, so the same to the bit
         assert kept["losses"][-1] < kept["losses"][0]

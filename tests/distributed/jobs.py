@@ -24,7 +24,7 @@ from dayzero.config import Method, Train
 from dayzero.data.loader import Batch, TrainBatches, ValidationBatches
 from dayzero.data.mixing import Mix
 from dayzero.data.tokens import TokenRows
-from dayzero.engine import checkpoint_writer, distributed
+from dayzero.engine import checkpoint_writer, distributed, passes
 from dayzero.engine.gathering import float32_logits, whole_averages, whole_weights
 from dayzero.engine.megatron_fsdp import has_unequal_shards
 from dayzero.engine.model import ModelSource, build_model
@@ -32,7 +32,6 @@ from dayzero.engine.optimizer import clip_grad_norm
 from dayzero.engine.packing import any_leak
 from dayzero.engine.parallel_dims import ParallelDims
 from dayzero.engine.parallel_model import ParallelModel
-from dayzero.engine.passes import training_logits
 from dayzero.engine.trainer import Interrupted, Trainer
 from torch.distributed.tensor import DTensor
 
@@ -292,6 +291,8 @@ def resume(job: dict[str, Any]) -> dict[str, Any]:
     """Continue from whatever is in the job's folder; with `lose_moments` without Adam's moments."""
     trainer = make_trainer(job, Path(job["folder"]))
     job["drawn"] = {}
+    # as the train stage does before (does the model leak?): FSDP2 leaves gathered weights in the shards' place
+    passes.training_logits(trainer.model, torch.arange(1, 33).unsqueeze(0), torch.arange(32).unsqueeze(0))
     trainer.resume()
     started_at = trainer.step
     if job.get("lose_moments"):
@@ -444,6 +445,17 @@ def bad_step(job: dict[str, Any]) -> dict[str, Any]:
     return said
 
 
+def reduced_early(job: dict[str, Any]) -> dict[str, Any]:
+    """After the first of several micro-batches: whose gradients are shards already, and how many are whole yet."""
+    trainer = make_trainer(job, Path(job["folder"]))
+    first, *_ = batches_of(job, trainer.train, 0, *share_of(trainer))
+    with passes._gradient_sync(trainer.model, last=False):
+        passes.summed_loss(trainer.model, first.micro_batches[0]).backward()
+    trained = {name: p for name, p in trainer.module.named_parameters() if p.requires_grad}
+    reduced = sorted(name for name, p in trained.items() if p.grad is not None)
+    return {"reduced": reduced, "whole": len(trained) - len(reduced)}
+
+
 def leak(job: dict[str, Any]) -> dict[str, Any]:
     """What the packing probe says of a freshly built model."""
     return {"leak": any_leak(make_trainer(job, Path(job["folder"])).model)}
@@ -472,7 +484,7 @@ def bf16_logits(job: dict[str, Any]) -> dict[str, Any]:
     row = torch.arange(1, 33).unsqueeze(0)
     places = torch.arange(32).unsqueeze(0)
     found = {
-        "bf16": training_logits(trainer.model, row, places),
+        "bf16": passes.training_logits(trainer.model, row, places),
         "float32": float32_logits(trainer.model, row, places),
     }
     weights = all_weights(trainer)
@@ -493,6 +505,7 @@ JOBS = {
     job.__name__: job
     for job in (
         *(bf16_logits, frozen, leak, load, optimizers, reference, train, resume, bad_step, same_shape_again),
+        reduced_early,
         *(train_with_late_writes, train_until_killed_in_save, failing_save, stopped_in_step),
     )
 }

@@ -84,6 +84,7 @@ def runs(folder: Path) -> dict[str, dict[str, Any]]:
     for name, options in OPTIMIZERS.items():
         trained = saved_every(5, optimizer={"lr": 3e-3, "weight_decay": 0.1, "eps": 1e-6, **options})
         named[name] = job("train", "qwen3", "full", "packed", folder, **SETTINGS, **trained, optimizer=name)
+    named["unused"] = job("train", "big_bird", "full", "padded", folder, **SETTINGS, **every)
     named["bad"] = job("bad_step", *CASE, folder, **SETTINGS)
     named["pipeline"] = pipeline = job("train", *CASE, folder, **SETTINGS, **V_PIPELINE, **every)
     named["bad-pipeline"] = job("bad_step", *CASE, folder, **SETTINGS, pp=2)
@@ -107,6 +108,7 @@ def runs(folder: Path) -> dict[str, dict[str, Any]]:
         copy_of(late, folder, "late-6", 6, **every),
         copy_of(sync, folder, "sync-5", 5),
         copy_of(mixed, folder, "mixed-5", 5),
+        copy_of(named["unused"], folder, "unused-5", 5),
         copy_of(full, folder, "full-done", 10),
         copy_of(full, folder, "full-5-without-moments", 5, lose_moments=True),
         copy_of(full, folder, "full-5-on-tp", 5, tp=2),
@@ -140,7 +142,7 @@ def runs(folder: Path) -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize(("whole", "resumed", "step"), [
     ("full", "full-5", 5), ("lora", "lora-3", 3), ("ddp", "ddp-7", 7), ("loader", "loader-5", 5), ("late", "late-6", 6),
     ("sync", "sync-5", 5), ("full", "late-6", 6), ("pipeline", "pipeline-5", 5), ("mixed", "mixed-5", 5),
-    *((name, f"{name}-5", 5) for name in OPTIMIZERS),
+    ("unused", "unused-5", 5), *((name, f"{name}-5", 5) for name in OPTIMIZERS),
 ])  # fmt: skip
 def test_resumed_equals_uninterrupted_bit_for_bit(
     runs: dict[str, dict[str, Any]], whole: str, resumed: str, step: int

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from dayzero.config import Fp8, Lora
+from dayzero.engine.activation_checkpointing import apply_activation_checkpointing
 from dayzero.engine.compiling import compile_layers
 from dayzero.engine.float8 import convert_to_float8, frozen_float8
 from dayzero.engine.lora import inject_lora
@@ -60,18 +61,27 @@ def test_equals_peft_in_value_and_gradient(name: str, shared: bool) -> None:
     check_same(fused, peft, {"rtol": 1e-10, "atol": 1e-10}, {"rtol": 1e-9, "atol": 1e-10})
 
 
-@pytest.mark.parametrize("name", ["llama", "stablelm"])
-def test_compiled_layers_have_the_same_gradients(name: str) -> None:
+@pytest.mark.parametrize(("name", "checkpointing"), [("llama", "none"), ("stablelm", "none"), ("llama", "selective")])
+def test_compiled_layers_have_the_same_gradients(name: str, checkpointing: str) -> None:
     plain = adapted(name, Lora(rank=3, alpha=7.0))
     fuse_lora(plain)
     share_inputs(plain)
     compiled = copy.deepcopy(plain)
     torch._dynamo.reset()
     counters.clear()
+    apply_activation_checkpointing(find_layers(compiled), checkpointing)
     compile_layers(find_layers(compiled))
     check_same(compiled, plain, {"rtol": 1e-5, "atol": 1e-5}, {"rtol": 1e-4, "atol": 1e-5})
     assert not counters["graph_break"]
     assert counters["stats"]["unique_graphs"] == 2  # the first layer's input has no gradient
+
+
+def test_an_input_of_no_tokens() -> None:
+    """As an expert that nobody chose may get."""
+    model = adapted("llama", Lora(rank=3))
+    fuse_lora(model)
+    module = next(m for m in model.modules() if isinstance(m, FusedLoraLinear))
+    assert module(torch.zeros(0, module.in_features)).shape == (0, module.out_features)
 
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])

@@ -214,6 +214,7 @@ def test_who_holds_what() -> None:
     assert [eight.pp_rank(rank) for rank in range(8)] == [0, 0, 0, 0, 1, 1, 1, 1]
     assert [eight.dp_rank(rank) for rank in range(8)] == [0, 0, 1, 1, 0, 0, 1, 1]
     assert [eight.seed_rank(rank) for rank in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [dims(cp=2, tp=2).seed_rank(rank) for rank in range(4)] == [0, 0, 1, 1]  # other tokens, other dropout
     assert [dims(pp=2).stages_of(rank) for rank in range(2)] == [[0], [1]]
     assert [dims(pp=2, pp_schedule="interleaved").stages_of(rank) for rank in range(2)] == [[0, 2], [1, 3]]
     assert [dims(pp=2, pp_schedule="zero_bubble").stages_of(rank) for rank in range(2)] == [[0, 3], [1, 2]]

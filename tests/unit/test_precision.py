@@ -13,6 +13,7 @@ import torch
 from dayzero.config import Method
 from dayzero.engine.activation_checkpointing import apply_activation_checkpointing
 from dayzero.engine.compiling import compile_layers, keep_compiled
+from dayzero.engine.document_attention import recalled
 from dayzero.engine.lora_linear import fuse_lora
 from dayzero.engine.loss import CausalLMWithLoss
 from dayzero.engine.model import ModelSource
@@ -137,11 +138,12 @@ def test_a_layer_that_is_no_single_graph_is_compiled_in_parts(monkeypatch: pytes
         assert torch.equal(layer(torch.ones(2)), torch.full((2,), 2.0))
 
 
+@pytest.mark.parametrize("around", [None, recalled])
 @pytest.mark.parametrize("setting", ["none", "full", "selective"])
 def test_a_checkpointed_layer_is_compiled_into_one_graph(
-    setting: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    setting: str, around: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Not passed over: the compiler must see into what is computed again."""
+    """Not passed over: the compiler must see into what is computed again. Nor does it take contexts of attention's."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     graphs: list[int] = []
 
@@ -165,7 +167,7 @@ def test_a_checkpointed_layer_is_compiled_into_one_graph(
     layer(x).sum().backward()
     want = [p.grad.clone() for p in layer.parameters() if p.grad is not None]
     layer.zero_grad()
-    apply_activation_checkpointing([layer], setting)
+    apply_activation_checkpointing([layer], setting, around)
     compile_layers([layer])
     layer(x).sum().backward()
     assert len(graphs) == 1

@@ -84,11 +84,8 @@ def check_memory_and_kernels(run: RunConfig) -> Iterator[tuple[str, str]]:
             yield "train.attention", f"parallelism.cp {sizes.cp} has its own attention: use auto"
         if sizes.pp > 1:
             yield "train.attention", f"{train.attention} is not tried with parallelism.pp {sizes.pp}: use auto or sdpa"
-        if train.compile:
-            yield (
-                "train.attention",
-                f"{train.attention} would be compiled anew for each batch: use sdpa or no compile",
-            )
+        if train.compile and train.attention == "documents":
+            yield "train.attention", "documents would be compiled anew for each batch: use sdpa or no compile"
     elif train.attention != "auto" and sizes.cp > 1:
         yield "train.attention", f"parallelism.cp {sizes.cp} has its own attention: use auto"
     if train.kernels == "liger" and sizes.tp > 1:

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import partial, wraps
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -43,27 +44,31 @@ def apply_activation_checkpointing(
 ) -> None:
     """Change the forward call of `layers` as train.activation_checkpointing `setting` says.
 
-    `around`: contexts of the first and of the repeated computation that a layer needs anyway.
+    `around`: contexts of the first and of the repeated computation that a layer needs anyway. Not in a graph of the
+    compiler's, where both are functions of the same inputs (and it takes no such contexts).
     """
     if setting == "none":
         return
     every = int(setting.removeprefix("every_")) if setting.startswith("every_") else 1
-    context_fn = around
-    if setting == "selective":
-        context_fn = selective_contexts if around is None else partial(_both, selective_contexts, around)
-    options: dict[str, Any] = {} if context_fn is None else {"context_fn": context_fn}
+    in_graph = selective_contexts if setting == "selective" else None
+    context_fn = around if in_graph is None or around is None else partial(_both, in_graph, around)
     for index, layer in enumerate(layers):
         if index % every == 0:
             # on the instance's forward: no wrapper module, so no parameter is renamed, and FSDP2's hooks stay outside
-            layer.forward = _checkpointed(layer.forward, options)
+            layer.forward = _checkpointed(layer.forward, _options(context_fn or in_graph), _options(in_graph))
 
 
-def _checkpointed(forward: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+def _options(context_fn: Callable[[], Contexts] | None) -> dict[str, Any]:
+    return {"use_reentrant": False} | ({} if context_fn is None else {"context_fn": context_fn})
+
+
+def _checkpointed(forward: Callable[..., Any], options: dict[str, Any], in_graph: dict[str, Any]) -> Callable[..., Any]:
     """A function, not a partial of `checkpoint`: the compiler begins at one, and would pass over the other."""
 
     @wraps(forward)
     def again(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(forward, *args, use_reentrant=False, **options, **kwargs)
+        given = in_graph if torch.compiler.is_compiling() else options
+        return checkpoint(forward, *args, **given, **kwargs)
 
     return again
 

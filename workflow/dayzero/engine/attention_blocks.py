@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from dayzero.console import log
 from dayzero.engine.difference import relative_difference
@@ -148,7 +149,9 @@ def _chosen(device: str, dtype: torch.dtype, width: int) -> BlockAttention:
     if device not in kernels:
         return Plain()
     try:
-        moved = difference(kernels[device], device, dtype, width)
+        # not recorded by selective activation checkpointing: a layer computed again does not try the kernel again
+        with _disable_current_modes():
+            moved = difference(kernels[device], device, dtype, width)
         if moved <= _NEAR.get(dtype, 0.0):
             return kernels[device]
         reason = f"it is off by {moved:.2g}"

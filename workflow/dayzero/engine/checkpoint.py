@@ -29,6 +29,7 @@ from dayzero.engine.distributed import gather_objects, rank
 from dayzero.engine.float8 import plain_weight
 from dayzero.engine.megatron_fsdp import has_unequal_shards, locate_shards
 from dayzero.engine.optimizer import set_lr
+from dayzero.engine.sharded import free_gathered
 from dayzero.engine.transformer_engine import is_extra_state
 from dayzero.errors import ConfigError, DataError, one_line
 from dayzero.nested import flatten
@@ -59,6 +60,7 @@ def state_of(
     if for_saving and isinstance(model, DistributedDataParallel) and rank() != 0:
         return {}
     inner = model.module if isinstance(model, DistributedDataParallel) else model
+    free_gathered(inner)  # the optimizer has the shards
     weights = cast(dict[str, Tensor], get_model_state_dict(inner, options=OPTIONS))
     state = {f"model.{name}": plain_weight(tensor) for name, tensor in weights.items() if not is_extra_state(name)}
     names = {id(parameter): name for name, parameter in inner.named_parameters()}
@@ -94,6 +96,7 @@ def load_checkpoint(
         raise damaged(path, f".metadata: {one_line(error)}") from error
     _make_optimizer_state(optimizer)
     inner = model.module if isinstance(model, DistributedDataParallel) else model
+    free_gathered(inner)  # the optimizer has the shards
     for name, parameter in inner.named_parameters():
         # a parameter without a gradient so far has no moments yet
         if not any(key.startswith(f"optimizer.{copies.get(name, name)}.") for key in saved):

@@ -24,7 +24,11 @@ def compile_layers(layers: Iterable[nn.Module]) -> None:
     What was compiled is kept on the disk and found again by later processes: see `keep_compiled`.
     """
     keep_compiled()
-    torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
+    settings: Any = torch._dynamo.config
+    settings.recompile_limit = max(GRAPHS, settings.recompile_limit)
+    # what modules note for one another in the forward pass (see `SharedInput`) is not noted again when activation
+    # checkpointing computes it again, nor needed; without this torch compiles no such layer at all
+    settings.skip_fwd_side_effects_in_bwd_under_checkpoint = True
     for layer in layers:
         layer.compile(fullgraph=True)
         layer._compiled_call_impl = _Compiled(layer)
@@ -48,14 +52,23 @@ class _Compiled:
         except (RuntimeError, FailOnRecompileLimitHit) as refused:
             if not isinstance(refused, Unsupported | FailOnRecompileLimitHit) and "fullgraph=True" not in str(refused):
                 raise
-            if not _Compiled.told:
-                _Compiled.told = True
+            first, _Compiled.told = not _Compiled.told, True
+            if first:
                 reason = str(refused).strip().splitlines()[0]
                 log.info("train.compile: layers are compiled in several graphs, not one: %s", reason)
             self.layer.compile()
             self.call, self.whole = self.layer._compiled_call_impl, False
             self.layer._compiled_call_impl = self
-            return self.call(*args, **options)
+            before = graphs_compiled()
+            output = self.call(*args, **options)
+            if first and graphs_compiled() == before:
+                log.warning("train.compile: torch compiles nothing of these layers: they run as without it")
+            return output
+
+
+def graphs_compiled() -> int:
+    """How many graphs torch has compiled in this process."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def keep_compiled() -> Path:

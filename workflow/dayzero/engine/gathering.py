@@ -22,6 +22,7 @@ from dayzero.engine.megatron_fsdp import has_unequal_shards, whole_parameters
 from dayzero.engine.parallel_model import ParallelModel
 from dayzero.engine.parallelize import parallelize
 from dayzero.engine.passes import logits_of
+from dayzero.engine.sharded import free_gathered
 from dayzero.engine.structure import find_layers
 from dayzero.engine.transformer_engine import is_extra_state
 
@@ -80,6 +81,7 @@ def _share_weights(model: ParallelModel, bare: CausalLMWithLoss, ema: Ema | None
     They are not copied, but frozen ones that were quantised are loaded once more.
     """
     owner, quantised = model.module, bool(frozen_float8(model.module))
+    free_gathered(owner)
     if quantised:
         model.weights.load(bare, bare.model, model.device, offload=model.train.cpu_offload)
         weights = {name: p.detach() for name, p in owner.named_parameters() if p.requires_grad}

@@ -21,9 +21,13 @@ from dayzero.engine.lora_targets import half_adapted, share_tied_adapters
 from dayzero.errors import ConfigError, one_line
 
 ADAPTER = "default"
-
 MAGNITUDE = "lora_magnitude_vector"
 """DoRA's part of an adapted module: the lengths of its weight's rows."""
+
+
+def is_adapter(name: str) -> bool:
+    """Whether the parameter or module of that name is PEFT's own and not the model's."""
+    return "lora_" in name
 
 
 def peft_config(config: Lora) -> LoraConfig:
@@ -82,10 +86,10 @@ def inject_lora(model: PreTrainedModel, config: Lora) -> None:
         )
     share_tied_adapters(model)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name)
+        parameter.requires_grad_(is_adapter(name))
     for name, module in model.named_modules():
         if _is_named(name, config.modules_to_save):
-            if any("lora_" in inner for inner, _ in module.named_parameters()):
+            if any(is_adapter(inner) for inner, _ in module.named_parameters()):
                 raise ConfigError(
                     f"method.lora.modules_to_save: {name} is trained whole, so method.lora.targets "
                     f"{config.targets!r} cannot adapt it too: leave it out of one of them"
@@ -107,7 +111,7 @@ def warn_of_frozen_experts(model: nn.Module, config: Lora) -> None:
 
 def trained_whole(names: Iterable[str], config: Lora) -> set[str]:
     """Those of the parameters `names` that belong to `modules_to_save`."""
-    return {n for n in names if any(f".{m}." in f".{n}" for m in config.modules_to_save) and "lora_" not in n}
+    return {n for n in names if any(f".{m}." in f".{n}" for m in config.modules_to_save) and not is_adapter(n)}
 
 
 def _is_named(name: str, ends: Iterable[str]) -> bool:
@@ -181,7 +185,7 @@ def save_adapter(
     tensors = {
         stored_name(name): tensor.clone(memory_format=torch.contiguous_format).cpu()
         for name, tensor in state.items()
-        if "lora_" in name or name in whole
+        if is_adapter(name) or name in whole
     }
     assert tensors, "a LoRA model without adapter weights"
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})

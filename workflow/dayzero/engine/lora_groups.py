@@ -32,18 +32,20 @@ def share_inputs(model: PreTrainedModel) -> int:
     for layer in find_layers(model):
         modules = dict(layer.named_modules())
         for group in names:
-            found = [module for name in group if isinstance(module := modules.get(name), FusedLoraLinear)]
-            free = [m for m in found if m.shared is None and _alike(m, found[0])]
-            if len(free) > 1:
-                SharedInput(free)
-                groups += 1
+            alike: dict[tuple[Any, ...], list[FusedLoraLinear]] = {}
+            for module in (modules.get(name) for name in group):
+                if isinstance(module, FusedLoraLinear) and module.shared is None:
+                    alike.setdefault(_kind(module), []).append(module)
+            for members in alike.values():
+                if len(members) > 1:
+                    SharedInput(members)
+                    groups += 1
     return groups
 
 
-def _alike(one: FusedLoraLinear, other: FusedLoraLinear) -> bool:
-    """Whether one operation can be both: the same scales, weights of the same kind."""
-    kinds = [(m.scaling[ADAPTER], type(m.base_layer), m.in_features) for m in (one, other)]
-    return kinds[0] == kinds[1]
+def _kind(module: FusedLoraLinear) -> tuple[Any, ...]:
+    """What modules must have in common to be one operation: scale, kind of weight, width."""
+    return module.scaling[ADAPTER], type(module.base_layer), module.in_features
 
 
 @torch.no_grad()

@@ -185,7 +185,7 @@ def linears_with_adapters(modules: Sequence[FusedLoraLinear], x: Tensor) -> list
     # flattened out here: some models write into what they get, which autograd forbids for a Function's own views
     flat = x.reshape(-1, x.shape[-1])
     outputs = _LinearsWithAdapters.apply(flat, scale, emulate, *(t for m in modules for t in m.operands()))
-    return [out.view(*x.shape[:-1], -1) for out in outputs]
+    return [out.view(*x.shape[:-1], out.shape[-1]) for out in outputs]  # x may have no rows, so no -1
 
 
 class SharedInput:

@@ -244,6 +244,7 @@ def clip_grad_norm(
 
 def _root_of_sum_of_squares(norm: Tensor | None, group: dist.ProcessGroup) -> Tensor:
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    squared = torch.zeros((), device=device) if norm is None else norm.square()
+    norm = torch.zeros((), device=device) if norm is None else norm
+    squared = norm.square().to(device)  # with gradients on the CPU too: another rank may have none
     dist.all_reduce(squared, group=group)
-    return squared.sqrt()
+    return squared.sqrt().to(norm.device)

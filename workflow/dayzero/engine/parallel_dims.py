@@ -111,14 +111,19 @@ class ParallelDims:
         """Ranks that see different rows."""
         return self.dp_replicate * self.dp_shard
 
+    @property
+    def unsharded(self) -> bool:
+        """Whether each rank holds all weights, and FSDP2 has nothing to gather."""
+        return self.strategy == "fsdp2" and self.dp_shard * self.cp == self.tp == self.pp == 1
+
     def dp_rank(self, rank: int) -> int:
         """Which share of the rows `rank` sees; the ranks of a cp and tp group, which are neighbours, see the same, and
         so do those of a pp group."""
         return rank // (self.cp * self.tp) % self.dp
 
     def seed_rank(self, rank: int) -> int:
-        """Ranks with the same number draw the same dropout: those that hold parts of the same activations."""
-        return self.pp_rank(rank) * self.dp + self.dp_rank(rank)
+        """Ranks with the same number draw the same dropout: those of tp, which hold parts of the same activations."""
+        return rank // self.tp
 
     def pp_rank(self, rank: int) -> int:
         """Which stages `rank` holds; pp is the outermost axis."""

@@ -12,6 +12,7 @@ from typing import cast
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from dayzero.config import Method, Train
@@ -20,9 +21,9 @@ from dayzero.engine import distributed
 from dayzero.engine.context_parallel import ContextParallel, use_context_parallel
 from dayzero.engine.distillation import Distillation, build_teacher, check_vocabularies
 from dayzero.engine.float8 import convert_to_float8
-from dayzero.engine.frozen import keep_frozen_in_bf16
+from dayzero.engine.frozen import frozen_in_bf16, keep_frozen_in_bf16
 from dayzero.engine.kernels import use_attention, use_fused_kernels
-from dayzero.engine.lora import warn_of_frozen_experts
+from dayzero.engine.lora import is_adapter, warn_of_frozen_experts
 from dayzero.engine.lora_targets import not_adapted
 from dayzero.engine.loss import CausalLMWithLoss, Loss, LossOptions
 from dayzero.engine.loss_choice import LossChoice, choose_loss
@@ -32,6 +33,7 @@ from dayzero.engine.parallelize import parallelize
 from dayzero.engine.pipeline_cut import Anatomy, anatomy
 from dayzero.engine.precision import computes_in_bf16, weights_dtype
 from dayzero.engine.router_loss import RouterLoss, router_loss_coefficient
+from dayzero.engine.sharded import own_parameters
 from dayzero.engine.tiny_copy import mixes_dtypes
 from dayzero.engine.token_split import require_context_parallel
 from dayzero.engine.weights import Weights
@@ -91,19 +93,22 @@ class ParallelModel:
         self.router_loss = bare.router_loss
         self.router_coefficient = router_loss_coefficient(model, self.train.router_aux_loss_coef, self.dims)
         load = partial(self.weights.load, bare, model, self.device, offload=self.train.cpu_offload)
+        self.keeps_gathered = self._only_adapters_are_sharded(bare)
+        """Whether FSDP2 gathers once a step instead of in each pass, and so copies what it gathers."""
         self.module, self.partial, self.pipeline = parallelize(
             bare, self.dims, self.mesh, self.train, load, self.anatomy, keep_gathered=self.keeps_gathered
         )
+        self.sharded_adapters = _sharded_adapters(self.module)
+        """The parts of the model of which FSDP2 trains nothing but adapters."""
         self.copies = self.pipeline.copies_here() if self.pipeline else frozenset[int]()
         """Ids of parameters here that another stage of the pipeline holds too, and accounts for."""
 
-    @property
-    def keeps_gathered(self) -> bool:
-        """Whether FSDP2 gathers once a step instead of in each pass: where that is a copy of adapters, which are small,
-        and of nothing else (the frozen weights are left out of it, see `parallelize.py`)."""
-        dims = self.dims
-        alone = dims.strategy == "fsdp2" and dims.dp_shard * dims.cp == dims.tp == dims.pp == 1
-        return alone and self.method.adapters is not None and not self.train.cpu_offload
+    def _only_adapters_are_sharded(self, bare: CausalLMWithLoss) -> bool:
+        """Whether all that FSDP2 has of the model are adapters, which are small: the rest is left out of it."""
+        if not self.dims.unsharded or self.train.cpu_offload:
+            return False
+        left_out = frozen_in_bf16(bare)
+        return all(is_adapter(name) for name, p in bare.named_parameters() if p not in left_out)
 
     @property
     def names_of_copies(self) -> dict[str, str]:
@@ -145,3 +150,13 @@ class ParallelModel:
                 reason = "with a teacher's" if self.distillation else self.loss_choice.reason
                 log.info("loss: %s (%s)", self.loss_choice.name, reason)
         return self.distillation.loss if self.distillation else self.loss_choice.function
+
+
+def _sharded_adapters(module: nn.Module) -> list[FSDPModule]:
+    found: list[FSDPModule] = []
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            trained = [name for name, p in own_parameters(part) if p.requires_grad]
+            if trained and all(is_adapter(name) for name in trained):
+                found.append(part)
+    return found

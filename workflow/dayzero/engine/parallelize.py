@@ -102,7 +102,7 @@ def parallelize(
         offload: dict[str, Any] = {}
         if train.cpu_offload:
             offload["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
-        elif data_mesh.shape[-1] == 1 and dims.tp == dims.pp == 1:
+        elif dims.unsharded:
             # each rank holds all of them anyway, and FSDP2 would copy them in every forward and backward pass
             kept["ignored_params"] = frozen_in_bf16(module)
         kept |= offload

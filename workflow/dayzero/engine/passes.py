@@ -153,14 +153,14 @@ def _forward(
 def _gradient_sync(model: ParallelModel, *, last: bool) -> AbstractContextManager[Any]:
     """Reduce gradients over ranks in the last micro-batch only.
 
-    Under FSDP2 that keeps the whole gradient on every rank meanwhile, which is small for adapters; with all weights
-    trained each micro-batch is reduced to its shard at once.
+    Under FSDP2 that keeps the whole gradient on every rank meanwhile, which is small for adapters; of other weights
+    each micro-batch's is reduced to its shard at once.
     """
     if model.dims.strategy == "ddp" and not last:
         return cast(DistributedDataParallel, model.module).no_sync()
     if model.dims.strategy == "fsdp2" and model.method.adapters:
-        sharded = cast(FSDPModule, model.module)
-        sharded.set_requires_gradient_sync(last)
+        for part in model.sharded_adapters:
+            part.set_requires_gradient_sync(last, recurse=False)
         if model.keeps_gathered:
-            sharded.set_reshard_after_backward(last)
+            cast(FSDPModule, model.module).set_reshard_after_backward(last)
     return nullcontext()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import cast
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -28,6 +31,14 @@ def free_gathered(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
+
+
+def own_parameters(module: FSDPModule) -> Iterator[tuple[str, nn.Parameter]]:
+    """Names and parameters of `module` without those of parts that FSDP2 gathers by themselves."""
+    assert isinstance(module, nn.Module)
+    parts = [m for m in module.modules() if isinstance(m, FSDPModule) and m is not module]
+    inside = {id(p) for part in parts for p in cast(nn.Module, part).parameters()}
+    return ((name, p) for name, p in module.named_parameters() if id(p) not in inside)
 
 
 def zeros(parameter: Tensor, dtype: torch.dtype) -> Tensor:
