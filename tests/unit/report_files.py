@@ -165,7 +165,10 @@ def _write_shared(shelf: Path, run: RunConfig) -> None:
         "seq_len": run.tokenize.seq_len,
         "packing": run.tokenize.packing,
         "splits": {
-            "train": {"rows": 803, "documents": 1578, "tokens": 400_112, "label_tokens": 61_240, **counts},
+            "train": {
+                **{"rows": 803, "documents": 1578, "tokens": 400_112, "label_tokens": 61_240, **counts},
+                "sources": [{"rows": 801, "documents": 1571, "tokens": 399_990}],
+            },
             "validation": {"rows": 42, "documents": 83, "tokens": 20_925, "label_tokens": 3_310, **counts},
         },
         "provenance": provenance(9.8, 0.7, 4),

@@ -236,7 +236,14 @@ def test_a_null_question_is_a_bad_row(tmp_path: Path, capsys: pytest.CaptureFixt
     file.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in table))
     config = {"source": str(file), "validation_size": 0}
     template = {"user": "{prompt}", "assistant": "{completion}"}
-    for extra, said in (({}, "column 'prompt'"), ({"template": template}, "data.template.user: 'prompt'")):
+    two = {**template, "user": "{prompt}{more}{prompt}"}
+    file.write_text(file.read_text().replace('{"prompt": null,', '{"prompt": null, "more": null,'))
+    file.write_text(file.read_text().replace('{"prompt": "', '{"more": "", "prompt": "'))
+    for extra, said in (
+        ({}, "column 'prompt'"),
+        ({"template": template}, "data.template.user: 'prompt'"),
+        ({"template": two, "split_seed": 1}, "data.template.user: each of 'prompt', 'more'"),
+    ):
         data = json.dumps({"data": {**config, **extra}})
         assert fetch_data.main(["--config", data, "--output", str(tmp_path / "no")]) == 1
         assert f"{file}:2: {said} holds nothing (null)" in capsys.readouterr().err.splitlines()[-1]
@@ -298,7 +305,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("messages", {"messages": [{"role": "developer", "content": "x"}]}, "has the role 'developer'"),
     ("messages", {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "a part of the type image"),
     ("messages", {"messages": [{"role": "user", "content": "a", "tool_calls": [{}]}]}, "only a message of the role"),
-    ("messages", _called("{"), "the arguments of call 1 begins like JSON"),
+    ("messages", _called("{"), "no JSON in the arguments of call 1, though the text begins so"),
     ("messages", _called("x"), "arguments are text, expected an object"),
     ("messages", {"messages": [], "tools": "{}"}, "holds an object, expected a list of tools"),
     ("messages", {"messages": [], "tools": [{"type": "function"}]}, "tool 1 has type"),
@@ -319,7 +326,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("sharegpt", {"conversations": [{"from": "gpt", "value": "x", "train": False}]}, "has train False, which is not"),
     ("messages", {"messages": [{"role": "assistant", "content": "x", "training": False}]}, "has training False"),
     ("alpaca", {"instruction": "x", "output": "y", "history": ["z"]}, "'history' is no list of [question, answer]"),
-    ("squad", {"context": "c", "question": "q", "answers": "['x']"}, "column 'answers' begins like JSON but is none"),
+    ("squad", {"context": "c", "question": "q", "answers": "['x']"}, "no JSON in column 'answers', though the text "),
     ("messages", {"messages": [{"role": "user", "content": None}]}, "message 1 of 'messages': content holds nothing"),
     ("messages", {"messages": [{"role": "assistant", "content": None}]}, "content holds nothing (null), expected tex"),
     ("messages", {"messages": [{"role": "user", "content": [{"type": "text", "text": None}]}]}, "content holds noth"),

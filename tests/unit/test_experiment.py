@@ -161,6 +161,15 @@ COMBINATIONS = {
     "data.format: template": "data.template: data.format template needs it, e.g. {user: '{question}', assistant: '{answer}'}",
     "{data: {format: pretokenized, max_chars: 9}}": "data.max_chars = 9: pretokenized rows have no characters: set it to null",
     "tokenize.loss_roles: []": "tokenize.loss_roles = []: names nobody, so that nothing would be supervised: name at least one role",
+    "tokenize.loss_roles: [user, assistant, user]": "tokenize.loss_roles = ['user', 'assistant', 'user']: names user more than "
+    "once: once is enough",
+    "tokenize: {seq_len: 128, min_label_tokens: 128}": "tokenize.min_label_tokens = 128: 128 >= tokenize.seq_len 128, of which the "
+    "first is never supervised, so that no document would be left: set it lower",
+    "data.columns: {promt: x}": "data.columns = {'promt': 'x'}: 'promt' is not a column of any format (did you mean prompt?): they "
+    "have messages, system, tools, conversations, input_ids, labels, loss_mask, attention_mask, instruction, output, input, history, "
+    "context, question, answers, choices, answer, prompt, completion, text, id",
+    "data: {format: alpaca, columns: {input: a, prompt: x}}": "data.columns = {'input': 'a', 'prompt': 'x'}: 'prompt' is not a column "
+    "of alpaca: it has instruction, output, input, system, history, tools, id",
     "{tokenize: {loss_parts: tool_arguments, loss_roles: [user]}}": "tokenize.loss_parts = 'tool_arguments': tool_arguments are the "
     "assistant's: leave tokenize.loss_roles at [assistant]",
     "data.source: null": "data.source = None: name the rows to use (hf:, package: or local files)",

@@ -134,11 +134,25 @@ def test_a_source_of_which_nothing_is_left_is_named(tmp_path: Path, capsys: pyte
     bad = _rows(tmp_path / "bad.jsonl", [{"prompt": 5, "completion": ""}] * 3)
     (tmp_path / "worse.jsonl").write_text("no\n" * 4)
     worse = str(tmp_path / "worse.jsonl")
+    mixed = _rows(tmp_path / "mixed.jsonl", [{"prompt": None, "completion": "a"}, {"prompt": "q", "completion": ""}])
+    aside, number = "rows are set aside, so none is left: remove it", "column 'prompt' holds a number, expected text"
+    no_json = "not valid JSON (Expecting value at column 1)"
     for sources, said in (
         ([a, b], f"data.source: no row of {b} is left: all 20 are copies of rows of the sources before it: remove it"),
         ([empty, a], f"data.source: {empty}: no rows are left after leaving out 3 empty: remove it"),
-        ([a, bad], f"data.source: {bad}: no rows are left after leaving out nothing and 3 rejected: remove it"),
-        ([a, worse], f"data.source: {worse}: no rows are left after leaving out nothing and 4 rejected: remove it"),
+        (
+            [a, bad],
+            f"data.source: {bad}: all 3 {aside}; the first is {bad}:1: {number}",
+        ),
+        (
+            [a, worse],
+            f"data.source: {worse}: all 4 {aside}; the first is {worse}:1: {no_json}",
+        ),
+        (
+            [mixed],
+            f"data.source: {mixed}: 1 row is set aside and 1 empty left out, so none is left; the first is {mixed}:1: "
+            "column 'prompt' holds nothing (null), expected text: fill it, take the row out",
+        ),
     ):
         assert _main(tmp_path / "out", {"source": sources, "on_bad_row": "reject"}) == 1
         assert capsys.readouterr().err.strip().splitlines()[-1] == f"fetch_data: error: {said}"

@@ -15,10 +15,11 @@ import pytest
 import zstandard
 from dayzero.data import json_rows
 from dayzero.data.file_kinds import data_files
-from dayzero.data.formats import Dropped, Example, check_columns, detect_format, normalise
+from dayzero.data.formats import Dropped, Example, detect_format, normalise
 from dayzero.data.json_rows import json_array_or_lines
 from dayzero.data.readers import read_rows
 from dayzero.errors import ConfigError, DataError
+from dayzero.format_columns import check_columns
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -54,7 +55,8 @@ KINDS = ["jsonl", "json", "array.json", "ndjson", "csv", "csv.gz", "tsv", "parqu
 def test_every_kind_gives_the_same_rows(tmp_path: Path, kind: str) -> None:
     got = list(read_rows(_write(tmp_path / f"rows.{kind}"), "rows"))
     assert [row for _, row in got] == ROWS
-    assert got[0][0] == ("rows:2" if kind in ("csv", "csv.gz", "tsv") else "rows:1")
+    first = {"csv": 2, "csv.gz": 2, "tsv": 2, "array.json": 3}.get(kind, 1)
+    assert got[0][0] == f"rows:{first}"
 
 
 VALUES = st.recursive(
@@ -109,6 +111,24 @@ def test_a_json_array_is_not_held_in_memory(tmp_path: Path, separator: str) -> N
         tracemalloc.stop()
     assert count == 10_000
     assert peak < 6 * 2**20
+
+
+def test_a_row_of_a_json_array_is_named_by_the_line_that_it_begins_in(tmp_path: Path) -> None:
+    rows = [{"instruction": "a\\nb", "output": 1}, {"output": 2, "words": ["x"] * 9}, {"output": 3}]
+    pretty, one_line = json.dumps(rows, indent=2), json.dumps(rows)
+    for text, lines in (
+        (pretty, ["2", "6", "20"]),
+        (pretty.replace("\n", "\r\n"), ["2", "6", "20"]),
+        (one_line, ["1", "1#2", "1#3"]),
+        ("\n" + one_line.replace(', {"output": 3', ',\n{"output": 3'), ["2", "2#2", "3"]),
+    ):
+        (tmp_path / "a.json").write_bytes(text.encode())
+        for chunk in (1, 7, json_rows.CHUNK):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(json_rows, "CHUNK", chunk)
+                assert list(read_rows(tmp_path / "a.json", "a")) == [
+                    (f"a:{line}", row) for line, row in zip(lines, rows, strict=True)
+                ]
 
 
 def test_a_fault_in_a_json_array_is_told_where_it_stands(tmp_path: Path) -> None:

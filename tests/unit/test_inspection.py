@@ -62,6 +62,10 @@ def test_a_row(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     monkeypatch.chdir(project)
     assert run() == 0
     printed = capsys.readouterr().out
+    assert "supervised⟧  not supervised" in printed.splitlines()[-1]
+    printed = "\n".join(printed.splitlines()[:-1])
+    for _, answer in CHATS:
+        assert f"<|im_start|>assistant↵\n⟦{visible(answer)}<|im_end|>⟧↵\n" in printed + "\n", "there are no colours"
     page = (project / "results/exp/lora/inspect.html").read_text()
     for number, (question, answer) in enumerate(CHATS, 1):
         for text in (question, answer):
@@ -112,3 +116,8 @@ def test_colours(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\x1b[4;32mThe" in out.getvalue()
     assert "\x1b[4;35m<|im_end|>" in out.getvalue()
     assert "document 1 · row 0" in out.getvalue()
+    assert "⟦" not in out.getvalue()
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, color_system="standard", no_color=True)
+    print_rows(view_rows(rows, range(1), tokenizer), console)
+    assert "⟦" in out.getvalue(), "as NO_COLOR asks"

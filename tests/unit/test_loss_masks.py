@@ -12,6 +12,7 @@ from dayzero.data.documents import DocumentEncoder
 from dayzero.errors import ConfigError, DataError
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tests.tiny_tokenizer import CHATML
@@ -79,7 +80,8 @@ def test_turns_and_parts(tokenizer: PreTrainedTokenizerBase, template: str) -> N
     assert runs(tokenizer, template, loss_turns="last") == BOTH[1:]
     assert runs(tokenizer, template, loss_reasoning=False) == [CALLS + "<|im_end|>", "The answer is 42.<|im_end|>"]
     assert runs(tokenizer, template, loss_turns="last", loss_reasoning=False) == ["The answer is 42.<|im_end|>"]
-    assert "".join(runs(tokenizer, template, loss_parts="tool_arguments")).strip() == '{"a": 17, "to": "25 🤖"}'
+    found = runs(tokenizer, template, loss_parts="tool_arguments")
+    assert [arguments.strip() for arguments in found] == ['{"a": 17, "to": "25 🤖"}', "{}"]
     assert runs(tokenizer, template, loss_parts="tool_arguments", loss_turns="last") == []
     assert runs(tokenizer, template, loss_roles=["user", "tool"]) == ["What is 17 + 25?<|im_end|>", "42<|im_end|>"]
     assert runs(tokenizer, template, loss_roles=["user", "assistant"])[0] == "What is 17 + 25?<|im_end|>"
@@ -158,6 +160,14 @@ def test_arguments_between_tags(tokenizer: PreTrainedTokenizerBase) -> None:
     assert found == "a>\n17\n</parameter><parameter=to>\n25 🤖"
 
 
+def test_a_call_without_arguments(tokenizer: PreTrainedTokenizerBase) -> None:
+    """A model must learn to give none too, where the template writes anything for that."""
+    call = {"role": "assistant", "content": "{}", "tool_calls": [_call("now", {})]}
+    messages = [{"role": "user", "content": "{} {}"}, call]
+    assert [run.strip() for run in runs(tokenizer, JSON_CALLS, messages, loss_parts="tool_arguments")] == ["{}"]
+    assert runs(tokenizer, XML_CALLS, messages, loss_parts="tool_arguments") == []
+
+
 def test_a_part_is_told_by_its_place_not_by_its_text(tokenizer: PreTrainedTokenizerBase) -> None:
     """The same words stand elsewhere too."""
     again = '{"a": 1}'
@@ -208,12 +218,36 @@ def test_reasoning_is_masked_however_the_content_holds_it(
         assert runs(tokenizer, template, messages, None) == [content + "<|im_end|>"]
 
 
+def test_a_token_that_holds_a_character_of_masked_reasoning(tokenizer_path: Path) -> None:
+    """To learn it would be to learn to begin a tag; white space about the block is none of it."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+    tokenizer.add_tokens([AddedToken(joined, normalized=False) for joined in ("e<", " answer")])
+    content = "The<think>secret</think> answer"
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": content}]
+    assert runs(tokenizer, CHATML, messages, None, loss_reasoning=False) == ["Th", " answer<|im_end|>"]
+    assert runs(tokenizer, CHATML, messages, None) == [content + "<|im_end|>"]
+
+
 def test_an_empty_block_that_the_template_drops_loses_nothing(tokenizer: PreTrainedTokenizerBase) -> None:
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "<think>\n</think>answer"}]
     tokenizer.chat_template = CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")
     encoder = ChatEncoder(tokenizer, Tokenize(loss_reasoning=False))
     assert supervised(tokenizer, *encode_chat(encoder, messages)) == ["answer<|im_end|>"]
     assert not encoder.counts["reasoning_left_out"]
+
+
+def test_an_empty_block_that_the_template_writes_is_masked(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Beside answers with reasoning the model would learn just not to think."""
+    always = JSON_CALLS.replace("{% if m.reasoning_content %}", "{% if m.role == 'assistant' %}")
+    opened = always.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>\n{% endif %}")
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    chat = [*messages, messages[0], {**messages[1], "reasoning_content": "A greeting."}]
+    chat += [messages[0], {"role": "assistant", "content": "", "tool_calls": [_call("add", {})]}]
+    called = '<tool_call>\n{"name": "add", "arguments": {}}\n</tool_call><|im_end|>'
+    for template in (always, opened):
+        assert runs(tokenizer, template, chat, loss_reasoning=False) == ["Hello.<|im_end|>"] * 2 + [called]
+        assert runs(tokenizer, template, messages, None, loss_reasoning=False) == ["Hello.<|im_end|>"]
+    assert runs(tokenizer, always, messages, None) == ["<think>\n\n</think>\n\nHello.<|im_end|>"]
 
 
 def test_reasoning_of_both_kinds_in_one_turn(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -230,6 +264,44 @@ def test_reasoning_that_cannot_be_told_from_the_rest_is_refused(tokenizer: PreTr
     encoder = ChatEncoder(tokenizer, Tokenize())
     encode_chat(encoder, CHAT, TOOLS)
     assert not encoder.counts["reasoning_left_out"]
+
+
+SYSTEM_FIRST = "{% if messages[0].role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
+"""A system prompt of the template's own, as Qwen2.5's and SmolLM2's have one; it looks at the first message."""
+
+
+@pytest.mark.parametrize("template", [CHATML, JSON_CALLS, MARKED, MARKED_CALLS], ids=["plain", "json", "marked", "all"])
+@pytest.mark.parametrize("tools", [None, TOOLS], ids=["no tools", "tools"])
+def test_an_answer_may_open_the_conversation(
+    tokenizer: PreTrainedTokenizerBase, template: str, tools: list[dict[str, Any]] | None
+) -> None:
+    """Before it stands what the template writes of its own, which is not supervised."""
+    if tools and template in (CHATML, MARKED):
+        template = JSON_CALLS[: JSON_CALLS.index("{% for m")] + template
+    messages = [{"role": r, "content": f"I am {r}."} for r in ("assistant", "user", "assistant")]
+    loop, own_text = "{% for m in messages %}", "{% if loop.first and m.role != 'system' %}[no system]{% endif %}"
+    first_of_all = template.replace(loop, loop + own_text)
+    said = ["I am assistant.<|im_end|>"] * 2
+    for own in (template, SYSTEM_FIRST + template, first_of_all):
+        assert runs(tokenizer, own, messages, tools) == said
+        assert runs(tokenizer, own, messages, tools, loss_turns="last") == said[1:]
+        assert runs(tokenizer, own, messages[:1], tools, loss_turns="last") == said[1:]
+
+
+def test_an_opening_answer_with_parts(tokenizer: PreTrainedTokenizerBase) -> None:
+    always = SYSTEM_FIRST + JSON_CALLS.replace("{% if m.reasoning_content %}", "{% if m.role == 'assistant' %}")
+    answer = {"role": "assistant", "content": "", "reasoning_content": "A sum. ☃", "tool_calls": CHAT[2]["tool_calls"]}
+    chat = [answer, {"role": "user", "content": "Hi"}]
+    for template in (always, SYSTEM_FIRST + JSON_CALLS):
+        assert runs(tokenizer, template, chat) == BOTH[:1]
+        assert runs(tokenizer, template, chat, loss_reasoning=False) == [CALLS + "<|im_end|>"]
+
+
+def test_the_way_out_of_an_unstable_template_is_one_that_is_left(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = MARKED.replace("{{ '<|im_end|>", "{% if loop.last %}(end){% endif %}{{ '<|im_end|>")
+    messages = [{"role": r, "content": f"I am {r}."} for r in ("user", "assistant")]
+    with pytest.raises(ConfigError, match=r"in its beginning: leave user out of tokenize\.loss_roles$"):
+        encode_chat(ChatEncoder(tokenizer, Tokenize(loss_roles=["user", "assistant"])), messages)
 
 
 def test_reasoning_that_the_template_forgets_is_counted(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -91,6 +91,8 @@ def test_the_page_holds_the_data_report(demo: tuple[list[Path], Path]) -> None:
     assert "Share of supervised tokens" in page
     assert "tool_calls 17 92 % a.jsonl:12 Is <b> it?" in page
     assert "tool_calls 4 75 % row 1,501 As earlier reports have it" in page
+    assert " 801 1,571 399,990" in page, "what became of each source"
+    assert "source rows read licence" in page, "and of them some were left out"
     assert "lora a.jsonl 62.50 % 1,300 2.50 lora b.jsonl 37.50 % 780 0.14" in page, "what was drawn of a mix"
 
 

@@ -210,11 +210,24 @@ def test_file_directory_and_glob_of_a_wheel(index: Path, tmp_path: Path) -> None
     _wheel(index, {"rows/a.jsonl": "A", "rows/b.jsonl": "B", "rows/deep/c.txt": "C", "code.py": "boom"})
     one = _fetch(tmp_path, "package:rows-pkg==1.0/rows/a.jsonl")
     assert one.path.read_text() == "A"
-    assert (one.revision, one.licence, one.label) == ("1.0", "MIT", "rows/a.jsonl")
+    assert (one.revision, one.licence, one.label) == ("1.0", "MIT", "rows-pkg==1.0/rows/a.jsonl")
     folder = _fetch(tmp_path, "package:rows-pkg==1.0/rows").path
     assert sorted(p.name for p in folder.rglob("*") if p.is_file()) == ["a.jsonl", "b.jsonl", "c.txt"]
     found = _fetch(tmp_path, "package:rows-pkg==1.0/rows/*.jsonl").path
     assert sorted(p.name for p in found.rglob("*") if p.is_file()) == ["a.jsonl", "b.jsonl"]
+
+
+def test_folders_of_one_package_are_told_apart(index: Path, tmp_path: Path) -> None:
+    _wheel(index, {"rows/a/data.jsonl": "A", "rows/b/data.jsonl": "B", "rows/b/more/data.jsonl": "B"})
+    for inside, files in (
+        ("rows/a", ["rows/a/data.jsonl"]),
+        ("rows/b/", ["rows/b/data.jsonl", "rows/b/more/data.jsonl"]),
+        ("rows/*/data.jsonl", ["rows/a/data.jsonl", "rows/b/data.jsonl", "rows/b/more/data.jsonl"]),
+        ("rows/a/data.jsonl", ["rows/a/data.jsonl"]),
+    ):
+        fetched = _fetch(tmp_path, f"package:rows-pkg==1.0/{inside}")
+        labels = [label for _, label in data_files(fetched.path, fetched.label)]
+        assert labels == [f"rows-pkg==1.0/{file}" for file in files]
 
 
 def test_package_mistakes(index: Path, tmp_path: Path) -> None:

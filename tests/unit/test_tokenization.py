@@ -303,6 +303,28 @@ def test_bad_input_is_named(tmp_path, tokenizer_path):
         run(source, tmp_path / "d", tmp_path)
 
 
+def test_what_may_have_left_nothing_is_named(tmp_path, tokenizer_path):
+    """The settings of the loss among it, where they are set."""
+    chat = [[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]]
+    columns = {"messages": {"messages": chat}, "pretokenized": {"input_ids": [[1, 2]], "loss_mask": [[False] * 2]}}
+    usual = "check the data's columns, tokenize.seq_len, long_documents"
+    for data_format, options, said in (
+        (
+            "messages",
+            {"loss_parts": "tool_arguments", "loss_turns": "last"},
+            "min_label_tokens, loss_turns and loss_parts",
+        ),
+        ("messages", {"loss_roles": ["tool"]}, "min_label_tokens and loss_roles"),
+        ("messages", {"min_label_tokens": 100}, "long_documents and min_label_tokens"),
+        ("pretokenized", {}, "min_label_tokens and the rows' own labels"),
+    ):
+        source = parquet(tmp_path / f"{data_format}.parquet", **columns[data_format])
+        with pytest.raises(DataError, match="no document with a supervised token is left") as error:
+            run(source, tmp_path / "out", tokenizer_path, data_format, **options)
+        assert usual in str(error.value)
+        assert str(error.value).endswith(said)
+
+
 def test_the_models_limits(tmp_path):
     path = tiny_tokenizer(tmp_path / "tokenizer")
     source = parquet(tmp_path / "train.parquet", text=sentences(5))
@@ -324,7 +346,7 @@ def test_ids_that_the_model_does_not_have_are_a_bad_row(tmp_path, capsys, model)
     limit = 500 if model else len(AutoTokenizer.from_pretrained(tokenizer))
     if model:
         (tokenizer / "config.json").write_text(json.dumps(model))
-    ids = [[1, limit - 1, 2], [1, 2, limit, limit + 1]]
+    ids = [[1, limit - 1, 2], [1, 2, limit, limit + 1] + [3] * 2000]  # of more numpy shows but the ends
     data = tmp_path / "data"
     data.mkdir()
     parquet(data / "train.parquet", input_ids=ids, loss_mask=[[True] * len(row) for row in ids])
@@ -336,7 +358,10 @@ def test_ids_that_the_model_does_not_have_are_a_bad_row(tmp_path, capsys, model)
     assert f"row rows.jsonl:2: token 3 has the id {limit}, but the model's are below {limit}: " in last
     assert stage.main(["--config", '{"data": {"on_bad_row": "reject"}}', *arguments]) == 0
     assert json.loads((tmp_path / "out/manifest.json").read_text())["splits"]["train"]["dropped"] == {"rejected": 1}
-    assert json.loads((tmp_path / "out/train/rejected.jsonl").read_text())["origin"] == "rows.jsonl:2"
+    aside = json.loads((tmp_path / "out/train/rejected.jsonl").read_text())
+    assert aside["origin"] == "rows.jsonl:2"
+    assert "on_bad_row" not in aside["reason"], "that has been done"
+    assert (aside["row"]["input_ids"], aside["row"]["loss_mask"]) == (ids[1], [True] * len(ids[1])), "to be repaired"
 
 
 def messages_data(tmp_path, rows):
@@ -367,6 +392,21 @@ def test_the_stage(tmp_path, tokenizer_path, tokenizer):
     rows = TokenRows(output / "validation", packed=False)
     answers = [tokenizer.decode(r.labels[r.labels != IGNORE]) for r in map(rows.row, range(3))]
     assert answers == [chats[i][1]["content"] + "<|im_end|>" for i in rows.source_rows(range(3))]
+
+
+def test_what_is_dropped_is_told_as_what_it_is(tmp_path, tokenizer_path, capsys):
+    """Pieces of split rows are documents."""
+    data = tmp_path / "data"
+    data.mkdir()
+    parquet(data / "train.parquet", prompt=["fox " * 50, "", "a"], completion=["dog", "", "b"])
+    manifest = {"format": "prompt_completion", "splits": {"train": {"file": "train.parquet"}}}
+    (data / "manifest.json").write_text(json.dumps(manifest))
+    arguments = ["--data", str(data), "--tokenizer", str(tokenizer_path), "--output", str(tmp_path / "out")]
+    assert stage.main(["--config", '{"tokenize": {"seq_len": 16, "long_documents": "split"}}', *arguments]) == 0
+    dropped = json.loads((tmp_path / "out/manifest.json").read_text())["splits"]["train"]["dropped"]
+    said = capsys.readouterr().err
+    assert f"train: {dropped['few_labels']} documents dropped: few_labels" in said
+    assert "train: 1 rows dropped: empty" in said
 
 
 def test_a_failed_stage_leaves_nothing_and_one_line(tmp_path, tokenizer_path, capsys):

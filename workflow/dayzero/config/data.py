@@ -88,14 +88,14 @@ class Tokenize(Section):
     long_documents: Literal["truncate", "split", "drop"] = "truncate"
     """What happens to documents longer than `seq_len`; each case is counted in the manifest."""
     min_label_tokens: PositiveInt = 1
-    """Drop (and count) documents with fewer supervised tokens than this, e.g. after truncation."""
+    """Drop (and count) documents with fewer supervised tokens than this (below `seq_len`), e.g. after truncation."""
     loss_turns: Literal["all", "last"] = "all"
     """Conversations: which turns of `loss_roles` are supervised."""
     loss_roles: list[Literal["assistant", "user", "system", "tool"]] = ["assistant"]
     """Conversations: whose turns are supervised, with the token that ends each."""
     loss_parts: Literal["all", "tool_arguments"] = "all"
-    """Conversations: all of a turn, or only the arguments of its tool calls."""
+    """Conversations: all of a turn, or only the arguments of its tool calls, empty ones too."""
     loss_reasoning: bool = True
-    """Conversations: supervise reasoning (`reasoning_content`, or a `<think>` block that opens the content) too."""
+    """Conversations: supervise reasoning too: `reasoning_content`, and `<think>` blocks, empty ones as well."""
     special_text: Literal["auto", "plain", "special"] = "auto"
     """What a control token's text (`<|im_end|>`) in a row becomes. auto: text in conversations, else the token."""

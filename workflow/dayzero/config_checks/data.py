@@ -5,17 +5,31 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dayzero.column_template import check_templates, parse_template
-from dayzero.config import Data, RunConfig
+from dayzero.config import Data, RunConfig, Tokenize
 from dayzero.errors import ConfigError
+from dayzero.format_columns import COLUMNS, check_columns
 from dayzero.source import listed
 
 
 def check_data(run: RunConfig) -> Iterator[tuple[str, str]]:
     yield from check_rows(run.data)
-    if not run.tokenize.loss_roles:
+    yield from _check_labels(run.tokenize)
+
+
+def _check_labels(tokenize: Tokenize) -> Iterator[tuple[str, str]]:
+    roles = tokenize.loss_roles
+    if not roles:
         yield "tokenize.loss_roles", "names nobody, so that nothing would be supervised: name at least one role"
-    if run.tokenize.loss_parts == "tool_arguments" and run.tokenize.loss_roles != ["assistant"]:
+    if twice := [role for role in dict.fromkeys(roles) if roles.count(role) > 1]:
+        yield "tokenize.loss_roles", f"names {', '.join(twice)} more than once: once is enough"
+    if tokenize.loss_parts == "tool_arguments" and {*roles} != {"assistant"}:
         yield "tokenize.loss_parts", "tool_arguments are the assistant's: leave tokenize.loss_roles at [assistant]"
+    if tokenize.min_label_tokens >= tokenize.seq_len:
+        yield (
+            "tokenize.min_label_tokens",
+            f"{tokenize.min_label_tokens} >= tokenize.seq_len {tokenize.seq_len}, of which the first is never "
+            "supervised, so that no document would be left: set it lower",
+        )
 
 
 def check_rows(data: Data) -> Iterator[tuple[str, str]]:
@@ -47,13 +61,16 @@ def _check_format(data: Data) -> Iterator[tuple[str, str]]:
 def _check_columns(data: Data) -> Iterator[tuple[str, str]]:
     if data.columns and data.format == "function_calling":
         yield "data.columns", "is not read by data.format function_calling: leave it out"
-    if data.template is None:
-        return
     try:
-        check_templates(data.template)
+        if data.template is not None:
+            check_templates(data.template)
+        elif data.format == "auto" or data.format in COLUMNS:
+            check_columns(data.format, data.columns)
     except ConfigError as error:
         key, _, message = str(error).partition(": ")
         yield key, message
+        return
+    if data.template is None:
         return
     parts = [part for key, text in data.template.items() for part in parse_template(text, key)]
     known = [name for _, name in parts if name is not None]

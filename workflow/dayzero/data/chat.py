@@ -7,7 +7,8 @@ tokenised exactly as at inference.
 The texts of control tokens (`<|im_end|>`) inside a message stay text: only the template writes control tokens. Tags
 in an assistant's content (`<think>`, `<tool_call>`) are the exception: they are its to write.
 
-What of the conversation is supervised is chosen by `tokenize.loss_*`; a token with any supervised character is.
+What of the conversation is supervised is chosen by `tokenize.loss_*`; a token with any supervised character is, but
+for one with a character of masked reasoning.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ class Rendered:
     """Where control tokens do."""
     wanted: list[Range] | None
     """The ranges of the text that are supervised; None: the whole turns."""
+    masked: list[Range]
+    """Reasoning that is not to be learnt, within turns."""
     unfinished: bool
     """The tokenizer's EOS must end it, as the template has no token for that."""
 
@@ -93,13 +96,13 @@ class ChatEncoder:
         controls = self.texts.controls(text)
         spans = [(_whole(controls, start), _whole(controls, self._end(text, start, end))) for start, end in spans]
         assert all(a[1] <= b[0] for a, b in pairwise(spans)), "answers overlap"
-        wanted = self._parts(messages, tools, text, spans)
+        wanted, masked = self._parts(messages, tools, text, spans)
         last = spans[-1][1] if spans else 0
         unfinished = bool(spans) and not text[last:].strip() and not text[:last].endswith(self._ends)
         if unfinished:
             text = text[:last]
             controls = [control for control in controls if control[1] <= last]
-        return Rendered(text, spans, controls, wanted, unfinished)
+        return Rendered(text, spans, controls, wanted, masked, unfinished)
 
     def tokenize(self, conversation: Rendered) -> tuple[Ids, Mask]:
         """Token ids of a rendered conversation and, for each, whether it is supervised.
@@ -111,7 +114,7 @@ class ChatEncoder:
         for start, end in zip(edges[::2], edges[1::2], strict=True):
             mask[start:end] = True
         if conversation.wanted is not None:
-            mask = self._mask_parts(conversation, ids, conversation.wanted)
+            mask = self._mask_parts(conversation, ids, conversation.wanted, conversation.masked)
         if conversation.unfinished:
             if self.tokenizer.eos_token_id is None:
                 raise ConfigError(
@@ -164,8 +167,11 @@ class ChatEncoder:
             f"model.chat_template to a FILE that does, or remove {part} from the data"
         )
 
-    def _parts(self, messages: list[Message], tools: Tools, text: str, spans: list[Range]) -> list[Range] | None:
-        """The ranges of the rendered conversation that are supervised; None: the whole spans."""
+    def _parts(
+        self, messages: list[Message], tools: Tools, text: str, spans: list[Range]
+    ) -> tuple[list[Range] | None, list[Range]]:
+        """The ranges of the rendered conversation that are supervised, None for the whole spans, and the reasoning that
+        is masked."""
 
         def render(changed: list[Message]) -> str | None:
             try:
@@ -180,25 +186,30 @@ class ChatEncoder:
             self.counts["reasoning_left_out"] += bool(left_out)
         if self.options.loss_parts == "tool_arguments":
             arguments = chat_parts.tool_arguments(messages, text, render)
-            return [(a, b) for a, b in arguments if any(start <= a and b <= end for start, end in spans)]
+            return [(a, b) for a, b in arguments if any(start <= a and b <= end for start, end in spans)], []
+        if masked:
+            thoughts += chat_parts.empty_reasoning(spans, text)
         if not masked or not thoughts:
-            return None
+            return None, []
         wanted = []
         for start, end in spans:
             inside = [(start if t.opens else t.start, t.end) for t in thoughts if t.start < end and t.end > start]
             wanted += list(chat_parts.without((start, end), sorted(inside)))
-        return wanted
+        return wanted, [chat_parts.trimmed(text, thought) for thought in thoughts]
 
-    def _mask_parts(self, conversation: Rendered, ids: Ids, wanted: list[Range]) -> Mask:
-        """The mask of the given ranges over tokens that were made of the conversation, whole or in pieces."""
-        joined, mask = self.texts.supervised(conversation.text, wanted)
+    def _mask_parts(self, conversation: Rendered, ids: Ids, wanted: list[Range], masked: list[Range]) -> Mask:
+        """The mask of the ranges that are `wanted`, and not `masked`, over tokens that were made of the conversation,
+        whole or in pieces."""
+        joined, mask = self.texts.supervised(conversation.text, wanted, but=masked)
         if np.array_equal(joined, ids):
             return mask
         at = done = 0
         masks = []
         for lead, piece in self._apart(conversation):
-            ranges = [(max(a - at, 0), b - at) for a, b in wanted if a < at + len(piece)]
-            part, mask = self.texts.supervised(piece, ranges, lead)
+            ranges, but = (
+                [(max(a - at, 0), b - at) for a, b in some if a < at + len(piece)] for some in (wanted, masked)
+            )
+            part, mask = self.texts.supervised(piece, ranges, lead, but)
             assert np.array_equal(part, ids[done : done + len(part)]), "the pieces' own tokens"
             masks.append(mask)
             at, done = at + len(piece), done + len(part)

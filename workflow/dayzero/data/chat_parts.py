@@ -21,6 +21,7 @@ Render = Callable[[list[dict[str, Any]]], str | None]
 TAG = re.compile(r"<(/?)(think(?:ing)?)>")
 """What reasoning inside the content stands between."""
 _CLOSING = re.compile(r"\s*</[\w:-]+>\s*")
+_EMPTY = re.compile(r"\s*(?:<(think(?:ing)?)>\s*</\1>|</think(?:ing)?>)\s*")
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,19 @@ def reasoning(messages: list[dict[str, Any]], text: str, render: Render, *, exac
     return thoughts, left_out
 
 
+def empty_reasoning(turns: list[Range], text: str) -> list[Thought]:
+    """The blocks without any reasoning that turns begin with, which many templates write where a message has none; the
+    opening tag may stand in the prompt."""
+    return [Thought(start, min(found.end(), end), True) for start, end in turns if (found := _EMPTY.match(text, start))]
+
+
+def trimmed(text: str, thought: Thought) -> Range:
+    """Where reasoning and its tags stand, without the white space about them: it may be in one token with an answer."""
+    written = text[thought.start : thought.end]
+    start = thought.start + len(written) - len(written.lstrip())
+    return start, max(start, thought.start + len(written.rstrip()))
+
+
 def _blocks(content: str) -> list[Range]:
     """Where reasoning stands in a content, without its tags.
 
@@ -114,16 +128,16 @@ def _thought(text: str, found: Range, content: str, place: Range | None) -> Thou
 
 def tool_arguments(messages: list[dict[str, Any]], text: str, render: Render) -> list[Range]:
     """The ranges of `text` that are the arguments of tool calls: the JSON object, or all that a template of another
-    notation writes from the first argument's name to the last one's value.
+    notation writes from the first argument's name to the last one's value. It writes nothing for a call without any.
 
     Raises ConfigError where the template does not write them once each.
     """
     ranges = []
     for i, message in enumerate(messages):
         for k, call in enumerate(message.get("tool_calls", [])):
-            if not call["function"]["arguments"]:
-                continue
             found = _one_call(messages, (i, k), text, render)
+            if found is None and not call["function"]["arguments"]:
+                continue
             if found is None:
                 raise ConfigError(
                     f"the chat template does not write the arguments of call {k + 1} of message {i + 1} where they can "
@@ -140,6 +154,8 @@ def _one_call(messages: list[dict[str, Any]], at: tuple[int, int], text: str, re
         found = _compare(text, rendered, stand_in)
         if found and _is_json(text[slice(*found)], arguments):
             return found
+    if not arguments:
+        return None
     first, last = next(iter(arguments)), next(reversed(arguments))
     renamed = {STAND_IN if key == first else key: value for key, value in arguments.items()}
     start = _compare(text, render(_with_arguments(messages, at, renamed)))

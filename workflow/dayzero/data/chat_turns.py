@@ -25,6 +25,7 @@ class TurnFinder:
     def __init__(self, template: ChatTemplate, options: Tokenize, ends: tuple[str, ...], texts: TextEncoder) -> None:
         self._template, self._options, self._ends, self._texts = template, options, ends, texts
         self._closing: dict[str, bool] = {}  # whether tokens that follow an answer are its end
+        self._prompt: str | None = None  # what the template writes to ask for an answer
         self._checked_markers = False
         self._shapes = Shapes(
             template.source, lambda messages: self._all_turns(messages, None, template.render(messages)[0])
@@ -57,8 +58,9 @@ class TurnFinder:
             self._check_markers(messages, tools)
             spans = self._with_ends(messages, tools, text, sorted(blocks))
             if self._options.loss_turns == "last":  # whatever comes after the blocks of the turns before
-                earlier = self._template.render(messages[: marked[0]], tools, return_assistant_tokens_mask=True)[1]
-                spans = spans[len(earlier) :]
+                earlier = messages[: marked[0]]
+                if earlier:
+                    spans = spans[len(self._template.render(earlier, tools, return_assistant_tokens_mask=True)[1]) :]
             if not spans:
                 self._unmarked()
         for i in turns:
@@ -67,13 +69,37 @@ class TurnFinder:
                 continue
             after = self._template.render(messages[: i + 1], tools)[0] if i + 1 < len(messages) else text
             if answer:
-                before = self._template.render(messages[:i], tools, add_generation_prompt=True)[0]
+                before = self._before(messages, i, tools)
                 if not text.startswith(before):
-                    raise _unstable(self._texts, text, before, i, self._stable(messages, tools, text, turns[-1]))
+                    raise self._unstable(text, before, i, self._stable(messages, tools, text, turns[-1]))
             if not text.startswith(after):
-                raise _unstable(self._texts, text, after, i, self._stable(messages, tools, text, turns[-1]))
+                raise self._unstable(text, after, i, self._stable(messages, tools, text, turns[-1]))
             spans.append((len(before) if answer else self._head(messages[: i + 1], tools, text), len(after)))
         return text, sorted(spans)
+
+    def _before(self, messages: list[Message], i: int, tools: Tools) -> str:
+        """The conversation up to answer `i`, as it is when a model is asked for it.
+
+        There is none before an answer that opens the conversation: templates look at the first message, say for
+        whether to write a system prompt of their own, and rendered without any they begin otherwise. So that is
+        rendered with other words, up to the turn's head, or else to the words.
+        """
+        if i:
+            return self._template.render(messages[:i], tools, add_generation_prompt=True)[0]
+        opening = [{"role": "assistant", "content": STAND_IN}]
+        before = self._template.render(opening, tools)[0].partition(STAND_IN)[0]
+        if self._prompt is None:
+            self._prompt = self._generation_prompt()
+        at = before.rfind(self._prompt)
+        return before if at < 0 else before[: at + len(self._prompt)]
+
+    def _generation_prompt(self) -> str:
+        asked = [{"role": "user", "content": STAND_IN}]
+        try:
+            question = self._template.render(asked)[0]
+            return self._template.render(asked, add_generation_prompt=True)[0].removeprefix(question)
+        except DataError:
+            return ""
 
     def _stable(self, messages: list[Message], tools: Tools, text: str, turn: int) -> bool:
         """Whether the conversation through that turn, and up to it if it is an answer, is how the whole `text`
@@ -81,7 +107,7 @@ class TurnFinder:
         try:
             beginnings = [self._template.render(messages[: turn + 1], tools)[0]]
             if messages[turn]["role"] == "assistant":
-                beginnings.append(self._template.render(messages[:turn], tools, add_generation_prompt=True)[0])
+                beginnings.append(self._before(messages, turn, tools))
         except DataError:
             return False
         return all(map(text.startswith, beginnings))
@@ -145,16 +171,22 @@ class TurnFinder:
                 return text[sorted(blocks)[number][1] :].lstrip().startswith(token)
         return False
 
-
-def _unstable(texts: TextEncoder, text: str, beginning: str, message: int, last_is_stable: bool) -> ConfigError:
-    """The error of a `beginning`, up to that message, that is not how the whole `text` begins; `last_is_stable`: the
-    last turn alone could be supervised."""
-    whole, part = texts.ids(text).tolist(), texts.ids(beginning).tolist()
-    at = next((k for k, (a, b) in enumerate(zip(whole, part, strict=False)) if a != b), min(len(whole), len(part)))
-    seen = [repr(texts.tokenizer.decode(ids[at : at + 1])) if at < len(ids) else "the end" for ids in (whole, part)]
-    last = ", or supervise only the last turn (tokenize.loss_turns: last)" if last_is_stable else ""
-    return ConfigError(
-        f"the chat template changes a conversation as it goes on around message {message + 1}: token {at} is {seen[0]} "
-        f"in the whole and {seen[1]} in its beginning: mark the answers with {{% generation %}} in a template of your "
-        f"own (model.chat_template: FILE){last}"
-    )
+    def _unstable(self, text: str, beginning: str, message: int, last_is_stable: bool) -> ConfigError:
+        """The error of a `beginning`, up to that message, that is not how the whole `text` begins; `last_is_stable`:
+        the last turn alone could be supervised."""
+        whole, part = self._texts.ids(text).tolist(), self._texts.ids(beginning).tolist()
+        at = next((k for k, (a, b) in enumerate(zip(whole, part, strict=False)) if a != b), min(len(whole), len(part)))
+        decode = self._texts.tokenizer.decode
+        seen = [repr(decode(ids[at : at + 1])) if at < len(ids) else "the end" for ids in (whole, part)]
+        # where the template has blocks about the answers, only turns of other roles come here
+        others = " and ".join(role for role in self._options.loss_roles if role != "assistant")
+        way_out = (
+            f"leave {others} out of tokenize.loss_roles"
+            if self._template.has_markers
+            else "mark the answers with {% generation %} in a template of your own (model.chat_template: FILE)"
+        )
+        last = ", or supervise only the last turn (tokenize.loss_turns: last)" if last_is_stable else ""
+        return ConfigError(
+            f"the chat template changes a conversation as it goes on around message {message + 1}: token {at} is "
+            f"{seen[0]} in the whole and {seen[1]} in its beginning: {way_out}{last}"
+        )

@@ -5,7 +5,6 @@ docs/data.md describes each format; every one has an example in docs/examples/da
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +16,7 @@ from dayzero.console import log
 from dayzero.data import conversations, question_formats
 from dayzero.data.rows import Dropped, Example, Reader, from_json, null_value, scalar_text
 from dayzero.errors import ConfigError, DataError
+from dayzero.format_columns import COLUMNS, Columns
 
 SCHEMAS = {
     "text": pa.schema([("text", pa.string())]),
@@ -104,10 +104,7 @@ class Format:
     stored: str
     """The kind of row it becomes, a key of SCHEMAS."""
     read: Callable[[Reader], Example | Dropped]
-    needs: tuple[str, ...]
-    """Columns that a row must have, by which the format is told."""
-    may_have: tuple[str, ...] = ()
-    """Columns that are read where they are there."""
+    columns: Columns
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Other names that a column goes by."""
 
@@ -115,24 +112,21 @@ class Format:
         return Reader(row, origin, columns, self.aliases)
 
 
-FORMATS = {
-    "messages": Format("messages", conversations.messages, ("messages",), ("system", "tools")),
-    "sharegpt": Format("messages", conversations.sharegpt, ("conversations",), ("system", "tools")),
-    "pretokenized": Format("pretokenized", _pretokenized, ("input_ids",), ("labels", "loss_mask", "attention_mask")),
-    "alpaca": Format(
-        "messages", conversations.alpaca, ("instruction", "output"), ("input", "system", "history", "tools")
-    ),
-    "squad": Format("prompt_completion", question_formats.squad, ("context", "question", "answers")),
-    "multiple_choice": Format(
-        "prompt_completion",
-        question_formats.multiple_choice,
-        ("question", "choices", "answer"),
-        aliases={"question": ("ctx",), "choices": ("endings",), "answer": ("answerKey", "label", "gold")},
-    ),
-    "prompt_completion": Format("prompt_completion", _prompt_completion, ("prompt", "completion")),
-    "text": Format("text", _text, ("text",)),
+_READERS: dict[str, tuple[str, Callable[[Reader], Example | Dropped]]] = {
+    "messages": ("messages", conversations.messages),
+    "sharegpt": ("messages", conversations.sharegpt),
+    "pretokenized": ("pretokenized", _pretokenized),
+    "alpaca": ("messages", conversations.alpaca),
+    "squad": ("prompt_completion", question_formats.squad),
+    "multiple_choice": ("prompt_completion", question_formats.multiple_choice),
+    "prompt_completion": ("prompt_completion", _prompt_completion),
+    "text": ("text", _text),
 }
-"""By name, the most telling columns first: the order in which a row's format is looked for."""
+_ALIASES = {
+    "multiple_choice": {"question": ("ctx",), "choices": ("endings",), "answer": ("answerKey", "label", "gold")},
+}
+FORMATS = {name: Format(*_READERS[name], columns, _ALIASES.get(name, {})) for name, columns in COLUMNS.items()}
+"""By name, in the order in which a row's format is looked for."""
 
 
 def stored_kind(format_name: str, template: dict[str, str] | None = None) -> str:
@@ -147,27 +141,17 @@ def detect_format(row: Mapping[str, Any], columns: dict[str, str], origin: str) 
     """The format whose columns the row has, after renaming by `columns`; raises ConfigError when none fits."""
     for name, form in FORMATS.items():
         reader = form.reader(row, origin, columns)
-        if all(map(reader.has, form.needs)):
-            log.info("format: %s (from the columns %s of %s)", name, ", ".join(map(reader.name, form.needs)), origin)
+        if all(map(reader.has, form.columns.needs)):
+            log.info(
+                "format: %s (from the columns %s of %s)", name, ", ".join(map(reader.name, form.columns.needs)), origin
+            )
             return name
-    options = "; ".join(" + ".join(form.needs) for form in reversed(FORMATS.values()))
+    options = "; ".join(" + ".join(form.columns.needs) for form in reversed(FORMATS.values()))
     raise ConfigError(
         f"data.format auto: {origin} has the columns {', '.join(map(str, row))}, none of the formats fits ({options}): "
         "name yours in data.columns, e.g. {prompt: question, completion: answer}, or say in data.template what they "
         "make, e.g. {user: '{question}', assistant: '{answer}'}"
     )
-
-
-def check_columns(format_name: str, columns: dict[str, str]) -> None:
-    """Raise ConfigError when `columns` renames something that the format, or with `auto` every one, does not read."""
-    forms = FORMATS.values() if format_name == "auto" else [FORMATS[format_name]]
-    known = [*dict.fromkeys(name for form in forms for name in (*form.needs, *form.may_have)), "id"]
-    for name in columns:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f" (did you mean {close[0]}?)" if close else ""
-            of, they = ("any format", "they have") if format_name == "auto" else (format_name, "it has")
-            raise ConfigError(f"data.columns: {name!r} is not a column of {of}{hint}: {they} {', '.join(known)}")
 
 
 def normalise(
@@ -199,7 +183,8 @@ def _from_template(reader: Reader, template: dict[str, str]) -> Example | Droppe
     for key in ("prompt", "user"):
         names = [name for _, name in parts.get(key, ()) if name is not None]
         if names and all(reader.value(name) is None for name in names):
-            raise null_value(reader.origin, f"data.template.{key}: {', '.join(map(repr, map(reader.name, names)))}")
+            nulls = ", ".join(map(repr, map(reader.name, dict.fromkeys(names))))
+            raise null_value(reader.origin, f"data.template.{key}: {'each of ' if ',' in nulls else ''}{nulls}")
     if "text" in texts:
         return Example(texts, texts["text"], len(texts["text"]), reader.id())
     if "prompt" in texts:

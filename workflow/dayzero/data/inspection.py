@@ -9,6 +9,7 @@ from __future__ import annotations
 import unicodedata
 from dataclasses import dataclass
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 
 import jinja2
@@ -83,16 +84,24 @@ def view_rows(
 
 
 def print_rows(views: list[RowView], console: Console) -> None:
-    """Show rows in a terminal: supervised text green and underlined, control tokens magenta, the rest dim."""
+    """Show rows in a terminal: supervised text green and underlined, control tokens magenta, the rest dim. Where there
+    are no colours, as in a pipe or a file, supervised text stands between brackets."""
+    plain = console.color_system is None or console.no_color
     for view in views:
         console.rule(f"[bold]row {view.index}[/] · {_count(len(view.documents), 'document')}", style="bold")
         for number, document in enumerate(view.documents, 1):
             console.print(Text(f"── {_heading(number, document)}", "bold"), soft_wrap=True)
             text = Text()
-            for piece in document.pieces:
-                style = "green underline" if piece.supervised else "dim"
-                text.append(visible(piece.text), f"{style} magenta not dim" if piece.special else style)
+            for supervised, pieces in groupby(document.pieces, lambda piece: piece.supervised):
+                style = "green underline" if supervised else "dim"
+                text.append("⟦" if plain and supervised else "")
+                for piece in pieces:
+                    text.append(visible(piece.text), f"{style} magenta not dim" if piece.special else style)
+                text.append("⟧" if plain and supervised else "")
             console.print(text, soft_wrap=True)
+    if plain:
+        console.print("⟦supervised⟧  not supervised  (there are no colours here)")
+        return
     console.print(
         Text.assemble(
             ("supervised", "green underline"), "  ", ("control token", "magenta"), "  ", ("not supervised", "dim")

@@ -6,7 +6,8 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any, TextIO
 
 from dayzero.data.bad_rows import BadRow, Parsed, not_utf8
@@ -20,6 +21,8 @@ CHUNK = 2**18
 """Characters of an array that are read at a time, or as many as its longest object has."""
 LONGEST_TOKEN = 16
 """Characters of anything but a text or a number that stand in one piece, like -Infinity or an escaped pair."""
+FEW_KEYS = 50
+"""Of more keys than this, each is not looked for in a row's text: reading the text again is faster then."""
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -40,8 +43,7 @@ def json_array_or_lines(f: TextIO, label: str) -> Parsed:
         more = f.read(CHUNK)
         head += more
     if head.lstrip().startswith("["):
-        for index, row in enumerate(_Array(head, f, label).rows(), 1):
-            yield f"{label}:{index}", row
+        yield from _Array(head, f, label).rows()
         return
     head += f.readline()
     if head.lstrip().partition("\n")[0].strip() == "{":
@@ -60,14 +62,18 @@ class _Array:
     def __init__(self, text: str, file: TextIO, label: str) -> None:
         self._text, self._file, self._label = text, file, label
         self._at = text.index("[") + 1
-        self._line, self._column = 1, 0  # where `text` begins
+        self._known, self._line, self._column = 0, 1, 0  # a place in `text` at or before `_at`, and where in the file
 
-    def rows(self) -> Iterator[Row | BadRow]:
-        """The rows. Raises DataError with line and column where the array breaks off."""
+    def rows(self) -> Parsed:
+        """The rows, each by the line that it begins in: `#2` is the second of one line. Raises DataError with line and
+        column where the array breaks off."""
+        line = of_line = 0
         try:
             more = self._next() != "]"
             while more:
-                yield self._item()
+                self._keep_place()
+                line, of_line = self._line, of_line + 1 if self._line == line else 1
+                yield f"{self._label}:{line}" + (f"#{of_line}" if of_line > 1 else ""), self._item()
                 if more := self._next() == ",":
                     self._at += 1
                     self._next()
@@ -106,22 +112,26 @@ class _Array:
             if end < len(self._text) or not self._read_on():  # else a number may go on
                 break
         text, self._at = self._text[self._at : end], end
-        return not_utf8(text) or (_checked(value, value) if decoder is _DECODER else _object(text))
+        return not_utf8(text) or (_checked(value, text, value) if decoder is _DECODER else _object(text))
 
     def _read_on(self) -> bool:
         """Read at least as much as is held of the item, and forget what lies before it; False at the file's end."""
         more = self._file.read(max(CHUNK, len(self._text) - self._at))
         if more:
-            line, column = self._place(self._at)
-            self._line, self._column = line, column - 1
-            self._text, self._at = self._text[self._at :] + more, 0
+            self._keep_place()
+            self._text, self._at, self._known = self._text[self._at :] + more, 0, 0
         return bool(more)
 
+    def _keep_place(self) -> None:
+        """Note where in the file the reading is, so that no line is counted twice."""
+        line, column = self._place(self._at)
+        self._known, self._line, self._column = self._at, line, column - 1
+
     def _place(self, at: int) -> tuple[int, int]:
-        """Line and column, from 1, of a place in `text`."""
-        newline = self._text.rfind("\n", 0, at)
-        column = at - newline if newline >= 0 else self._column + at + 1
-        return self._line + self._text.count("\n", 0, at), column
+        """Line and column, from 1, of a place in `text` from the known one on."""
+        newline = self._text.rfind("\n", self._known, at)
+        column = at - newline if newline >= 0 else self._column + at - self._known + 1
+        return self._line + self._text.count("\n", self._known, at), column
 
 
 def _object(text: str) -> Row | BadRow:
@@ -134,13 +144,29 @@ def _object(text: str) -> Row | BadRow:
         return BadRow(_TOO_DEEP, text)
     except ValueError as error:  # an integer of more digits than Python reads
         return BadRow(f"cannot be read ({short(error).partition(';')[0]}): write it as text", text)
-    return _checked(value, text)
+    return _checked(value, text, text)
 
 
-def _checked(value: Any, content: Any) -> Row | BadRow:
-    if isinstance(value, dict):
-        return value
-    return BadRow(f"a row must be a JSON object, found {type(value).__name__}", content)
+def _checked(value: Any, text: str, content: Any) -> Row | BadRow:
+    """The value of a JSON `text` if it is a row; `content`: what else is set aside."""
+    if not isinstance(value, dict):
+        return BadRow(f"a row must be a JSON object, found {type(value).__name__}", content)
+    if key := _key_twice(value, text):
+        return BadRow(f"the key {key!r} is there twice: rename one, or leave one out", text)
+    return value
+
+
+def _key_twice(row: Row, text: str) -> str | None:
+    """A key that an object has twice, of which only the last would count; its text is read again only if it may."""
+    if len(row) <= FEW_KEYS and all(text.count(f'"{key}"') == 1 for key in row):
+        return None
+    keys: list[str] = []
+
+    def note(pairs: list[tuple[str, Any]]) -> None:  # of each object, and so of the row itself last
+        keys[:] = [key for key, _ in pairs]
+
+    json.JSONDecoder(object_pairs_hook=note, parse_int=str).decode(text)
+    return next((key for key, count in Counter(keys).items() if count > 1), None)
 
 
 def _not_json(error: json.JSONDecodeError, column: int) -> str:

@@ -159,11 +159,15 @@ class TextEncoder:
             self._heads[text] = self.ids(text).tolist()
         return self._heads[text]
 
-    def supervised(self, text: str, ranges: Sequence[Range], lead: str = "") -> tuple[Ids, Mask]:
-        """Token ids of a marked text after a `lead`, and for each whether it holds a character of one of the ranges."""
+    def supervised(
+        self, text: str, ranges: Sequence[Range], lead: str = "", but: Sequence[Range] = ()
+    ) -> tuple[Ids, Mask]:
+        """Token ids of a marked text after a `lead`, and for each whether it holds a character of one of the ranges,
+        and none of those of `but`."""
         if lead:
-            before = len(self.ids(lead))
-            ids, mask = self.supervised(lead + text, [(start + len(lead), end + len(lead)) for start, end in ranges])
+            before, by = len(self.ids(lead)), len(lead)
+            ranges, but = ([(start + by, end + by) for start, end in some] for some in (ranges, but))
+            ids, mask = self.supervised(lead + text, ranges, but=but)
             return ids[before:], mask[before:]
         aliased, places, starts = self._aliased(text)
         tokens, offsets = self._encode(aliased)
@@ -173,9 +177,12 @@ class TextEncoder:
             following = starts[k + 1] if k + 1 < len(starts) else len(aliased)
             return min(starts[k] + at - places[k], following)
 
-        wanted = [(place(start), place(end)) for start, end in ranges]
-        found = [any(start < b and a < end for a, b in wanted) for start, end in offsets]
-        return np.array(tokens, np.int32), np.array(found, np.bool_)
+        def touched(some: Sequence[Range]) -> Mask:
+            placed = [(place(start), place(end)) for start, end in some]
+            return np.array([any(start < b and a < end for a, b in placed) for start, end in offsets], np.bool_)
+
+        found = touched(ranges)
+        return np.array(tokens, np.int32), found & ~touched(but) if but else found
 
     def _aliased(self, text: str) -> tuple[str, list[int], list[int]]:
         """The text without marks and with control tokens renamed; where its pieces began before, and begin now."""

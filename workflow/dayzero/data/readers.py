@@ -27,7 +27,8 @@ Reject = Callable[[str, str, Any], None]
 
 
 def read_rows(path: Path, label: str, reject: Reject | None = None) -> Iterator[tuple[str, Row]]:
-    """Yield (origin, row) of one file; origin is "name:line" (for JSON arrays, Parquet and Arrow the n-th row).
+    """Yield (origin, row) of one file; origin is "name:line", where the row begins (for Parquet, Arrow and
+    Megatron the n-th row), "name:line#2" for the second row of a JSON array's line.
 
     A text file gives a row `{"text": line}` for each line, as `datasets` does. Raises DataError naming the file, the
     line and the remedy for anything that cannot be read; a single bad line is given to `reject` instead, if there is

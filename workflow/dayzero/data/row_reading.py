@@ -15,7 +15,7 @@ from dayzero.config import Data
 from dayzero.console import ProgressBar, log
 from dayzero.data import function_calling, hub_data, splits
 from dayzero.data.file_kinds import data_files
-from dayzero.data.formats import FORMATS, SCHEMAS, check_columns, detect_format, normalise, stored_kind
+from dayzero.data.formats import FORMATS, SCHEMAS, detect_format, normalise, stored_kind
 from dayzero.data.readers import read_rows
 from dayzero.data.rejects import Rejects
 from dayzero.data.rows import Dropped, Example, Row
@@ -25,6 +25,7 @@ from dayzero.data.split_files import ReadRows, RowGroups, note_id
 from dayzero.data.store_entry import Memory
 from dayzero.data.stored_table import BATCH_BYTES, BATCH_ROWS
 from dayzero.errors import ConfigError, DataError
+from dayzero.format_columns import check_columns
 from dayzero.source import listed, parse_source
 
 REPEATABLE = ("text", "pretokenized")
@@ -60,8 +61,6 @@ class RowReader:
 
         Raises ConfigError or DataError for what cannot be fetched or read, and for a source of which nothing is left.
         """
-        if self._format == "auto":
-            check_columns("auto", self.data.columns)
         answers = [self._read(text, "data.answers", None) for text in listed(self.data.answers)]
         self._answers = function_calling.read_answers(chain.from_iterable(answers))
         keys = ("source", "validation_source", "test_source")
@@ -92,6 +91,8 @@ class RowReader:
         for number, text in enumerate(rows.sources):
             share = None if left is None else -(-left // (len(rows.sources) - number))
             before, dropped = self._num_rejected, Counter[str]()
+            if self.rejects:
+                self.rejects.first = ""
             rows.ends[number] = self.num_rows - rows.first
             for example in self._examples(self._read(text, rows.key, hub_split, share), dropped, bar):
                 rows.ends[number] = self.num_rows - rows.first
@@ -101,17 +102,25 @@ class RowReader:
                 cut += [text] if self.sources[-1]["rows"] == share else []
             self.dropped.update(dropped)
             if rows.ends[number] == (rows.ends[number - 1] if number else 0):
-                bad = self._num_rejected - before
-                raise DataError(
-                    f"{rows.key}: {text}: no rows are left after leaving out {counts(dropped) or 'nothing'}"
-                    f"{f' and {bad} rejected' if bad else ''}{': remove it' if len(rows.sources) > 1 else ''}"
-                )
+                raise self._nothing_left(rows, text, dropped, self._num_rejected - before)
         if left and cut:
             log.warning(
                 "WARNING: data.max_rows: %d rows of %s are read: other sources have fewer than their share of it, and "
                 "there may be more in %s (name the smallest sources first, and the others get what they lack)",
                 (limit or 0) - left, limit, ", ".join(cut),
             )  # fmt: skip
+
+    def _nothing_left(self, rows: ReadRows, text: str, dropped: Counter[str], bad: int) -> DataError:
+        """The error for a source of whose rows some were `dropped` and the others, `bad` ones, set aside."""
+        remedy = ": remove it" if len(rows.sources) > 1 else ""
+        if not bad or not self.rejects:
+            return DataError(f"{rows.key}: {text}: no rows are left after leaving out {counts(dropped)}{remedy}")
+        others = f" and {counts(dropped)} left out" if dropped else ""
+        every = "" if dropped or bad == 1 else "all "
+        return DataError(
+            f"{rows.key}: {text}: {every}{bad} {'row is' if bad == 1 else 'rows are'} set aside{others}, so none "
+            f"is left{remedy}; the first is {self.rejects.first}"
+        )
 
     def _read(self, text: str, key: str, split: str | None, limit: int | None = None) -> Iterator[tuple[str, Row]]:
         """The rows of a source, at most `limit`: (origin, row). No bad one is set aside where `split` is None."""

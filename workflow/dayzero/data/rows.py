@@ -157,7 +157,7 @@ def from_json(value: Any, where: str, what: str) -> Any:
     try:
         return json.loads(value)
     except ValueError as error:
-        raise DataError(f"{where}: {what} begins like JSON but is none ({error})") from error
+        raise DataError(f"{where}: no JSON in {what}, though the text begins so ({error})") from error
     except RecursionError as error:
         raise DataError(f"{where}: {what} is JSON that is nested too deeply") from error
 

@@ -35,8 +35,11 @@ class Fetched:
 
     @property
     def label(self) -> str:
-        """How its rows and files are named in messages and in `origin`."""
-        return self.source.inside if self.source.kind == "package" and self.path.is_file() else self.source.name
+        """How its rows and files are named in messages and in `origin`: by their whole path in a package, too, of which
+        what a glob collects has the rest."""
+        inside = f"/{self.source.inside}"
+        of_package = self.source.kind == "package" and self.path.as_posix().endswith(inside)
+        return self.source.name + (inside if of_package else "")
 
 
 def fetch_files(source: Source, key: str, workspace: Path, memory: Memory, sha256: str | None = None) -> Fetched:

@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from dayzero.config import Tokenize
+from dayzero.config_checks import LOSS_KEYS
 from dayzero.console import ProgressBar, log
 from dayzero.data.documents import COLUMNS, OPTIONAL_COLUMNS, DocumentEncoder
 from dayzero.data.histogram import LengthHistogram
@@ -90,15 +91,13 @@ def tokenize_split(
     counts: Counter[str] = Counter()
     source_rows, label_tokens, max_token_id = 0, 0, -1
     lengths = LengthHistogram()
-    why = ""  # what was wrong with the first row that was set aside
     rejects = Rejects(output / "rejected.jsonl")
 
     def documents() -> Iterator[Documents]:
-        nonlocal counts, source_rows, label_tokens, max_token_id, why
+        nonlocal counts, source_rows, label_tokens, max_token_id
         for part in _encode(source, name, num_workers, (tokenizer, data_format, options, reject)):
             for row in part.rejected:
                 rejects.add(*row)
-                why = why or f"{row[0]}: {row[1]}"
             counts += part.counts
             source_rows += part.source_rows
             label_tokens += int(part.documents.loss_mask.sum())
@@ -120,17 +119,20 @@ def tokenize_split(
     dropped = {key.removeprefix("dropped."): n for key, n in sorted(counts.items()) if key.startswith("dropped.")}
     reasons = ", ".join(f"{n} {key}" for key, n in dropped.items()) or "there are none"
     if source_rows and counts["dropped.rejected"] == source_rows:
-        raise DataError(f"{source}: all {source_rows} rows are set aside, so none is left; the first is {why}")
+        raise DataError(
+            f"{source}: all {source_rows} rows are set aside, so none is left; the first is {rejects.first}"
+        )
+    suspects = _suspects(options, data_format)
     if not label_tokens:
         raise DataError(
             f"{source}: no document with a supervised token is left of {source_rows} rows ({reasons}): check the "
-            "data's columns, tokenize.seq_len, long_documents and min_label_tokens"
+            f"data's columns, {suspects}"
         )
     for (of, there), left in zip(sources or (), of_source, strict=False):
         if not left["rows"]:  # which training would find only when it draws from it
             raise DataError(
                 f"data.source: {of}: no {name} row is left of its {there} (dropped of all sources: {reasons}): check "
-                "tokenize.seq_len, long_documents and min_label_tokens, or remove it and its weight"
+                f"{suspects}, or remove it and its weight"
             )
     check_model_limits(tokenizer.path, max_token_id=max_token_id)
     return {
@@ -150,6 +152,15 @@ def tokenize_split(
         "max_token_id": max_token_id,
         **({"sources": of_source} if sources is not None else {}),
     }
+
+
+def _suspects(options: Tokenize, data_format: str) -> str:
+    """The settings for which no supervised token may be left, those of the loss where they are set."""
+    keys = ["tokenize.seq_len", "long_documents", "min_label_tokens"]
+    defaults = Tokenize()
+    keys += [name for name in LOSS_KEYS if getattr(options, name) != getattr(defaults, name)]
+    keys += ["the rows' own labels"] if data_format == "pretokenized" else []
+    return f"{', '.join(keys[:-1])} and {keys[-1]}"
 
 
 def settled(options: Tokenize, source_formats: Sequence[str]) -> Tokenize:
@@ -183,7 +194,7 @@ def report_split(name: str, split: dict[str, Any], options: Tokenize) -> None:
         if split[key]:
             log.warning("%s: %d of %d rows %s %d tokens", name, split[key], split["source_rows"], what, options.seq_len)
     for reason, count in split["dropped"].items():
-        log.warning("%s: %d dropped: %s", name, count, reason)
+        log.warning("%s: %d %s dropped: %s", name, count, "documents" if reason == "few_labels" else "rows", reason)
     if split["special_token_text"]:
         log.warning(
             "%s: the texts of %d rows hold the text of control tokens, read as tokenize.special_text says",

@@ -97,7 +97,7 @@ def data_tables(runs: Sequence[Run]) -> list[tuple[str, Table, Table]]:
             said = f"{number(rejected.get('rows'))} rows" + (f" ({', '.join(files)})" if files else "")
             facts.append(["set aside in rejected.jsonl", said])
         facts.extend([f"overlap: {words(name)}", text(value)] for name, value in (data.get("overlap") or {}).items())
-        header = ["source", "rows", "licence", "revision", "sha256"]
+        header = ["source", "rows read", "licence", "revision", "sha256"]
         tables.append((used_by(key, users, runs), Table(header, sources, frozenset({1})), Table(["", ""], facts)))
     return tables
 

@@ -13,7 +13,7 @@ from dayzero.reporting import facts
 from dayzero.reporting.checks import checks_tables
 from dayzero.reporting.collect import Run
 from dayzero.reporting.jobs import jobs_table
-from dayzero.reporting.mix import mix_table
+from dayzero.reporting.mix import mix_table, source_tokens_table
 from dayzero.reporting.scores import ScoreTable
 from dayzero.reporting.style import COLOURS
 
@@ -51,6 +51,7 @@ def render_page(
         checks=checks_tables(runs),
         mix=mix_table(runs),
         tokens=facts.tokens_table(runs),
+        source_tokens=source_tokens_table(runs),
         differences=facts.differences_table(runs),
         provenance=facts.provenance_tables(runs),
         packages=facts.packages_table(runs),
