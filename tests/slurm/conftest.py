@@ -62,6 +62,7 @@ EXPERIMENT = f"""{DEFAULTS}  reference: {{{FAULT}}}
   preempted: {{{FAULT}}}
   orphaned: {{{FAULT}}}
   filled: {{{FAULT}}}
+  ended: {{{FAULT}}}
   first: {{{FAULT}}}
   second: {{{FAULT}}}
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,19 @@ def test_a_signal_from_slurm_stops_all_nodes_and_two_jobs_do_not_meet(site: Site
     assert not (second / "said.json").exists()
     site.cluster.call("scancel", "--signal=USR1", jobs[1])
     assert said(site, second) == {"finished": False}
+
+
+def test_a_signal_before_the_launchers_can_heed_it(site: Site, tmp_path: Path) -> None:
+    """SLURM may send it while Python still starts on the nodes, or torch is imported there."""
+    said_by = []
+    for number, late in enumerate((0.0, 0.3, 1.0, 3.0)):
+        folder = tmp_path / str(number)
+        job = submit(site, folder, 2, 2, "wait", "--nodes=2", "--ntasks-per-node=2", "--mem=1000")
+        site.wait(lambda job=job: f"{job}.0" in site.cluster.call("squeue", "--noheader", "--steps"), "the step")
+        time.sleep(late)
+        site.cluster.call("scancel", "--signal=USR1", job)
+        said_by.append(said(site, folder))
+    assert said_by == [{"finished": False}] * 4
 
 
 def test_a_world_that_slurm_did_not_give(site: Site, tmp_path: Path) -> None:

@@ -139,6 +139,7 @@ def test_a_stopped_task_of_an_array_goes_on_alone(site: Site, curve: list) -> No
         "scontrol", "show", "job", "-o", job
     ).splitlines()  # the last task's id is the array's too
     (task,) = [parse_job(line).array_task for line in lines if line.startswith(f"JobId={job} ")]
+    assert status(site, "second")["job_id"] == task
     site.cluster.call("scancel", "--signal=USR1", task)
     go_on(ranks)
     code, printed = site.finish(process)
@@ -147,7 +148,7 @@ def test_a_stopped_task_of_an_array_goes_on_alone(site: Site, curve: list) -> No
     assert outcomes(site, "second") == ["stopped", "training"]
     first, second = (read_json(site.folder(run) / "summary.json")["attempts"][-1] for run in ("first", "second"))
     assert (first["requeues"], second["requeues"]) == (0, 1)
-    assert first["job_id"] != second["job_id"] == job
+    assert first["job_id"] != second["job_id"] == task
     assert site.curve("first") == site.curve("second") == curve
 
 
@@ -167,6 +168,25 @@ def test_a_full_disk(site: Site, curve: list, small_disk: Path) -> None:  # type
     site.run(site.summary_file("filled"))
     assert read_json(small_disk / "summary.json")["attempts"][-1]["from_step"] == 5
     assert site.curve("filled") == curve
+
+
+def test_signals_in_the_last_moment_end_nothing(site: Site, curve: list) -> None:  # type: ignore[type-arg]
+    """When all is done, and while Python ends: the job would fail, or go back into the queue without its results."""
+    process = site.start("--retries", "0", site.summary_file("ended"))
+    lock = site.folder("ended") / "lock.json"
+    site.wait((site.folder("ended") / "checkpoints/step_24").exists, "the last checkpoint")
+    job = site.job_of("ended")
+
+    def over() -> bool:
+        site.cluster.call("scancel", "--signal=USR1", job, check=False)
+        return not lock.exists()
+
+    site.wait(over, "the training's end", 120)
+    code, printed = site.finish(process)
+    assert code == 0, printed + site.job_logs()
+    assert restarts(site, job) == 0
+    assert outcomes(site, "ended") == ["training"]
+    assert site.curve("ended") == curve
 
 
 def test_a_cancelled_job_and_a_rerun(site: Site, curve: list) -> None:  # type: ignore[type-arg]

@@ -7,7 +7,6 @@ as the ranks, which then say who they are and do as MODE says: end, fail, or wai
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -15,12 +14,10 @@ from pathlib import Path
 
 def rank(folder: Path, mode: str) -> None:
     from dayzero.engine.launch import EXIT_INTERRUPTED, errors_reported, keep_output
-    from dayzero.engine.signals import note_early
+    from dayzero.engine.signals import note_early, noted
 
     number = int(os.environ["RANK"])
-    asked: list[int] = []
     note_early()
-    signal.signal(signal.SIGUSR1, lambda n, _: asked.append(n))
     keep_output()
     print(f"rank {number} of {os.environ['WORLD_SIZE']} on {os.environ['SLURMD_NODENAME']}", flush=True)
     (folder / f"rank{number}").write_text(os.environ["LOCAL_RANK"] + " " + os.environ["SLURMD_NODENAME"])
@@ -32,9 +29,9 @@ def rank(folder: Path, mode: str) -> None:
             raise ValueError("the third rank's mistake")
         if mode in ("fail", "wait"):
             end = time.monotonic() + 200
-            while not asked and time.monotonic() < end:
+            while not noted() and time.monotonic() < end:
                 time.sleep(0.1)
-            sys.exit(EXIT_INTERRUPTED if asked else 1)
+            sys.exit(EXIT_INTERRUPTED if noted() else 1)
 
 
 def stage(folder: Path, world_size: int, nodes: int, mode: str) -> None:

@@ -13,10 +13,11 @@ import psutil
 import pytest
 from dayzero.console import setup_logging
 from dayzero.engine.launch import RankFailed, _failure
-from dayzero.engine.launch_nodes import NodeSettings, check_world, rendezvous_port, run_on_nodes
+from dayzero.engine.launch_nodes import NODE_ERROR, NodeSettings, check_world, rendezvous_port, run_on_nodes
 from dayzero.engine.node import check_shared, clock_warning, use_interface
 from dayzero.errors import ConfigError
 from dayzero.slurm import Job
+from dayzero.stages.base import run_stage, stage_parser
 from dayzero.stages.training import launch
 
 JOB = Job(job_id="7", nodes="node[1-2]", num_nodes=2, gpus=4)
@@ -45,6 +46,64 @@ def test_a_node_that_lost_its_rendezvous_to_a_stop_has_not_failed(
             run_on_nodes("m", [], 4, job, settings, folder=folder, logs=tmp_path / "logs")
     else:
         assert run_on_nodes("m", [], 4, job, settings, folder=folder, logs=tmp_path / "logs") is False
+
+
+BY_USR1 = "srun: error: node2: task 1: User defined signal 1"
+BY_TERM = "srun: error: node[1-2]: tasks 0-1: Terminated"
+FAILED = "srun: error: node1: task 0: Exited with exit code 1"
+
+
+@pytest.mark.parametrize(
+    ("printed", "code", "left", "stopped"),
+    [
+        ([BY_USR1, FAILED], 138, "", True),
+        ([BY_USR1, FAILED], 138, "0.json", True),  # that rank lost the others to the stop
+        ([FAILED], 75, "early-1", True),
+        ([FAILED], 75, "early-1 0.json", True),
+        ([FAILED], 75, "stopped-1", True),
+        ([BY_TERM], 143, "", True),
+        ([BY_TERM], 143, "0.json", False),  # SIGTERM is what srun ends the others with
+        ([FAILED, BY_TERM], 143, "", False),
+        ([FAILED], 1, "0.json", False),
+    ],
+)
+def test_a_stop_before_the_launchers_could_heed_it_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, printed: list[str], code: int, left: str, stopped: bool
+) -> None:
+    report = '{"time": 1, "line": "a mistake", "traceback": "t"}'
+    said = "".join(f"echo '{line}' >&2\n" for line in printed)
+    said += "".join(f"echo '{report}' > {name}\n" for name in left.split())
+    script = f'#!/bin/sh\nwhile [ "$1" != --meeting ]; do shift; done\ncd "$2"\n{said}exit {code}\n'
+    (tmp_path / "srun").write_text(script)
+    (tmp_path / "srun").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    job, settings, folder = Job(job_id="7", num_nodes=2, nodes="node[1-2]"), NodeSettings(nodes=2), tmp_path / "train"
+    if stopped:
+        assert run_on_nodes("m", [], 4, job, settings, folder=folder, logs=tmp_path / "logs") is False
+    else:
+        with pytest.raises(RankFailed):
+            run_on_nodes("m", [], 4, job, settings, folder=folder, logs=tmp_path / "logs")
+
+
+def test_the_first_error_of_nodes_that_can_write_no_file_comes_last_with_its_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a full disk. The launcher's own traceback would hide it."""
+    reports = [{"time": t, "line": f"node{t}: rank {t}: no", "traceback": f"Traceback\n  of rank {t}"} for t in (2, 1)]
+    said = "".join(f"printf '%s\\n' '{NODE_ERROR}{json.dumps(report)}' >&2\n" for report in reports)
+    (tmp_path / "srun").write_text(f"#!/bin/sh\n{said}exit 1\n")
+    (tmp_path / "srun").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+
+    def body(_: object) -> None:
+        job, folder = Job(job_id="7", num_nodes=2, nodes="node[1-2]"), tmp_path / "train"
+        run_on_nodes("m", [], 4, job, NodeSettings(nodes=2), folder=folder, logs=tmp_path / "logs")
+
+    log_file = tmp_path / "train.log"
+    assert run_stage(stage_parser("train", None, config=False), body, ["--log", str(log_file)]) == 1
+    *_, first, second, last = log_file.read_text().splitlines()
+    assert [first, second] == ["Traceback", "  of rank 1"]
+    assert last.endswith("ERROR error: node1: rank 1: no")
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,16 @@ def test_a_living_job_elsewhere_is_named(tmp_path: Path) -> None:
     assert read_lock(tmp_path)["token"] == "theirs"  # type: ignore[index]
 
 
+def test_a_task_of_an_array_is_named_by_its_own_name(tmp_path: Path) -> None:
+    """The last task's plain id is the whole array's: to end it would end the others."""
+    task = Job(job_id="2", array_task="2_8", nodes="node1")
+    with RunLock(tmp_path, job=task, **FAST), pytest.raises(RunHeld, match=r"SLURM job 2_8 on node1.*\(scancel 2_8\)"):
+        RunLock(tmp_path, job=None, **FAST).__enter__()
+    with recorded(tmp_path, task, 0):
+        pass
+    assert Attempts(tmp_path).all()[0]["job_id"] == "2_8"
+
+
 def test_silence_is_waited_for_and_then_taken_over(tmp_path: Path) -> None:
     foreign(tmp_path)
     began = time.time()
@@ -257,6 +267,16 @@ def test_a_job_that_gets_nowhere_is_not_put_back_for_ever(tmp_path: Path, monkey
     with pytest.raises(SystemExit):
         stop_or_go_on(tmp_path / "new", job, max_requeues=2)
     assert not asked
+
+
+def test_a_job_that_is_put_back_ends_with_slurm_s_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slurm, "put_back", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    before, began = signal.getsignal(signal.SIGTERM), time.monotonic()
+    with pytest.raises(SystemExit) as stop:
+        stop_or_go_on(tmp_path, Job(job_id="5"), max_requeues=2)
+    assert stop.value.code == EXIT_INTERRUPTED
+    assert time.monotonic() - began < 30
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_runs_that_share_a_job_may_save_before_it_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

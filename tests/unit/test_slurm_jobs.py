@@ -62,6 +62,36 @@ def test_without_its_commands_a_job_has_what_the_environment_says(
     assert "scontrol does not answer" in str(slurm.put_back("9"))
 
 
+def test_a_task_of_an_array_is_known_without_slurm_s_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, value in {"SLURM_JOB_ID": "2", "SLURM_ARRAY_JOB_ID": "2", "SLURM_ARRAY_TASK_ID": "8"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    job = slurm.current_job()
+    assert job
+    assert job.name == "2_8"
+    assert parse_job(SHOWN + "ArrayJobId=2 ArrayTaskId=8").name == "2_8"
+    assert parse_job(SHOWN).name == "7"
+
+
+@pytest.mark.parametrize(
+    ("state", "ended", "says"),
+    [
+        ("COMPLETING", "21:55:10", "it was cancelled"),
+        ("COMPLETING", "22:05:01", "its time is up"),
+        ("PREEMPTED", "21:55:10", "it is PREEMPTED"),
+    ],
+)
+def test_why_a_job_is_not_put_back(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, state: str, ended: str, says: str
+) -> None:
+    """While processes of it live SLURM calls it COMPLETING, whatever ended it."""
+    shown = f"JobId=7 JobState={state} TimeLimit=00:10:00 StartTime=2026-11-22T21:55:00 EndTime=2026-11-22T{ended}"
+    (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho '{shown}'\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert slurm.put_back("7") == says
+
+
 @pytest.mark.parametrize(
     ("train", "interval"),
     [(None, 200), ({"max_steps": 1000}, 200), ({"max_steps": 40}, 80), ({"max_steps": 20}, None),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import subprocess
 from dataclasses import replace
@@ -93,6 +94,21 @@ def test_stages_that_runs_share_are_held_against_the_partition_too(cluster: Path
         "run c: resources.tokenize.runtime is 7000",
         "run a: resources.tokenize.runtime is 5000",
     ]
+
+
+@pytest.mark.parametrize(
+    ("number", "who"), [(1, "run r0"), (3, "runs r0, r1, r2"), (200, r"runs r0 \.\.\. r199 \(200\)")]
+)
+def test_the_same_mistake_of_many_runs_is_one_line(cluster: Path, number: int, who: str) -> None:
+    base = {"experiment": "e", "model": {"source": "hf:org/m"}, "data": {"source": "rows.jsonl"}}
+    base |= {"train": {"max_steps": 1}, "parallelism": {"dp_shard": 8}}
+    base["resources"] = {"train": {"gpu": 8, "nodes": 1, "runtime": 600}}
+    runs = {f"r{i}": RunConfig.model_validate({**base, "run": f"r{i}"}) for i in range(number)}
+    with pytest.raises(ConfigError) as refused:
+        check_site(Wiring(Experiment("e", "", runs), "results"), SITE, "", SimpleNamespace())
+    gpus, runtime = str(refused.value).splitlines()
+    assert re.match(f"{who}: resources.train asks for 8 GPUs of a node", gpus)
+    assert re.match(f"{who}: resources.train.runtime is 600 minutes", runtime)
 
 
 def test_what_a_profile_replaces_is_its_own_affair(cluster: Path) -> None:

@@ -88,7 +88,7 @@ def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(slurm_plugin, "FIRST_WAIT", 0.1)
     monkeypatch.setattr(slurm_plugin, "LONGEST_WAIT", 0.3)
     before = {name: getattr(plugin.Executor, name) for name in ("cancel", "shutdown")}
-    mend_submission()
+    mend_submission("five")
     yield tmp_path
     plugin.subprocess = subprocess
     del plugin.Executor._failed_nodes
@@ -115,6 +115,15 @@ def test_a_refusal_that_passes_is_waited_out(sbatch: Path, caplog: pytest.LogCap
     told = [record.getMessage() for record in caplog.records if record.name == "dayzero"]
     assert len(told) == 2
     assert all(line.startswith(f"sbatch refuses rule_export for now: {refusal(said)}; trying again") for line in told)
+
+
+def test_a_job_has_its_experiment_in_its_comment(sbatch: Path) -> None:
+    """Runs of two experiments have the same names, and are submitted from the same folder."""
+    refuse(sbatch, "", 0)
+    executor = Executor()
+    executor.run_job(a_job())
+    executor.run_array_jobs([a_job(1), a_job(2)])
+    assert [re.findall(r"--comment (\S+)", call) for call in calls(sbatch)] == [["rule_export@five"]] * 2
 
 
 def test_an_array_that_is_refused_is_waited_out_too(sbatch: Path) -> None:

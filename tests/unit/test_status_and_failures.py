@@ -42,17 +42,20 @@ def live(folder: Path, *records: dict[str, float], name: str = "checkpoints/metr
 
 
 QUEUE = """\
-12|RUNNING|node[1-2]|{here}|rule_train_wildcards_a|None
-13|PENDING||{here}|rule_verify_serving_wildcards_b|Priority
-14|RUNNING|node7|/elsewhere|rule_train_wildcards_b|None
+12|RUNNING|node[1-2]|{here}|rule_train_wildcards_a@five|None
+13|PENDING||{here}|rule_verify_serving_wildcards_b@five|Priority
+14|RUNNING|node7|/elsewhere|rule_train_wildcards_b@five|None
 15|RUNNING|node7|{here}|(null)|None
-16_2|RUNNING|node7|{here}|rule_export_wildcards_a|None
+16_2|RUNNING|node7|{here}|rule_export_wildcards_a@five|None
+17|RUNNING|node8|{here}|rule_evaluate_wildcards_b@other|None
+18|RUNNING|node8|{here}|rule_tokenize_wildcards_rows-m-3@other|None
 """
 
 
-def test_the_queue_s_jobs_of_this_folder(tmp_path: Path) -> None:
-    assert parse_queue(QUEUE.format(here=tmp_path), tmp_path) == {
+def test_the_queue_s_jobs_of_this_folder_and_experiment(tmp_path: Path) -> None:
+    assert parse_queue(QUEUE.format(here=tmp_path), tmp_path, "five") == {
         ("train", "a"): Queued("12", "RUNNING", "node[1-2]", "None"),
+        ("tokenize", "rows-m-3"): Queued("18", "RUNNING", "node8", "None"),
         ("verify_serving", "b"): Queued("13", "PENDING", "", "Priority"),
     }
 
@@ -75,6 +78,25 @@ def test_training_without_slurm_is_seen_by_its_lock(tmp_path: Path) -> None:
         row = run_status(run_of(), tmp_path, {})
         assert (row.stage, row.state, row.step, row.total) == ("train", "training", None, 40)
         assert row.node
+
+
+def test_a_task_of_an_array_is_shown_by_its_own_name(tmp_path: Path) -> None:
+    with RunLock(tmp_path / "train", job=Job(job_id="2", array_task="2_8", nodes="node1")):
+        assert run_status(run_of(), tmp_path, {}).job_id == "2_8"
+
+
+@pytest.mark.parametrize("outcome", ["failed", "stopped", None])
+def test_a_training_that_nobody_continues_says_how_it_ended(tmp_path: Path, outcome: str | None) -> None:
+    live(tmp_path, step(5))
+    assert run_status(run_of(), tmp_path, {}).state == ""
+    record = Attempts(tmp_path / "train")
+    record.begin(None, 0, "n1")
+    if outcome:
+        record.end(outcome, 5)
+    row = run_status(run_of(), tmp_path, {})
+    assert (row.step, row.seconds_left, row.state) == (5, None, outcome or "lost")
+    row = run_status(run_of(), tmp_path, {("train", "a"): Queued("12", "PENDING", "", "Priority")})
+    assert (row.seconds_left, row.state) == (70.0, "pending (Priority)")
 
 
 def test_a_training_without_a_sign_of_life_is_silent_before_its_first_step_too(tmp_path: Path) -> None:
@@ -113,10 +135,13 @@ def test_what_a_run_waits_for_in_the_store(tmp_path: Path) -> None:
 
 def test_jobs_of_several_runs(tmp_path: Path) -> None:
     """An array that waits and a group: of which runs squeue does not tell."""
-    lines = "16_[1-8]|PENDING||{here}|rule_train_wildcards_a|Priority\n17|RUNNING|node7|{here}|rule_small|None\n"
+    lines = (
+        "16_[1-8]|PENDING||{here}|rule_train_wildcards_a@five|Priority\n17|RUNNING|node7|{here}|rule_small@five|None\n"
+    )
+    lines += "18|RUNNING|node7|{here}|rule_small@other|None\n"
     text = lines.format(here=tmp_path)
-    assert parse_queue(text, tmp_path) == {}
-    assert shared_jobs(text, tmp_path) == ["16_[1-8] (train) pending (Priority)", "17 (small) running"]
+    assert parse_queue(text, tmp_path, "five") == {}
+    assert shared_jobs(text, tmp_path, "five") == ["16_[1-8] (train) pending (Priority)", "17 (small) running"]
 
 
 def test_the_stages_one_after_the_other(tmp_path: Path) -> None:
@@ -160,6 +185,31 @@ def test_the_command_for_scripts(
     assert second["stage"] == "fetch_data"
     assert main(["--experiment", "none.yaml", "--once"]) == 1
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_queue_that_does_not_answer_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the table would look as if no job were there; without SLURM there is none."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "e.yaml").write_text("defaults: {model.source: m, data.source: d, train.max_steps: 3}\nruns: {a: {}}\n")
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config/config.yaml").write_text("experiment: demo\nresults_dir: results\n")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    command = ["--experiment", "e.yaml", "--once"]
+    assert main(command) == 0
+    assert "squeue" not in "".join(capsys.readouterr())
+    (tmp_path / "squeue").write_text(
+        "#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact slurm controller' >&2\nexit 1"
+    )
+    (tmp_path / "squeue").chmod(0o755)
+    says = "the queue is not known: squeue: slurm_load_jobs error: Unable to contact slurm controller"
+    assert main(command) == 0
+    assert says in " ".join(capsys.readouterr().out.split())
+    assert main([*command, "--json"]) == 0
+    printed = capsys.readouterr()
+    assert says in printed.err
+    assert json.loads(printed.out)["run"] == "a"
 
 
 def test_gpu_hours_count_from_the_job_s_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

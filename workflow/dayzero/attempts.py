@@ -33,7 +33,7 @@ class Attempts:
             record["previous_until"] = round(last_sign, 1)
         if job:
             record |= {
-                "job_id": job.job_id,
+                "job_id": job.name,
                 "nodes": job.nodes,
                 "num_nodes": job.num_nodes,
                 "gpus": job.gpus,

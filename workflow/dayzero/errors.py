@@ -15,6 +15,10 @@ class DataError(ValueError):
     """A file or row cannot be used. The message names the file (and row) and the remedy, in one line."""
 
 
+class Told(ValueError):
+    """What went wrong is told in full already, by the process in which it did: a traceback of ours would hide that."""
+
+
 def short(error: Exception | str, length: int = 160) -> str:
     """The beginning of what an error says, in one line."""
     return " ".join(str(error).split())[:length]

@@ -51,14 +51,29 @@ def stop_or_go_on(folder: Path, job: slurm.Job | None, max_requeues: int, notice
     """
     checkpoint = f"with a checkpoint in {folder / 'checkpoints'}" if newest_step(folder) else "before a first step"
     checkpoint = f"stopped as asked {checkpoint}"
-    if job and (reason := _why_not(folder, job, max_requeues, notice)):
-        log.warning("%s: start again to continue (job %s is not put back: %s)", checkpoint, job.job_id, reason)
-    elif job:
-        log.warning("%s: job %s is back in the queue and will go on from there", checkpoint, job.job_id)
-        time.sleep(SECONDS_TO_END)  # SLURM ends the job; an exit code now would be a failure to Snakemake
+    if job:
+        with _ends_noted() as ended:
+            if reason := _why_not(folder, job, max_requeues, notice):
+                log.warning("%s: start again to continue (job %s is not put back: %s)", checkpoint, job.name, reason)
+                raise SystemExit(EXIT_INTERRUPTED)
+            log.warning("%s: job %s is back in the queue and will go on from there", checkpoint, job.name)
+            end = time.monotonic() + SECONDS_TO_END
+            while not ended and time.monotonic() < end:  # an exit code before SLURM ends it: a failure to Snakemake
+                time.sleep(0.2)
     else:
         log.warning("%s: start the stage again to continue", checkpoint)
     raise SystemExit(EXIT_INTERRUPTED)
+
+
+@contextmanager
+def _ends_noted() -> Iterator[list[int]]:
+    """Yields the SIGTERMs that come inside the block: SLURM's, when it ends the job."""
+    came: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _why_not(folder: Path, job: slurm.Job, max_requeues: int, notice: float) -> str | None:

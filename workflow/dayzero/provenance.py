@@ -72,7 +72,7 @@ def scheduler_job(seconds: float) -> dict[str, Any] | None:
         return None
     seconds = max(seconds, time.time() - job.began) if job.began else seconds
     known = {
-        "job_id": job.job_id,
+        "job_id": job.name,
         "nodes": job.nodes,
         "num_nodes": job.num_nodes,
         "partition": job.partition,

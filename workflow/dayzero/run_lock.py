@@ -49,6 +49,7 @@ class RunLock:
             "host": socket.gethostname(),
             "pid": process.pid,
             "process_started": process.create_time(),
+            "job": job.name if job else None,
             "job_id": job.job_id if job else None,
             "restarts": job.restarts if job else 0,
             "nodes": job.nodes if job else None,
@@ -141,7 +142,7 @@ class RunLock:
             if now is None:
                 break
             if now != first:
-                whose = f"scancel {holder['job_id']}" if holder["job_id"] else f"kill {holder['pid']} on its host"
+                whose = f"scancel {job_name(holder)}" if holder["job_id"] else f"kill {holder['pid']} on its host"
                 raise RunHeld(
                     f"{self.path.parent} is being trained by {describe(holder)}: wait for it, or end it ({whose}); its "
                     f"lock {self.path} is taken over {self.stale_after:.0f} s after its last sign of life"
@@ -197,9 +198,14 @@ def read_lock(folder: Path) -> dict[str, Any] | None:
     raise DataError(f"{folder / LOCK} is spoilt: delete it when no training of this run is under way")
 
 
+def job_name(holder: dict[str, Any]) -> str:
+    """What SLURM's commands call the holder's job (empty: none); `scancel` of a task's `job_id` may end its array."""
+    return str(holder.get("job") or holder["job_id"] or "")  # a lock of an older version has no name
+
+
 def describe(holder: dict[str, Any]) -> str:
     """A holder in words."""
-    job = f"SLURM job {holder['job_id']} on {holder['nodes'] or holder['host']}, " if holder["job_id"] else ""
+    job = f"SLURM job {job_name(holder)} on {holder['nodes'] or holder['host']}, " if holder["job_id"] else ""
     return f"{job}process {holder['pid']} of {holder['host']} since {holder['since']}"
 
 

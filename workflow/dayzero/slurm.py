@@ -56,6 +56,11 @@ class Job:
     """When the time limit ends it, by this node's clock. None: not told."""
 
     @property
+    def name(self) -> str:
+        """What SLURM's commands call this job alone: the last task of an array has the whole array's `job_id`."""
+        return self.array_task or self.job_id
+
+    @property
     def began(self) -> float | None:
         """`started` by this node's clock: what is paid for counts from there. None: not told."""
         return _moment(self.started)
@@ -77,8 +82,10 @@ def current_job() -> Job | None:
             if isinstance(error.__cause__, FileNotFoundError):
                 break
     end = os.environ.get("SLURM_JOB_END_TIME", "")  # in every step since SLURM 23.02
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     return Job(
         job_id=job_id,
+        array_task=f"{array}_{task}" if array and task else "",
         nodes=os.environ.get("SLURM_JOB_NODELIST", ""),
         num_nodes=int(os.environ.get("SLURM_JOB_NUM_NODES") or 0),
         restarts=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
@@ -170,11 +177,19 @@ def put_back(job_id: str) -> str | None:
     try:
         job = _shown(job_id)
         if job.state != "RUNNING":  # cancelled or preempted: what becomes of it is settled already
-            return f"it is {job.state}"
-        ask("scontrol", "requeue", job.array_task or job_id)
+            return _how_it_ends(job)
+        ask("scontrol", "requeue", job.name)
     except SlurmError as error:
         return str(error)
     return None
+
+
+def _how_it_ends(job: Job) -> str:
+    """Why a job that runs no longer ends. SLURM calls it COMPLETING whatever the reason, while processes of it live."""
+    if job.state not in ("COMPLETING", "CANCELLED"):
+        return f"it is {job.state}"
+    used = (job.ends or time.time()) - job.began if job.began else 0.0
+    return "its time is up" if job.time_limit and used >= job.time_limit else "it was cancelled"
 
 
 def energy_joules(job_id: str) -> int | None:

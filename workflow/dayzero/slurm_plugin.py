@@ -7,6 +7,8 @@ others ids that nobody was told: each would be judged by the last one's end.
 How it falls back: where squeue is asked and one look at MinJobAge gets no answer, it asks sacct, which knows of no job
 where there is no accounting: a job that has ended would be waited for for ever.
 
+How it names jobs: by rule and wildcards, which the same run of two experiments has alike.
+
 How it submits: a job that sbatch refuses has failed, and so all its attempts are gone within seconds, though most
 refusals pass by themselves. And once a node is lost, no later job may use any node of the job that ran there, though
 SLURM itself knows which of them is down.
@@ -34,6 +36,9 @@ FIRST_WAIT, LONGEST_WAIT = 5.0, 60.0
 
 PATIENCE = 24 * 3600.0
 """Seconds of nothing but such refusals after which one counts: the jobs that fill a limit may train that long."""
+
+OF_EXPERIMENT = "@"
+"""Between what the plugin says of a job and its experiment, in the job's comment: in no name of either."""
 
 PASSES = re.compile(
     r"(Max|Grp)Submit|Unable to contact slurm controller|Socket timed out|Resource temporarily unavailable"
@@ -75,11 +80,14 @@ def leave_sacct_alone() -> None:
     plugin.is_query_tool_available = lambda name: name != "sacct" and there(name)
 
 
-def mend_submission() -> None:
-    """Let the plugin submit with `Submissions`, and exclude no node but those that it was told to exclude."""
+def mend_submission(experiment: str) -> None:
+    """Let the plugin submit with `Submissions`, and exclude no node but those that it was told to exclude.
+
+    The comment of a job then has its `experiment` too.
+    """
     import snakemake_executor_plugin_slurm as plugin
 
-    submissions, executor = Submissions(), plugin.Executor
+    submissions, executor = Submissions(experiment), plugin.Executor
     plugin.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": submissions.prepare})
     for name in ("cancel", "shutdown"):
         setattr(executor, name, _after_submissions(submissions, getattr(executor, name)))
@@ -98,7 +106,8 @@ def refusal(said: str) -> str:
 class Submissions:
     """The submissions of one workflow: asked for again while they are refused for a reason that passes."""
 
-    def __init__(self) -> None:
+    def __init__(self, experiment: str) -> None:
+        self.experiment = experiment
         self.ended = threading.Event()
         """Snakemake ends: a refusal counts."""
         self.refused_since: float | None = None
@@ -106,7 +115,8 @@ class Submissions:
 
     def prepare(self, call: str, **options: Any) -> _Submission:
         """In the place of `subprocess.Popen`, with its options."""
-        return _Submission(self, call, options)
+        named = re.sub(r"(?<= --comment )(\S+)", rf"\1{OF_EXPERIMENT}{shlex.quote(self.experiment)}", call, count=1)
+        return _Submission(self, named, options)
 
     def patient(self, wait: float) -> bool:
         """Whether a refused submission may be tried again after `wait` seconds."""
@@ -134,7 +144,7 @@ class _Submission:
                 return out, err
             if not self.submissions.patient(wait):
                 return out, err
-            job = re.search(r"--comment (\S+)", self.call)
+            job = re.search(rf"--comment ([^\s{OF_EXPERIMENT}]+)", self.call)
             log.warning(
                 "sbatch refuses %s for now: %s; trying again in %.0f s", job[1] if job else "a job", refusal(err), wait
             )

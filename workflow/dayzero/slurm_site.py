@@ -26,6 +26,8 @@ REMEMBERED = 300
 """Seconds for which squeue must know an ended job, where there is no sacct."""
 ON_THE_LOGIN_NODE = ("fetch", "report")
 """Stages that ask SLURM for nothing."""
+FEW = 4
+"""As many runs are all named."""
 WORD = re.compile(r"[\w.-]+", re.ASCII)
 """A name, and no expression that Snakemake evaluates for each job."""
 ANY_TYPE = "gpus-per-node"
@@ -118,7 +120,7 @@ def check_site(
     problems += limit_problems(jobs, account, qos, rules_qos)
     if problems:
         raise ConfigError("\n".join(problems))
-    mend_submission()
+    mend_submission(wiring.name)
     if groups:
         keep_finished()
     if getattr(executor_settings, "status_command", None) in ("sacct", "squeue"):
@@ -186,11 +188,12 @@ def _jobs(wiring: Wiring) -> Iterator[tuple[str, str, str, Run | _Shared]]:
 def _too_much(
     wiring: Wiring, site: Site, there: dict[str, Partition], overwritten: Overwritten, default: str
 ) -> list[str]:
-    """Jobs that ask for more than a node, or the partition, has; of what the profile replaces, nothing is said.
+    """Jobs that ask for more than a node, or the partition, has, equal ones in one line; of what the profile replaces,
+    nothing is said.
 
     `default`: the partition of jobs that name none. Empty: not known.
     """
-    problems = []
+    asking: dict[str, list[str]] = {}
     for rule, stage, run, wildcards in _jobs(wiring):
         gpus, nodes = wiring.gpus(stage, wildcards), wiring.nodes(stage, wildcards)
         partition_name = (site.gpu_partition if gpus else site.cpu_partition) or default
@@ -205,7 +208,7 @@ def _too_much(
             nodes=max(choice.nodes for choice in choices),
             types=tuple(dict.fromkeys(kind for choice in choices for kind in choice.types)),
         )
-        key, where = f"resources.{stage}", f"partition {partition_name}"
+        key, where, problems = f"resources.{stage}", f"partition {partition_name}", []
         if gpus > partition.gpus:
             of_type = f" of type {site.gpu_type}" if site.gpu_type else ""
             more = "; spread the run over more resources.train.nodes" if stage == "train" else ""
@@ -213,19 +216,28 @@ def _too_much(
                 types = ", ".join(kind or "\"''\" (any)" for kind in partition.types)
                 more = f"; gpu_type ({PROFILE}) can be {types}"
             problems.append(
-                f"run {run}: {key} asks for {gpus} GPUs of a node, but the nodes of {where} have {partition.gpus}"
-                f"{of_type}{more}"
+                f"{key} asks for {gpus} GPUs of a node, but the nodes of {where} have {partition.gpus}{of_type}{more}"
             )
         if nodes > partition.nodes:
-            problems.append(f"run {run}: {key}.nodes is {nodes}, but {where} has {partition.nodes}")
+            problems.append(f"{key}.nodes is {nodes}, but {where} has {partition.nodes}")
         runtime = wiring.resources(stage, wildcards).runtime
         if partition.limit and runtime * 60 > partition.limit and "runtime" not in replaced:
             more = " (training goes on in a new job by itself)" if stage == "train" else ""
             problems.append(
-                f"run {run}: {key}.runtime is {runtime} minutes, but {where} ends jobs after "
+                f"{key}.runtime is {runtime} minutes, but {where} ends jobs after "
                 f"{partition.limit / 60:.0f}: lower it{more}"
             )
-    return list(dict.fromkeys(problems))
+        for problem in problems:
+            asking.setdefault(problem, []).append(run)
+    return [f"{_named_runs(runs)}: {problem}" for problem, runs in asking.items()]
+
+
+def _named_runs(runs: list[str]) -> str:
+    """Runs in words; of many the first and the last."""
+    runs = list(dict.fromkeys(runs))
+    if len(runs) == 1:
+        return f"run {runs[0]}"
+    return f"runs {', '.join(runs)}" if len(runs) <= FEW else f"runs {runs[0]} ... {runs[-1]} ({len(runs)})"
 
 
 def partitions(gpu_type: str = "") -> dict[str, Partition]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -21,12 +20,14 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from dayzero import slurm
+from dayzero.attempts import Attempts
 from dayzero.config import RunConfig
 from dayzero.errors import ConfigError, DataError, one_line
 from dayzero.files import read_json_lines
-from dayzero.run_lock import LOCK, read_lock
+from dayzero.run_lock import LOCK, job_name, read_lock
 from dayzero.site_config import load
-from dayzero.slurm import SECONDS
+from dayzero.slurm_plugin import OF_EXPERIMENT
 from dayzero.wiring import Wiring
 
 STAGES = {
@@ -38,6 +39,8 @@ STAGES = {
 """The stages of a run in their order, and the file that each writes last."""
 RULES = {"data": "fetch_data", "models": "fetch_model", "tokenizers": "train_tokenizer", "tokens": "tokenize"}
 """The folders of the store that a run waits for first, and the rule that fills each."""
+OF_THE_STORE = {*RULES.values(), "check_data"}
+"""Rules whose jobs belong to every experiment that uses what they make."""
 RECENT_STEPS = 20
 QUEUE_FORMAT = "%i|%T|%N|%Z|%k|%r"
 SILENT_SECONDS = 120
@@ -69,39 +72,43 @@ class RunStatus:
     state: str = ""
 
 
-def queue(folder: Path) -> tuple[dict[tuple[str, str], Queued], list[str]]:
-    """What `parse_queue` and `shared_jobs` say of the jobs submitted from `folder`; nothing without SLURM."""
+def queue(folder: Path, experiment: str) -> tuple[dict[tuple[str, str], Queued], list[str]]:
+    """What `parse_queue` and `shared_jobs` say of the experiment's jobs submitted from `folder`; nothing without SLURM.
+
+    Raises SlurmError where squeue does not answer: jobs that it would show may be there.
+    """
     try:
-        done = subprocess.run(
-            ["squeue", "--me", "--noheader", f"--format={QUEUE_FORMAT}"],
-            text=True,
-            capture_output=True,
-            timeout=SECONDS,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return {}, []
-    return parse_queue(done.stdout, folder), shared_jobs(done.stdout, folder)
+        text = slurm.ask("squeue", "--me", "--noheader", f"--format={QUEUE_FORMAT}")
+    except slurm.SlurmError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return {}, []
+        raise
+    return parse_queue(text, folder, experiment), shared_jobs(text, folder, experiment)
 
 
-def parse_queue(text: str, folder: Path) -> dict[tuple[str, str], Queued]:
+def parse_queue(text: str, folder: Path, experiment: str) -> dict[tuple[str, str], Queued]:
     """(rule, run or key of the store) -> its job, of lines of squeue in `QUEUE_FORMAT`."""
-    return {(rule, name): job for rule, name, job in _named(text, folder) if name}
+    return {(rule, name): job for rule, name, job in _named(text, folder, experiment) if name}
 
 
-def shared_jobs(text: str, folder: Path) -> list[str]:
+def shared_jobs(text: str, folder: Path, experiment: str) -> list[str]:
     """The jobs of several runs, in words: squeue does not tell of which ones."""
-    return [f"{job.job_id} ({rule}) {_state(job)}" for rule, name, job in _named(text, folder) if not name]
+    return [f"{job.job_id} ({rule}) {_state(job)}" for rule, name, job in _named(text, folder, experiment) if not name]
 
 
-def _named(text: str, folder: Path) -> Iterator[tuple[str, str, Queued]]:
-    """Rule, wildcard and job, by the comment that the plugin gives it: rule_train_wildcards_RUN, or rule_GROUP.
+def _named(text: str, folder: Path, experiment: str) -> Iterator[tuple[str, str, Queued]]:
+    """Rule, wildcard and job, by the comment that it was given: rule_train_wildcards_RUN, or rule_GROUP, @EXPERIMENT.
 
-    An array has no wildcard here either: all its tasks have the comment of its first.
+    An array has no wildcard here either: all its tasks have the comment of its first. What an experiment puts into the
+    store, all others wait for too.
     """
     for line in text.splitlines():
         job_id, state, node, directory, comment, reason = (line.strip().split("|") + [""] * 6)[:6]
+        comment, _, of = comment.partition(OF_EXPERIMENT)
         found = re.fullmatch(r"rule_(.+?)(?:_wildcards_(.+))?", comment)
-        if found and Path(directory).resolve() == folder.resolve():
+        if not found or Path(directory).resolve() != folder.resolve():
+            continue
+        if of == experiment or found[1] in OF_THE_STORE:
             yield found[1], "" if "_" in job_id else found[2] or "", Queued(job_id, state, node, reason)
 
 
@@ -131,17 +138,17 @@ def run_status(
         if unmade:
             stage, key = next((rule for rule in unmade if rule in jobs), unmade[0])
             job = jobs.get((stage, key))
-    state = _state(job) if job else ("training" if lock else "")
+    state = _state(job) if job else ("training" if lock else _last_end(train) if stage == "train" else "")
     metrics = read_json_lines(
         train / ("metrics.jsonl" if stage != "train" else "checkpoints/metrics.jsonl"), growing=True
     )
     facts = _progress(run, metrics) if metrics else {"total": run.train.max_steps if stage == "train" else None}
     if silent:
         state += ", silent"
-    if stage != "train":
+    if stage != "train" or not (job or lock):  # nobody works at it
         facts.pop("seconds_left", None)
     node = (job.node if job else "") or (str(lock["nodes"] or lock["host"]) if lock else "")
-    job_id = job.job_id if job else str((lock and lock["job_id"]) or "")
+    job_id = job.job_id if job else job_name(lock) if lock else ""
     return RunStatus(run=run.run, stage=stage, job_id=job_id, node=node, state=state, **facts)
 
 
@@ -153,6 +160,13 @@ def _lock(train: Path) -> tuple[dict[str, Any] | None, bool]:
         return None, False
     lock = read_lock(train)
     return lock, lock is not None and time.time() - last_sign > SILENT_SECONDS
+
+
+def _last_end(train: Path) -> str:
+    """How the last start of a training ended that nobody continues now: failed, stopped or lost. Empty: none did."""
+    attempts = Attempts(train).all()
+    outcome = str(attempts[-1].get("outcome", "lost")) if attempts else ""
+    return "" if outcome == "finished" else outcome  # its results were removed since
 
 
 def _needs(wiring: Wiring, run: RunConfig) -> list[Path]:
@@ -179,9 +193,9 @@ def _progress(run: RunConfig, metrics: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def table(rows: list[RunStatus], title: str, shared: Sequence[str] = ()) -> Table:
-    """The rows as a table; below it the `shared` jobs."""
-    below = f"of several runs: {', '.join(shared)}" if shared else None
+def table(rows: list[RunStatus], title: str, shared: Sequence[str] = (), problem: str = "") -> Table:
+    """The rows as a table; below it the `shared` jobs and what kept the queue from being shown."""
+    below = "\n".join(filter(None, [f"of several runs: {', '.join(shared)}" if shared else "", problem])) or None
     made = Table(title=title, title_justify="left", caption=below, caption_justify="left")
     for name in ("run", "stage", "step", "loss", "tokens/s", "left", "job", "node", "queue"):
         made.add_column(name, justify="right" if name in ("step", "loss", "tokens/s", "left") else "left")
@@ -231,17 +245,26 @@ def main(argv: list[str] | None = None) -> int:
         except (ConfigError, DataError, OSError) as error:  # of this run alone
             return RunStatus(run=name, stage="?", state=one_line(error))
 
-    def look() -> tuple[list[RunStatus], list[str]]:
-        jobs, shared = queue(Path.cwd())
-        return [row(name, jobs) for name in experiment.runs], shared
+    def look() -> tuple[list[RunStatus], list[str], str]:
+        jobs: dict[tuple[str, str], Queued] = {}
+        shared: list[str] = []
+        problem = ""
+        try:
+            jobs, shared = queue(Path.cwd(), experiment.name)
+        except slurm.SlurmError as error:
+            problem = f"the queue is not known: {error}"
+        return [row(name, jobs) for name in experiment.runs], shared, problem
 
     def shown() -> Table:
-        rows, shared = look()
-        return table(rows, f"{experiment.name}, {time.strftime('%Y-%m-%d %H:%M:%S')}", shared)
+        rows, shared, problem = look()
+        return table(rows, f"{experiment.name}, {time.strftime('%Y-%m-%d %H:%M:%S')}", shared, problem)
 
     if args.once:
         if args.json:
-            print("\n".join(json.dumps(row.__dict__) for row in look()[0]))
+            rows, _, problem = look()
+            print("\n".join(json.dumps(row.__dict__) for row in rows))
+            if problem:
+                print(problem, file=sys.stderr)
         else:
             wide = None if sys.stdout.isatty() else 160  # into a file or a pipe: nothing is cut off
             Console(width=wide).print(shown())

@@ -18,7 +18,8 @@ from typing import Any
 import psutil
 
 from dayzero.console import log
-from dayzero.errors import one_line
+from dayzero.engine.signals import SIGNALS, STOP_ASKED, noted
+from dayzero.errors import Told, one_line
 from dayzero.interruption import EXIT_INTERRUPTED as EXIT_INTERRUPTED
 from dayzero.parent import end_with_parent
 
@@ -29,12 +30,27 @@ RANK_LOGS = "DAYZERO_RANK_LOGS"
 """Environment variable: the folder in which each rank keeps what it prints."""
 
 
-class RankFailed(ValueError):
-    """A training process failed; the message is that rank's own last line (a ValueError: it is said as it is)."""
+class RankFailed(Told):
+    """A training process failed; the message is that rank's own last line, `traceback` is its own too."""
+
+    def __init__(self, line: str, traceback: str = "") -> None:
+        super().__init__(line)
+        self.traceback = traceback
 
 
 class RankKilled(RankFailed):
     """A training process was killed, which the errors of the others, who miss it, do not say."""
+
+
+class StoppedEarly(Exception):
+    """Asked to stop before a rank was up to it: training had not begun, so the other nodes need not wait for anything.
+
+    `sure` where SIGUSR1 asked; SIGTERM is also what the other nodes get when one has failed.
+    """
+
+    def __init__(self, asked: Sequence[int]) -> None:
+        super().__init__("stopped as asked before training began")
+        self.sure = signal.SIGUSR1 in asked
 
 
 def is_worker() -> bool:
@@ -60,7 +76,7 @@ def run_torchrun(
     SIGTERM, SIGUSR1 and SIGINT are passed on to the ranks, which have as long as they need to write a checkpoint; a
     second SIGINT ends them at once, with KeyboardInterrupt here. `rendezvous` are torchrun's options of a world over
     several nodes; `errors` is then the folder for the errors of all ranks. Raises `RankFailed` with the first failing
-    rank's error.
+    rank's error, `StoppedEarly` where the stop was asked for before the ranks could heed it.
     """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
@@ -73,6 +89,8 @@ def run_torchrun(
     with tempfile.TemporaryDirectory(prefix="dayzero-torchrun-") as own, signals_passed_on(kill=True) as asked:
         folders = [errors, Path(own)] if errors else [Path(own)]
         os.environ |= {_ERRORS: os.pathsep.join(map(str, folders)), _LAUNCHER: str(os.getpid())}
+        if asked:
+            raise StoppedEarly(asked)
         try:
             # torchrun would make a folder of logs in the machine's temporary folder and leave it there
             logs = f"--log-dir={own}/torchrun"
@@ -84,8 +102,11 @@ def run_torchrun(
             run(options)
         except ChildFailedError as failed:
             codes = {rank: failure.exitcode for rank, failure in failed.failures.items()}
-            if EXIT_INTERRUPTED in codes.values() or (asked and not first_report(*folders) and _by_a_stop(codes)):
+            if EXIT_INTERRUPTED in codes.values():
                 return False
+            early = StoppedEarly(asked)
+            if asked and _by_a_stop(codes) and (early.sure or not first_report(*folders)):
+                raise early from None
             raise _failure(folders, codes) from None
     return True
 
@@ -147,8 +168,8 @@ def first_report(*folders: Path) -> tuple[str, dict[str, Any]] | None:
 
 
 def _by_a_stop(codes: dict[int, int]) -> bool:
-    """Whether the ranks ended by the signal itself, as they do before training begins."""
-    return all(-code in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT) for code in codes.values())
+    """Whether the ranks ended by the signal itself, as they do in their first moment."""
+    return all(-code in SIGNALS for code in codes.values())
 
 
 def _failure(folders: list[Path], codes: dict[int, int]) -> RankFailed:
@@ -160,7 +181,7 @@ def _failure(folders: list[Path], codes: dict[int, int]) -> RankFailed:
     if found := first_report(*folders):
         name, first = found
         log.debug(first["traceback"])
-        return RankFailed(f"rank {name}: {first['line']}")
+        return RankFailed(f"rank {name}: {first['line']}", first["traceback"])
     rank, code = next(iter(codes.items()))
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
     return RankFailed(f"rank {rank} {how}")
@@ -170,22 +191,28 @@ def _failure(folders: list[Path], codes: dict[int, int]) -> RankFailed:
 def signals_passed_on(*, kill: bool = False) -> Iterator[list[int]]:
     """Inside the block a request to stop goes on to the child processes; yields the list of those that came.
 
-    With `kill` a second SIGINT kills them and interrupts this process.
+    One that came before is in the list, and known to every process that is started in the block. With `kill` a second
+    SIGINT kills them and interrupts this process.
     """
     asked: list[int] = []
 
     def pass_on(number: int, _: FrameType | None) -> None:
         at_once = kill and number == signal.SIGINT and number in asked
         asked.append(number)
+        os.environ[STOP_ASKED] = "1"  # for a child that is started only now
         for child in psutil.Process().children():
             with suppress(psutil.NoSuchProcess):
                 child.send_signal(signal.SIGKILL if at_once else signal.SIGUSR1)
         if at_once:
             raise KeyboardInterrupt
 
-    before = {s: signal.signal(s, pass_on) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    before = {s: signal.signal(s, pass_on) for s in SIGNALS}
+    if early := noted():
+        asked += early
+        os.environ[STOP_ASKED] = "1"
     try:
         yield asked
     finally:
+        os.environ.pop(STOP_ASKED, None)
         for s, handler in before.items():
             signal.signal(s, handler)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +19,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dayzero.console import log
 from dayzero.engine.launch import RankFailed, first_report, signals_passed_on
@@ -27,9 +30,13 @@ FIRST_PORT, NUM_PORTS = 29600, 3000
 """Rendezvous ports: below the ports that Linux hands out by itself (32768 and up)."""
 
 NODE_ERROR = "dayzero node error: "
-"""Begins the line with which a node says why it cannot take part, where it cannot say so in a file."""
+"""Begins the line with which a node reports an error, as JSON, where it cannot do so in a file."""
 NODE_WARNING = "dayzero node warning: "
 """Begins a line of a node that belongs in the stage's own log."""
+
+
+TASK_ENDED = re.compile(r"srun: error: \S+: tasks? [\d,-]+: (.*)")
+"""What srun says of a node's launcher that did not end by itself with 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,13 +64,13 @@ def check_world(job: Job, nodes: int, world_size: int) -> int:
         raise SizeError(
             "parallelism",
             f"the sizes make {world_size} processes on {nodes} nodes (resources.train.nodes), but SLURM gave job "
-            f"{job.job_id} {job.num_nodes} nodes ({job.nodes}): set resources.train.nodes to {job.num_nodes}, or ask "
+            f"{job.name} {job.num_nodes} nodes ({job.nodes}): set resources.train.nodes to {job.num_nodes}, or ask "
             f"SLURM for {nodes}",
         )
     if job.gpus and job.gpus < world_size:
         raise SizeError(
             "parallelism",
-            f"the sizes make {world_size} processes, but SLURM gave job {job.job_id} {job.gpus} GPUs on "
+            f"the sizes make {world_size} processes, but SLURM gave job {job.name} {job.gpus} GPUs on "
             f"{job.num_nodes} nodes ({job.nodes}): set resources.train.gpu to {processes} (or auto), or make the sizes "
             "smaller",
         )
@@ -115,12 +122,14 @@ def run_on_nodes(
     command += ["--network-interface", settings.network_interface] if settings.network_interface else []
     command += ["--", module, *arguments]
     where = job.nodes or "which, SLURM did not tell"
-    log.info("%d processes on each of %d nodes (%s), job %s", processes, settings.nodes, where, job.job_id)
+    log.info("%d processes on each of %d nodes (%s), job %s", processes, settings.nodes, where, job.name)
     try:
-        code, printed = _run(command)
+        code, printed, told = _run(command)
         stopped = list(meeting.glob("stopped-*"))
         if code == 0:
             return not stopped
+        if _stopped_early(meeting, code, printed, told):
+            return False
         if stopped and not any(path.stem.isdigit() for path in meeting.glob("*.json")):
             # no rank failed: the others were ended while they stopped too, or the first node, which stopped before
             # them, took the rendezvous along, and their launchers could only say so
@@ -130,17 +139,41 @@ def run_on_nodes(
             who = f"rank {rank}" if rank.isdigit() else "a node"
             log.error("%s failed first; the ranks' output is in %s\n%s", who, logs, report["traceback"].rstrip())
             raise RankFailed(f"{who}: {report['line']}")
-        said = next((line.partition(NODE_ERROR)[2] for line in printed if NODE_ERROR in line), None)
-        raise RankFailed(said or f"srun ended with code {code}: {printed[-1] if printed else 'it said nothing'}")
+        if told:
+            report = min(told, key=lambda report: report["time"])
+            log.error("the first error; the ranks' output is in %s\n%s", logs, report["traceback"].rstrip())
+            raise RankFailed(report["line"])
+        raise RankFailed(f"srun ended with code {code}: {printed[-1] if printed else 'it said nothing'}")
     finally:
         shutil.rmtree(meeting, ignore_errors=True)
 
 
-def _run(command: list[str]) -> tuple[int, list[str]]:
-    """Run srun, show what it prints as it comes, and pass requests to stop on to it, and so to every node."""
+def _stopped_early(meeting: Path, code: int, printed: list[str], told: list[dict[str, Any]]) -> bool:
+    """Whether a request to stop ended a node's ranks or its launcher before they could heed it.
+
+    What others report of that is its consequence. But SIGTERM is what srun sends to the others when one has failed, so
+    it counts only where it came first and no error is reported.
+    """
+    if list(meeting.glob("early-*")):
+        return True
+    ends = [found[1] for line in printed if (found := TASK_ENDED.search(line))]
+    if ends[:1] == [signal.strsignal(signal.SIGUSR1)] or code == -signal.SIGUSR1:
+        return True
+    by_term = ends[0] == signal.strsignal(signal.SIGTERM) if ends else code in (-signal.SIGTERM, 128 + signal.SIGTERM)
+    return by_term and not told and first_report(meeting) is None
+
+
+def _run(command: list[str]) -> tuple[int, list[str], list[dict[str, Any]]]:
+    """Run srun, show what it prints as it comes, and pass requests to stop on to it, and so to every node.
+
+    Its exit code, its last lines, and the errors that nodes report on them.
+    """
     last: deque[str] = deque(maxlen=200)
+    told: list[dict[str, Any]] = []
     try:
-        with signals_passed_on():
+        with signals_passed_on() as asked:
+            if asked:
+                return -signal.SIGUSR1, [], []
             # its own session: what a terminal or a batch system sends to our group must not end srun before the ranks
             process = subprocess.Popen(
                 command, text=True, errors="replace", stderr=subprocess.PIPE, start_new_session=True
@@ -152,6 +185,9 @@ def _run(command: list[str]) -> tuple[int, list[str]]:
                     if line.startswith(NODE_WARNING):
                         log.warning("%s", line.removeprefix(NODE_WARNING).rstrip())
                         continue
+                    if line.startswith(NODE_ERROR):
+                        told.append(json.loads(line.removeprefix(NODE_ERROR)))
+                        continue
                     sys.stderr.write(line)
                     sys.stderr.flush()
                     if line.strip():
@@ -159,8 +195,10 @@ def _run(command: list[str]) -> tuple[int, list[str]]:
 
             reader = threading.Thread(target=show, daemon=True)
             reader.start()
+            if asked:  # while srun was being started
+                process.send_signal(signal.SIGUSR1)
             code = process.wait()
             reader.join(5)
     except FileNotFoundError as error:
         raise RankFailed("srun is not on PATH in this job: load the site's SLURM module in the job too") from error
-    return code, list(last)
+    return code, list(last), told

@@ -18,8 +18,18 @@ from pathlib import Path
 import psutil
 
 from dayzero.console import setup_logging
-from dayzero.engine.launch import RANK_LOGS, RankFailed, RankKilled, first_report, leave_report, run_torchrun
+from dayzero.engine.launch import (
+    EXIT_INTERRUPTED,
+    RANK_LOGS,
+    RankFailed,
+    RankKilled,
+    StoppedEarly,
+    first_report,
+    leave_report,
+    run_torchrun,
+)
 from dayzero.engine.launch_nodes import NODE_ERROR, NODE_WARNING
+from dayzero.engine.signals import never_ended_by_a_stop
 from dayzero.errors import ConfigError, one_line
 
 SHARED_WITHIN = 45.0
@@ -61,12 +71,15 @@ def main(argv: list[str] | None = None) -> int:
         module, *arguments = args.command
         if not run_torchrun(module, arguments, args.processes, rendezvous=rendezvous, errors=args.meeting):
             (args.meeting / f"stopped-{number}").touch()
+    except StoppedEarly as stop:
+        (args.meeting / f"{'early' if stop.sure else 'stopped'}-{number}").touch()
+        return EXIT_INTERRUPTED  # no 0: srun ends the other nodes' ranks, which would wait for these
     except RankKilled as error:
         _say(args.meeting, number, f"{name}: {error}", when=time.time() - NOTICED_WITHIN)
         return 1
     except RankFailed as error:
         if first_report(args.meeting) is None:  # on a full disk, say: the rank itself could not say it there
-            _say(args.meeting, number, f"{name}: {error}")
+            _say(args.meeting, number, f"{name}: {error}", error.traceback)
         return 1
     except Exception as error:
         _say(args.meeting, number, f"{name}: {one_line(error)}", traceback.format_exc())
@@ -116,8 +129,9 @@ def _say(meeting: Path, number: str, line: str, text: str = "", when: float | No
     try:
         leave_report(meeting, f"{int(number)}-node", line, text or line, when)
     except OSError:
-        print(f"{NODE_ERROR}{line}", file=sys.stderr, flush=True)
+        report = {"time": time.time() if when is None else when, "line": line, "traceback": text}
+        print(f"{NODE_ERROR}{json.dumps(report)}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(never_ended_by_a_stop(main))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dayzero.console import SECONDS_BETWEEN_LINES, console, log, setup_logging
-from dayzero.errors import ConfigError, one_line
+from dayzero.errors import ConfigError, Told, one_line
 from dayzero.files import read_json
 
 EXIT_ERROR = 1
@@ -82,7 +82,9 @@ def run_stage(
 
 def _report(error: Exception, log_file: str | None) -> None:
     """The traceback goes to the log file (or, for unforeseen errors without one, to stderr); one line comes last."""
-    if log_file:
+    if isinstance(error, Told | ConfigError):
+        pass  # what a rank has said stands above, and of a user's mistake the line is all there is to know
+    elif log_file:
         # the log may lie on the very disk that is full or read-only
         with contextlib.suppress(OSError), open(log_file, "a", encoding="utf-8") as f:
             traceback.print_exception(error, file=f)

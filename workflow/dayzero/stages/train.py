@@ -7,10 +7,13 @@ processes that torchrun starts do the training.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dayzero.engine.launch import is_worker, reports_errors
+from dayzero.engine.signals import SIGNALS, never_ended_by_a_stop
 from dayzero.stages.base import run_stage, stage_parser
 
 
@@ -35,8 +38,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
 
     def body(args: argparse.Namespace) -> None:
-        from dayzero.engine.launch import is_worker
-
         if is_worker():
             from dayzero.stages.training.rank import run_rank
 
@@ -49,5 +50,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_stage(parser, body, argv)
 
 
+def process() -> int:
+    """`main` of a process of its own, which no request to stop ends: it is heeded when training has begun, or kept from
+    beginning.
+
+    Not so in a rank of a torchrun that a person started, which ends its ranks as it sees fit. Ctrl-C still ends the
+    checks before training.
+    """
+    if is_worker():
+        return never_ended_by_a_stop(main) if reports_errors() else main()
+    return never_ended_by_a_stop(main, [s for s in SIGNALS if s != signal.SIGINT])
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(process())

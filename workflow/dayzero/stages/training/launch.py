@@ -14,7 +14,7 @@ from dayzero.config import RunConfig
 from dayzero.console import log
 from dayzero.engine import checkpoint
 from dayzero.engine.gpu_shares import own_gpus
-from dayzero.engine.launch import run_torchrun
+from dayzero.engine.launch import StoppedEarly, run_torchrun
 from dayzero.engine.launch_nodes import NodeSettings, run_on_nodes
 from dayzero.engine.node import use_interface
 from dayzero.errors import ConfigError
@@ -37,8 +37,12 @@ def launch(args: argparse.Namespace, arguments: list[str]) -> None:
         for path in (args.output / "metrics.jsonl", args.output / "summary.json"):
             path.unlink(missing_ok=True)
         with attempts.recorded(args.output, job, run.train.checkpoint.every, lock.last_sign):
-            finished = _run_ranks(run.parallelism.world_size, args, arguments, job)
-    if not finished:
+            try:
+                finished = _run_ranks(run.parallelism.world_size, args, arguments, job)
+            except StoppedEarly:
+                finished = False
+    # written last: a request to stop that came in the last moment had nothing left to stop
+    if not (finished or (args.output / "summary.json").exists()):
         stop_or_go_on(args.output, job, args.max_requeues, args.stop_before)
 
 
@@ -85,7 +89,7 @@ def _run_ranks(world_size: int, args: argparse.Namespace, arguments: list[str], 
     if job is None or slurm.in_job_step():
         if args.nodes > 1 and job:
             raise ConfigError(
-                f"resources.train.nodes is {args.nodes}, but this is a step of job {job.job_id}, which cannot start "
+                f"resources.train.nodes is {args.nodes}, but this is a step of job {job.name}, which cannot start "
                 "processes on its other nodes: set gpu_request in default-resources of the profile and small_runs to "
                 "false (profiles/README.md), or nodes to 1"
             )

@@ -21,7 +21,6 @@ from dayzero.engine.launch import EXIT_INTERRUPTED, end_with_launcher, errors_re
 from dayzero.engine.packing import any_leak, require_causal
 from dayzero.engine.parallel_dims import ParallelDims
 from dayzero.engine.parallel_model import ParallelModel
-from dayzero.engine.signals import note_early
 from dayzero.engine.trainer import Interrupted, Trainer
 from dayzero.errors import ConfigError
 from dayzero.files import read_json
@@ -34,8 +33,6 @@ from dayzero.stages.training.results import write_results
 def run_rank(args: argparse.Namespace) -> None:
     """Train as one rank; errors of all ranks reach the launching process, which says them once."""
     end_with_launcher()
-    if reports_errors():
-        note_early()
     handlers = log.handlers
     # an error is reported before the group is left: the others, who then miss this rank, must not be first
     with ExitStack() as group, errors_reported(int(os.environ["RANK"])):
