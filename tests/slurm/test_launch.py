@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from dayzero.files import read_json
 
@@ -22,6 +23,12 @@ def submit(site: Site, folder: Path, world_size: int, nodes: int, mode: str, *as
     environment = f"ALL,PYTHONPATH={folder}:{ROOT}/workflow:{ROOT},OMP_NUM_THREADS=1,PATH={site.environment['PATH']}"
     arguments = ["--parsable", f"--output={folder}/printed.txt", f"--export={environment}", *asked]
     return site.cluster.call("sbatch", *arguments, "--wrap", command).strip()
+
+
+def launchers(folder: Path) -> int:
+    """How many nodes' launchers of the job with that folder there are; the nodes are this machine."""
+    commands = (process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"]))
+    return sum(command[1:3] == ["-m", "dayzero.engine.node"] and str(folder) in command for command in commands)
 
 
 def said(site: Site, folder: Path) -> dict[str, object]:
@@ -55,12 +62,13 @@ def test_a_signal_from_slurm_stops_all_nodes_and_two_jobs_do_not_meet(site: Site
 
 
 def test_a_signal_before_the_launchers_can_heed_it(site: Site, tmp_path: Path) -> None:
-    """SLURM may send it while Python still starts on the nodes, or torch is imported there."""
+    """SLURM may send it while Python still starts on the nodes, or torch is imported there. Before the processes are
+    there it cannot reach them, and is lost."""
     said_by = []
     for number, late in enumerate((0.0, 0.3, 1.0, 3.0)):
         folder = tmp_path / str(number)
         job = submit(site, folder, 2, 2, "wait", "--nodes=2", "--ntasks-per-node=2", "--mem=1000")
-        site.wait(lambda job=job: f"{job}.0" in site.cluster.call("squeue", "--noheader", "--steps"), "the step")
+        site.wait(lambda folder=folder: launchers(folder) == 2, "a launcher on each node")
         time.sleep(late)
         site.cluster.call("scancel", "--signal=USR1", job)
         said_by.append(said(site, folder))

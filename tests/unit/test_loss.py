@@ -113,7 +113,7 @@ def on_meta(name: str, **fields: object) -> PreTrainedModel:
 
 def test_heads_that_do_more_than_multiply_are_seen() -> None:
     plain = {name for name in SHAPES if plain_head(on_meta(name)) is not None}
-    assert SHAPES.keys() - plain == {"cohere", "granite", "gemma2"}
+    assert SHAPES.keys() - plain == {"big_bird", "cohere", "granite", "gemma2"}
     assert plain_head(on_meta("gemma2", final_logit_softcapping=None)) is not None
 
 
@@ -196,7 +196,7 @@ def test_packed_documents_do_not_see_one_another(name: str) -> None:
 
 
 def test_structure_is_found_without_names() -> None:
-    for name in SHAPES.keys() - {"opt"}:
+    for name in SHAPES.keys() - {"opt", "big_bird"}:  # whose decoder is inside another module
         model = tiny(name)
         assert find_decoder(model) is model.base_model
         assert len(find_layers(model)) == len(list(find_layers(model)))

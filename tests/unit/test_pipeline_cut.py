@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from math import prod
 from typing import Any
 
 import pytest
@@ -158,7 +159,7 @@ def test_models_that_cannot_be_cut_are_refused(architecture: Any, change: Callab
 
 
 def dims(**sizes: Any) -> ParallelDims:
-    world = sizes.get("pp", 1) * sizes.get("tp", 1) * sizes.get("dp_shard", 1) * sizes.get("dp_replicate", 1)
+    world = prod(sizes.get(name, 1) for name in ("pp", "tp", "cp", "dp_shard", "dp_replicate"))
     return ParallelDims(**{"strategy": "fsdp2", "world_size": world, **sizes})
 
 

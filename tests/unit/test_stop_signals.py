@@ -118,3 +118,41 @@ def test_a_stop_after_the_last_word_of_a_training_keeps_its_results(
     monkeypatch.setattr(launch, "read_run", lambda _: run)
     launch.launch(SimpleNamespace(output=tmp_path, max_requeues=1, stop_before=0), [])
     assert bool(put_back) != is_done
+
+
+ONE_FAILS = """
+import os, sys, time
+from pathlib import Path
+from dayzero.engine.launch import EXIT_INTERRUPTED, RankFailed, errors_reported, run_torchrun
+from dayzero.engine.signals import note_early, noted
+
+rank = os.environ.get("RANK")
+other = Path("the other is there")
+if rank == "0":
+    with errors_reported(0):
+        while not other.exists():
+            time.sleep(0.05)
+        raise ValueError("a mistake")
+elif rank == "1":
+    note_early()
+    other.touch()
+    while not noted():
+        time.sleep(0.05)
+    sys.exit(EXIT_INTERRUPTED)
+else:
+    try:
+        print(run_torchrun("one_fails", [], 2))
+    except RankFailed as error:
+        print(error)
+"""
+
+
+def test_a_rank_that_stops_because_another_has_failed_hides_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun ends the ranks that are left with SIGTERM, which asks a training to stop."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "one_fails.py").write_text(ONE_FAILS)
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = python("", "-m", "one_fails", PYTHONPATH=path, OMP_NUM_THREADS="1")
+    assert done.stdout == "rank 0: a mistake\n", done.stderr

@@ -102,7 +102,8 @@ def run_torchrun(
             run(options)
         except ChildFailedError as failed:
             codes = {rank: failure.exitcode for rank, failure in failed.failures.items()}
-            if EXIT_INTERRUPTED in codes.values():
+            # torchrun ends the others when one has failed, and they may take that for a request to stop
+            if EXIT_INTERRUPTED in codes.values() and (asked or not first_report(*folders)):
                 return False
             early = StoppedEarly(asked)
             if asked and _by_a_stop(codes) and (early.sure or not first_report(*folders)):
