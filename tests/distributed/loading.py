@@ -50,7 +50,7 @@ def write_models(folder: Path) -> None:
 
 def loading_jobs(folder: Path, ranks: int) -> list[dict[str, Any]]:
     """Loads of each model into meshes of 2 or 4 ranks, and, last, those that are measured."""
-    from tests.distributed.test_parity import job
+    from tests.distributed.cases import job
 
     def load_job(model: str, method: str = "full", *, strategy: str = "fsdp2", **sizes: Any) -> dict[str, Any]:
         made = job("load", model, method, "padded", folder, strategy=strategy, **sizes)
@@ -84,7 +84,7 @@ def resident(field: str) -> int:
 
 def load(job: dict[str, Any]) -> dict[str, Any]:
     """Load `job["directory"]` as the trainer does; what differs from transformers' own, and the bytes it took."""
-    from tests.distributed.jobs import all_weights, make_trainer
+    from tests.distributed.trainers import all_weights, make_trainer
 
     real, measured = Weights.load, {}
     malloc = ctypes.CDLL(None)

@@ -6,8 +6,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from tests.distributed.cases import job
 from tests.distributed.launch import run_ranks
-from tests.distributed.test_parity import job
 
 MESHES: dict[str, tuple[int, dict[str, Any]]] = {
     "ddp": (2, {"strategy": "ddp", "dp_replicate": 2}),

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.distributed.cases import MOE, Results, job, moe
 from tests.distributed.launch import run_ranks
-from tests.distributed.test_parity import MOE, Results, check, check_moe, job, moe
+from tests.distributed.test_parity import check, check_moe
 from tests.distributed.test_resume import copy_of
 
 pytest.importorskip("megatron_fsdp", reason="needs the package megatron-fsdp")

@@ -21,9 +21,9 @@ import pytest
 import torch
 from dayzero.data.mixing import Mix
 
+from tests.distributed.cases import job
 from tests.distributed.launch import REPOSITORY, run_ranks
 from tests.distributed.optimizers import HAS_TORCHAO
-from tests.distributed.test_parity import job
 from tests.tiny import write_rows
 
 pytestmark = pytest.mark.distributed

@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from tests.distributed.cases import Results, job
 from tests.distributed.launch import run_ranks
 from tests.distributed.test_parity import (  # noqa: F401
-    Results,
     folder,
-    job,
     one,
     test_a_model_whose_packed_documents_leak_is_found,
     test_global_batch_does_not_depend_on_the_local_batch,

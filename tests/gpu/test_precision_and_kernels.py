@@ -17,8 +17,8 @@ from dayzero.engine.loss import CausalLMWithLoss
 from dayzero.engine.optimizer import build_optimizer
 from torch import nn
 
+from tests.distributed.cases import job
 from tests.distributed.launch import run_ranks
-from tests.distributed.test_parity import job
 from tests.unit.test_document_attention import ONE, model_of, rows
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")

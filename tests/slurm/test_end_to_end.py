@@ -1,6 +1,6 @@
 """A whole experiment on a real SLURM cluster of two virtual nodes, as typed from the project's root.
 
-The cluster keeps no accounts: Snakemake learns from squeue how its jobs ended, in test_training.py from sacct.
+The cluster keeps no accounts: Snakemake learns from squeue how its jobs ended, in faults from sacct.
 """
 
 from __future__ import annotations

@@ -51,11 +51,11 @@ def apply_activation_checkpointing(
         return
     every = int(setting.removeprefix("every_")) if setting.startswith("every_") else 1
     in_graph = selective_contexts if setting == "selective" else None
-    context_fn = around if in_graph is None or around is None else partial(_both, in_graph, around)
+    eager = partial(_both, in_graph, around) if in_graph and around else in_graph or around
     for index, layer in enumerate(layers):
         if index % every == 0:
             # on the instance's forward: no wrapper module, so no parameter is renamed, and FSDP2's hooks stay outside
-            layer.forward = _checkpointed(layer.forward, _options(context_fn or in_graph), _options(in_graph))
+            layer.forward = _checkpointed(layer.forward, _options(eager), _options(in_graph))
 
 
 def _options(context_fn: Callable[[], Contexts] | None) -> dict[str, Any]:

@@ -81,13 +81,15 @@ def run_stage(
 
 
 def _report(error: Exception, log_file: str | None) -> None:
-    """The traceback goes to the log file (or, for unforeseen errors without one, to stderr); one line comes last."""
-    if isinstance(error, Told | ConfigError):
-        pass  # what a rank has said stands above, and of a user's mistake the line is all there is to know
-    elif log_file:
-        # the log may lie on the very disk that is full or read-only
-        with contextlib.suppress(OSError), open(log_file, "a", encoding="utf-8") as f:
-            traceback.print_exception(error, file=f)
-    elif not isinstance(error, ValueError | OSError):
-        traceback.print_exception(error, file=sys.stderr)
+    """The traceback goes to the log file (or, for unforeseen errors without one, to stderr); one line comes last.
+
+    There is none where a rank has shown its own, nor of a user's mistake, of which the line is all there is to know.
+    """
+    if not isinstance(error, Told | ConfigError):
+        if log_file:
+            # the log may lie on the very disk that is full or read-only
+            with contextlib.suppress(OSError), open(log_file, "a", encoding="utf-8") as f:
+                traceback.print_exception(error, file=f)
+        elif not isinstance(error, ValueError | OSError):
+            traceback.print_exception(error, file=sys.stderr)
     log.error("error: %s", one_line(error))

@@ -7,27 +7,14 @@ Snakemake learns from sacct how its jobs ended; on the cluster of the other test
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from dayzero.files import read_json
 from dayzero.slurm import parse_job
 
-from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import Site
-from tests.slurm.training import go_on, outcomes, restarts, status, undisturbed
+from tests.slurm.faults.asked import go_on, outcomes, restarts, status
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
-
-
-@pytest.fixture(scope="module")
-def site(site: Site, accounted: Cluster) -> Site:
-    return replace(site, cluster=accounted, status_command="sacct")
-
-
-@pytest.fixture(scope="module")
-def curve(site: Site) -> list[tuple[float, float]]:
-    return undisturbed(site)
 
 
 def test_the_time_limit_stops_with_a_checkpoint_and_the_job_goes_on(site: Site, curve: list) -> None:  # type: ignore[type-arg]

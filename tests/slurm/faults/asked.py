@@ -1,4 +1,4 @@
-"""What is asked about trainings that met a fault, and the curve that they must have all the same."""
+"""What is asked about a training that met a fault."""
 
 from __future__ import annotations
 
@@ -35,13 +35,3 @@ def go_on(ranks: list) -> None:  # type: ignore[type-arg]
 def restarts(site: Site, job: str) -> int:
     """How often SLURM has put the job back into the queue."""
     return parse_job(site.cluster.call("scontrol", "show", "job", "-o", job)).restarts
-
-
-def undisturbed(site: Site) -> list[tuple[float, float]]:
-    """Loss and gradient norm of every step of the undisturbed run on this machine, without SLURM."""
-    command = [sys.executable, "-m", "snakemake", "--cores", "2"]
-    done = subprocess.run(
-        [*command, site.summary_file("reference")], cwd=site.path, env=site.environment, text=True, capture_output=True
-    )
-    assert done.returncode == 0, done.stderr
-    return site.curve("reference")

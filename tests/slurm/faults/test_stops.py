@@ -8,28 +8,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from dayzero.files import read_json
 
-from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import Site
-from tests.slurm.training import go_on, outcomes, restarts, undisturbed
+from tests.slurm.faults.asked import go_on, outcomes, restarts
 from tests.small_disk import mounted
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
-
-
-@pytest.fixture(scope="module")
-def site(site: Site, accounted: Cluster) -> Site:
-    return replace(site, cluster=accounted, status_command="sacct")
-
-
-@pytest.fixture(scope="module")
-def curve(site: Site) -> list[tuple[float, float]]:
-    return undisturbed(site)
 
 
 @pytest.fixture
