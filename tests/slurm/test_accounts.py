@@ -36,9 +36,11 @@ def test_an_array_whose_last_task_fails_and_the_account_pays(sweep: StandIns) ->
     charge(sweep, "biology")
     sweep.fails = RUNS[-1]
     array_of_eight(sweep)
-    jobs = sweep.cluster.call("sacct", "-X", "--noheader", "--parsable2", "--format=Account,State").split()
-    assert jobs.count("biology|FAILED") == 1
-    assert {job.partition("|")[0] for job in jobs} == {"biology"}
+    listed = sweep.cluster.call("sacct", "-X", "--noheader", "--parsable2", "--format=WorkDir,Account,State")
+    jobs = [job.split("|") for job in listed.splitlines()]
+    own = [(account, state) for folder, account, state in jobs if folder == str(sweep.path)]  # of all on this cluster
+    assert own.count(("biology", "FAILED")) == 1
+    assert {account for account, _ in own} == {"biology"}
 
 
 def test_an_account_of_others_is_refused_before_a_job_is_submitted(sweep: StandIns) -> None:
