@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dayzero.config import Train
+from dayzero.engine.chunks import IGNORE, token_cross_entropy
 from dayzero.engine.fused_losses import plain_head
-from dayzero.engine.loss import IGNORE, CausalLMWithLoss, LossOptions, decoder_returns, known_positions
+from dayzero.engine.loss import CausalLMWithLoss, LossOptions, decoder_returns, known_positions, loss_of_logits
 from dayzero.engine.loss_choice import LOSSES, choose_loss
 from dayzero.engine.parallel_dims import ParallelDims
 from dayzero.engine.structure import find_decoder, find_layers
@@ -50,12 +51,12 @@ def test_chunked_loss_equals_cross_entropy_in_value_and_gradient(name: str, chun
     input_ids, labels, position_ids = batch()
     logits = model(input_ids=input_ids, position_ids=position_ids).logits
     expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
-    expected.backward()
+    (expected / 7).backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
 
     loss = CausalLMWithLoss(model, options=LossOptions(chunk_size=chunk_size))(input_ids, labels, position_ids)
-    loss.backward()
+    (loss / 7).backward()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     assert gradients
     for n, p in model.named_parameters():
@@ -117,6 +118,57 @@ def test_heads_that_do_more_than_multiply_are_seen() -> None:
     assert plain_head(on_meta("gemma2", final_logit_softcapping=None)) is not None
 
 
+@pytest.mark.parametrize("trained", ["all", "decoder", "head", "nothing"])
+@pytest.mark.parametrize("name", ["qwen3", "gemma2"])
+def test_chunked_gradients_reach_what_is_trained(name: str, trained: str) -> None:
+    model = tiny(name)
+    if name == "qwen3":  # the other's head is the embedding
+        model.lm_head.weight.requires_grad_(trained in ("all", "head"))
+    for parameter in find_decoder(model).parameters():
+        parameter.requires_grad_(trained in ("all", "decoder"))
+    found = []
+    for loss in ("cross_entropy", "chunked"):
+        model.zero_grad()
+        value = CausalLMWithLoss(model, loss=LOSSES[loss], options=LossOptions(chunk_size=5))(*batch())
+        if value.requires_grad:
+            value.backward()
+        found.append([value.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    own = {id(p) for p in model.parameters() if p.requires_grad}
+    assert len(found[1]) == 1 + len(own)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma2"])
+def test_chunked_gradients_in_bfloat16_are_no_worse_than_autograd_s(name: str) -> None:
+    """Against float64, for all weights together, under a scale that bfloat16 has not (as 1/tokens)."""
+    exact = tiny(name).double()
+    (CausalLMWithLoss(exact, loss=LOSSES["cross_entropy"])(*batch(1.0)) / 771).backward()
+    errors = {}
+    for loss in ("cross_entropy", "chunked"):
+        model = tiny(name).bfloat16()
+        (CausalLMWithLoss(model, loss=LOSSES[loss], options=LossOptions(chunk_size=13))(*batch(1.0)) / 771).backward()
+        pairs = zip(model.parameters(), exact.parameters(), strict=True)
+        errors[loss] = sum((p.grad.double() - q.grad).square().sum().item() for p, q in pairs) ** 0.5
+    assert errors["chunked"] < 1.1 * errors["cross_entropy"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("z_loss", [0.0, 0.01])
+def test_cross_entropy_in_pieces_that_fit_the_cache(dtype: torch.dtype, z_loss: float) -> None:
+    """Many such pieces, the last one shorter, with positions that have no label; logits far from one another."""
+    torch.manual_seed(0)
+    positions, vocabulary = 11, 2**17 + 3  # three positions a piece
+    logits = (20 * torch.randn(positions, vocabulary)).to(dtype).requires_grad_()
+    labels = torch.randint(0, vocabulary, (positions,))
+    labels[[0, 5]] = IGNORE
+    expected = loss_of_logits(logits, labels, z_loss)
+    (gradient,) = torch.autograd.grad(expected / 7, logits)
+    found = token_cross_entropy(logits, labels, z_loss)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    close = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2**-7, "atol": 1e-6}
+    torch.testing.assert_close(torch.autograd.grad(found / 7, logits)[0], gradient, **close)
+
+
 MESHES: dict[str, dict[str, object]] = {"one": {}, "tp": {"tp": 2}, "pp": {"pp": 2}}
 
 
@@ -169,12 +221,12 @@ def test_a_batch_without_labels_gives_a_finite_zero_with_gradients(loss: str) ->
         assert torch.equal(parameter.grad, torch.zeros_like(parameter.grad)), name
 
 
-def test_only_label_positions_pass_the_head() -> None:
+def test_only_label_positions_pass_the_head_and_only_once() -> None:
     model = tiny("qwen3")
     input_ids, labels, position_ids = batch()
     widths: list[int] = []
     model.lm_head.register_forward_hook(lambda _, inputs, __: widths.append(inputs[0].shape[:-1].numel()))
-    CausalLMWithLoss(model, options=LossOptions(chunk_size=4))(input_ids, labels, position_ids)
+    CausalLMWithLoss(model, options=LossOptions(chunk_size=4))(input_ids, labels, position_ids).backward()
     assert sum(widths) == (labels != IGNORE).sum()
     assert max(widths) <= 4
 

@@ -3,7 +3,7 @@
 The loss is cross-entropy + weight * T^2 * KL(teacher || student), both distributions at temperature T, over the label
 tokens (forward KL, Hinton et al. 2015, https://arxiv.org/abs/1503.02531; T^2 keeps the gradients' size). The teacher
 runs without gradients, in evaluation mode, split and sharded as the student is. Logits of neither model ever exist
-whole: hidden states of the label positions pass both heads a chunk at a time, again in the backward pass.
+whole: hidden states of the label positions pass both heads a chunk at a time.
 
 Shapes: B rows, T tokens, D model width (each model's own), V vocabulary, N label tokens.
 """
@@ -21,17 +21,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from dayzero.config import Kd, Method, Train
+from dayzero.engine.chunks import IGNORE, sum_of_chunks
 from dayzero.engine.context_parallel import use_context_parallel
-from dayzero.engine.loss import (
-    IGNORE,
-    CausalLMWithLoss,
-    Head,
-    LossOptions,
-    at_labels,
-    chunked,
-    loss_of_logits,
-    sum_of_chunks,
-)
+from dayzero.engine.loss import CausalLMWithLoss, Head, LossOptions, at_labels, chunked, loss_of_logits
 from dayzero.engine.model import ModelSource
 from dayzero.engine.parallel_dims import ParallelDims
 from dayzero.engine.parallelize import parallelize
@@ -113,12 +105,10 @@ class Distillation:
         def chunk_loss(hidden: Tensor, labels: Tensor, taught: Tensor) -> Tensor:
             logits = head.logits(hidden).float()
             kl = kl_divergence(logits, self.teacher(taught).float(), self.config.temperature, labels)
-            loss = loss_of_logits(logits, labels, options.z_loss) + self.config.weight * kl
-            return torch.stack([loss, kl.detach()])
+            self._sum = self._sum + kl.detach()
+            return loss_of_logits(logits, labels, options.z_loss) + self.config.weight * kl
 
-        total = sum_of_chunks(chunk_loss, hidden, labels, options.chunk_size, taught)
-        self._sum = self._sum + total[1].detach()
-        return total[0]
+        return sum_of_chunks(chunk_loss, hidden, labels, options.chunk_size, taught)
 
     def take_sum(self) -> float:
         """The summed KL of the losses since the last time this was asked, T^2 included, the weight not."""

@@ -16,16 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from dayzero.engine.loss import (
-    IGNORE,
-    Head,
-    LossOptions,
-    at_labels,
-    chunked,
-    decoder_returns,
-    has_labels,
-    sum_of_chunks,
-)
+from dayzero.engine.chunks import IGNORE, sum_of_chunks
+from dayzero.engine.loss import Head, LossOptions, at_labels, chunked, decoder_returns, has_labels
 from dayzero.engine.structure import find_decoder
 from dayzero.engine.vocab_parallel import SumGradients, TakeRows, VocabParallelCrossEntropy, own_rows
 
@@ -119,7 +111,8 @@ def loss_parallel(
         logits = F.linear(hidden, weight, bias).float()
         return VocabParallelCrossEntropy.apply(logits, labels, start, options.z_loss, IGNORE, group)
 
-    return sum_of_chunks(chunk_loss, hidden, labels, options.chunk_size)
+    weights = [weight] if bias is None else [weight, bias]
+    return sum_of_chunks(chunk_loss, hidden, labels, options.chunk_size, weights=weights)
 
 
 def _label_states(

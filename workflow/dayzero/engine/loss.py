@@ -21,14 +21,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from dayzero.engine.chunks import IGNORE, sum_of_chunks, token_cross_entropy
 from dayzero.engine.document_attention import forget_documents
 from dayzero.engine.router_loss import RouterLoss
 from dayzero.engine.structure import find_decoder
-
-IGNORE = -100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +167,7 @@ class Head:
 def chunked(
     model: PreTrainedModel, input_ids: Tensor, labels: Tensor, position_ids: Tensor, options: LossOptions
 ) -> Tensor:
-    """Only label positions pass the head, `chunk_size` at a time; their logits are computed again in the backward pass.
+    """Only label positions pass the head, `chunk_size` at a time, forwards and backwards before the next.
 
     The head is whatever the model itself does behind its decoder, see `Head`.
     """
@@ -177,17 +175,9 @@ def chunked(
     labels, hidden = at_labels(labels, options, head.hidden(input_ids, position_ids))  # [N], [N, D]
 
     def chunk_loss(hidden: Tensor, labels: Tensor) -> Tensor:
-        return loss_of_logits(head.logits(hidden), labels, options.z_loss)
+        return token_cross_entropy(head.logits(hidden), labels, options.z_loss)
 
     return sum_of_chunks(chunk_loss, hidden, labels, options.chunk_size)
-
-
-def sum_of_chunks(loss: Callable[..., Tensor], hidden: Tensor, labels: Tensor, size: int, *more: Tensor) -> Tensor:
-    """Sum of `loss(hidden, labels, *more)` over pieces of `size` positions, each run again in the backward pass."""
-    total = hidden.new_zeros((), dtype=torch.float32)
-    for piece in zip(*(tensor.split(size) for tensor in (hidden, labels, *more)), strict=True):
-        total = total + checkpoint(loss, *piece, use_reentrant=False)
-    return total
 
 
 @contextmanager
