@@ -267,7 +267,7 @@ def test_any_number_of_workers_gives_the_same_bytes(tmp_path, tokenizer_path, mo
     monkeypatch.setattr(tokenization, "_can_be_copied", lambda: copied)
     for name in ("BYTES_PER_WORKER", "BYTES_PER_SERVED_WORKER"):
         monkeypatch.setattr(tokenization, name, 10_000)
-    monkeypatch.setattr(tokenization, "BYTES_PER_TASK", 5_000)
+    monkeypatch.setattr(tokenization, "SMALLEST_TASK", 5_000)
     source = parquet(tmp_path / "train.parquet", text=sentences(350))
     asked = []
     in_processes = tokenization._encode_in_processes

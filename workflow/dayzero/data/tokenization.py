@@ -37,8 +37,10 @@ from dayzero.data.tokenizer import TokenizerSource, check_model_limits
 from dayzero.data.tokens import TokenWriter
 from dayzero.errors import DataError
 
-BYTES_PER_TASK, ROWS_PER_TASK = 2**17, 4096
-"""Source rows a worker is handed at a time: about so many bytes, at most so many rows."""
+SMALLEST_TASK, LARGEST_TASK, TASKS, ROWS_PER_TASK = 2**17, 2**19, 64, 4096
+"""Bytes of source rows that a worker is handed at a time, at least and at most; between them, so many tasks there are.
+However short rows are, at most so many. It must not depend on the number of workers: where tasks end changes where
+packing's windows do."""
 BYTES_PER_WORKER = 2**20
 """Less text than this is not worth one more process that is a copy of this one."""
 BYTES_PER_SERVED_WORKER = 32 * 2**20
@@ -223,7 +225,9 @@ def _encode(source: Path, name: str, num_workers: int, setup: _Setup) -> Iterato
 def _tasks(file: pq.ParquetFile, data_format: str) -> Iterator[tuple[int, pa.RecordBatch]]:
     """Pieces of the file with the number of their first row."""
     names = [c for c in ("id", "origin", *COLUMNS[data_format], *OPTIONAL_COLUMNS) if c in file.schema_arrow.names]
-    rows = batch_rows(table_bytes(file), file.metadata.num_rows, BYTES_PER_TASK, ROWS_PER_TASK)
+    size = table_bytes(file)
+    task = min(max(size // TASKS, SMALLEST_TASK), LARGEST_TASK)
+    rows = batch_rows(size, file.metadata.num_rows, task, ROWS_PER_TASK)
     first = 0
     try:
         for batch in file.iter_batches(batch_size=rows, columns=names, use_threads=False):
