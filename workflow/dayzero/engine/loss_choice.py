@@ -24,7 +24,7 @@ LOSSES: dict[str, Loss] = {
 }
 
 PREFERENCE = ("loss_parallel", "liger_fused", "cut_cross_entropy", "chunked", "cross_entropy")
-"""What `auto` tries in turn: logits split over the tp ranks, a chunk's made once, none at all, a chunk's made twice.
+"""What `auto` tries in turn: logits split over the tp ranks, a chunk's in fused kernels, none at all, a chunk's, all.
 Liger's is before cut cross-entropy: closer to the reference, and under a frozen head faster (docs/methods.md)."""
 
 
