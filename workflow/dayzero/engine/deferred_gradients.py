@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 
 class DeferredGradients:
-    """The notes of the linear layers of one stage."""
+    """The notes of the linear modules in the layers of one stage."""
 
-    def __init__(self, stage: nn.Module) -> None:
+    def __init__(self, layers: nn.Module) -> None:
         self._notes: list[tuple[Tensor, Tensor, Tensor]] = []
-        for module in stage.modules():
+        for module in layers.modules():
             if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
                 module.forward = partial(self._forward, module)  # type: ignore[method-assign]
 

@@ -60,7 +60,8 @@ class Pipeline:
             stage.install_own()
         whole.forward = self.evaluate  # type: ignore[method-assign, assignment]
         self._whole = whole
-        self._deferred = [DeferredGradients(s) for s in self.stages] if dims.pp_schedule == "zero_bubble" else []
+        # of the layers: losses may ask for the head's gradients while they compute
+        self._deferred = [DeferredGradients(s.layers) for s in self.stages] if dims.pp_schedule == "zero_bubble" else []
         self._shape: tuple[int, ...] = ()
         self._schedule: Any = None
         self._scale = 1.0
