@@ -21,7 +21,7 @@ def reference(job: dict[str, Any]) -> dict[str, Any]:
     the model's construction and the loader."""
     train, method = settings(job)
     source = source_of(job)
-    model = build_model(source, source.config(), method, seed=SEED, meta=False)
+    model = build_model(source, source.config(), method, seed=job.get("seed", SEED), meta=False)
     parameters = [p for p in model.parameters() if p.requires_grad]
     embeddings = {id(model.get_input_embeddings().weight)}
     groups = [

@@ -103,7 +103,7 @@ def make_trainer(job: dict[str, Any], directory: Path) -> Trainer:
         method=method,
         train=train,
         dims=ParallelDims(world_size=distributed.world_size(), **sizes),
-        seed=SEED,
+        seed=job.get("seed", SEED),
         device=distributed.local_device(),
     )
     max_steps = batches_of(job, train, 0, 0, 1).num_steps
