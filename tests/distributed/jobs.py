@@ -32,12 +32,12 @@ from tests.distributed.loading import load
 from tests.distributed.optimizers import optimizers
 from tests.distributed.reference import reference
 from tests.distributed.trainers import (
-    SEED,
     all_weights,
     batches_of,
     fit,
     make_trainer,
     resume,
+    seed_of,
     share_of,
     source_of,
     train,
@@ -90,7 +90,7 @@ def bf16_logits(job: dict[str, Any]) -> dict[str, Any]:
     weights = all_weights(trainer)
     if distributed.rank() == 0:
         source = source_of(job)
-        plain = build_model(source, source.config(), trainer.model.method, seed=SEED, meta=False).eval()
+        plain = build_model(source, source.config(), trainer.model.method, seed=seed_of(job), meta=False).eval()
         found["untrained"] = plain(input_ids=row).logits.detach()
         plain.load_state_dict(weights, strict="fp8" not in job["train"])  # frozen weights in 8 bits are not in it
         found["plain"] = plain(input_ids=row).logits.detach()

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from dayzero.config import Method, Train
 from dayzero.engine.model import build_model
 
-from tests.distributed.trainers import EPS, LR, SEED, batches_of, settings, source_of, teacher_of
+from tests.distributed.trainers import EPS, LR, batches_of, seed_of, settings, source_of, teacher_of
 
 
 def reference(job: dict[str, Any]) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def reference(job: dict[str, Any]) -> dict[str, Any]:
     the model's construction and the loader."""
     train, method = settings(job)
     source = source_of(job)
-    model = build_model(source, source.config(), method, seed=job.get("seed", SEED), meta=False)
+    model = build_model(source, source.config(), method, seed=seed_of(job), meta=False)
     parameters = [p for p in model.parameters() if p.requires_grad]
     embeddings = {id(model.get_input_embeddings().weight)}
     groups = [

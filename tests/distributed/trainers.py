@@ -84,6 +84,11 @@ def source_of(job: dict[str, Any]) -> ModelSource:
     return ModelSource(directory=None, architecture=fields, random_weights=True)
 
 
+def seed_of(job: dict[str, Any]) -> int:
+    """Of the initial weights."""
+    return int(job.get("seed", SEED))
+
+
 def teacher_of(job: dict[str, Any]) -> ModelSource | None:
     if "teacher" not in job:
         return None
@@ -103,7 +108,7 @@ def make_trainer(job: dict[str, Any], directory: Path) -> Trainer:
         method=method,
         train=train,
         dims=ParallelDims(world_size=distributed.world_size(), **sizes),
-        seed=job.get("seed", SEED),
+        seed=seed_of(job),
         device=distributed.local_device(),
     )
     max_steps = batches_of(job, train, 0, 0, 1).num_steps

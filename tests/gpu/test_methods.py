@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from dayzero.config import Lora, Method
-from dayzero.engine.loss import IGNORE, CausalLMWithLoss
+from dayzero.engine.chunks import IGNORE
+from dayzero.engine.loss import CausalLMWithLoss
 from dayzero.engine.loss_choice import LOSSES
 from dayzero.engine.model import ModelSource, build_model
 from dayzero.engine.quantized import dequantize_nf4, quantize_nf4

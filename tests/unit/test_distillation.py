@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from dayzero.config import Kd
 from dayzero.data.tokenizer import check_same_tokens
+from dayzero.engine.chunks import IGNORE
 from dayzero.engine.distillation import Distillation, Teacher, check_vocabularies
-from dayzero.engine.loss import IGNORE, CausalLMWithLoss, LossOptions
+from dayzero.engine.loss import CausalLMWithLoss, LossOptions
 from dayzero.errors import ConfigError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from dayzero.config import Lora
+from dayzero.engine.chunks import IGNORE
 from dayzero.engine.device_peaks import peak_flops, peak_of_name
 from dayzero.engine.flops import StepFlops, count_flops, visible_pairs
 from dayzero.engine.lora import inject_lora
-from dayzero.engine.loss import IGNORE, CausalLMWithLoss, cross_entropy
+from dayzero.engine.loss import CausalLMWithLoss, cross_entropy
 from dayzero.engine.metrics import speed
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel

@@ -18,11 +18,12 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from dayzero.config import Fp8
+from dayzero.engine.chunks import IGNORE
 from dayzero.engine.document_attention import look_for_documents
 from dayzero.engine.expert_parallel import average_expert_gradients
 from dayzero.engine.float8 import plain_products
 from dayzero.engine.kernels import fastest_sdpa
-from dayzero.engine.loss import IGNORE, known_positions
+from dayzero.engine.loss import known_positions
 from dayzero.engine.megatron_fsdp import has_unequal_shards, require_gradients
 from dayzero.engine.parallel_model import ParallelModel
 from dayzero.engine.precision import autocast

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B, ScheduleZBVZeroBubble
 from torch.distributed.tensor import DTensor
 
+from dayzero.engine.chunks import IGNORE
 from dayzero.engine.context_parallel import ContextParallel
 from dayzero.engine.deferred_gradients import DeferredGradients
-from dayzero.engine.loss import IGNORE, CausalLMWithLoss
+from dayzero.engine.loss import CausalLMWithLoss
 from dayzero.engine.parallel_dims import ParallelDims
 from dayzero.engine.pipeline_cut import Anatomy, cut_layers
 from dayzero.engine.pipeline_stage import Stage
