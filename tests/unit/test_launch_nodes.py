@@ -14,7 +14,7 @@ import pytest
 from dayzero.console import setup_logging
 from dayzero.engine.launch import RankFailed, _failure
 from dayzero.engine.launch_nodes import NODE_ERROR, NodeSettings, check_world, rendezvous_port, run_on_nodes
-from dayzero.engine.node import check_shared, clock_warning, use_interface
+from dayzero.engine.node import _say, check_shared, clock_warning, use_interface
 from dayzero.errors import ConfigError
 from dayzero.slurm import Job
 from dayzero.stages.base import run_stage, stage_parser
@@ -86,12 +86,17 @@ def test_a_stop_before_the_launchers_could_heed_it_is_no_failure(
 
 
 def test_the_first_error_of_nodes_that_can_write_no_file_comes_last_with_its_traceback(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On a full disk. The launcher's own traceback would hide it."""
-    reports = [{"time": t, "line": f"node{t}: rank {t}: no", "traceback": f"Traceback\n  of rank {t}"} for t in (2, 1)]
-    said = "".join(f"printf '%s\\n' '{NODE_ERROR}{json.dumps(report)}' >&2\n" for report in reports)
-    (tmp_path / "srun").write_text(f"#!/bin/sh\n{said}exit 1\n")
+    """On a full disk. The launcher's own traceback would hide it. The nodes' lines come between each other's."""
+    said = []
+    for t in (2, 1):
+        _say(tmp_path / "none", str(t), f"node{t}: rank {t}: no", "Traceback\n" + f"  of rank {t}" * 300, when=t)
+        said.append(capsys.readouterr().err.splitlines())
+        assert max(map(len, said[-1])) <= 1024
+    lines = [line for pair in zip(*said, strict=True) for line in pair]
+    (tmp_path / "printed").write_text("\n".join(lines))
+    (tmp_path / "srun").write_text(f'#!/bin/sh\ncat "{tmp_path}/printed" >&2\nexit 1\n')
     (tmp_path / "srun").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
 
@@ -102,8 +107,19 @@ def test_the_first_error_of_nodes_that_can_write_no_file_comes_last_with_its_tra
     log_file = tmp_path / "train.log"
     assert run_stage(stage_parser("train", None, config=False), body, ["--log", str(log_file)]) == 1
     *_, first, second, last = log_file.read_text().splitlines()
-    assert [first, second] == ["Traceback", "  of rank 1"]
+    assert [first, second] == ["Traceback", "  of rank 1" * 300]
     assert last.endswith("ERROR error: node1: rank 1: no")
+
+
+def test_an_error_that_srun_passed_on_in_pieces_is_said_as_it_came(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "srun").write_text(f"#!/bin/sh\necho 'srun: {NODE_ERROR}{{\"node\": 1, srun: aborted' >&2\nexit 1\n")
+    (tmp_path / "srun").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    job, folder = Job(job_id="7", num_nodes=2, nodes="node[1-2]"), tmp_path / "train"
+    with pytest.raises(RankFailed, match=r'{"node": 1, srun: aborted'):
+        run_on_nodes("m", [], 4, job, NodeSettings(nodes=2), folder=folder, logs=tmp_path / "logs")
 
 
 @pytest.mark.parametrize(

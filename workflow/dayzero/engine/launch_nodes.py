@@ -7,6 +7,7 @@ preemption) to the processes that srun started, which pass them on to their rank
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -30,10 +31,11 @@ FIRST_PORT, NUM_PORTS = 29600, 3000
 """Rendezvous ports: below the ports that Linux hands out by itself (32768 and up)."""
 
 NODE_ERROR = "dayzero node error: "
-"""Begins the line with which a node reports an error, as JSON, where it cannot do so in a file."""
+"""Begins each line with which a node reports an error, in parts, where it cannot do so in a file: see `_add`."""
 NODE_WARNING = "dayzero node warning: "
 """Begins a line of a node that belongs in the stage's own log."""
-
+PART = 500
+"""Characters of text in a line of those: srun passes on at most 1,024 bytes at once, and others come between."""
 
 TASK_ENDED = re.compile(r"srun: error: \S+: tasks? [\d,-]+: (.*)")
 """What srun says of a node's launcher that did not end by itself with 0."""
@@ -113,7 +115,7 @@ def run_on_nodes(
     written = time.time()
     probe.write_text(json.dumps({"clock_offset": written - probe.stat().st_mtime, "host": socket.gethostname()}))
     command = ["srun", f"--nodes={settings.nodes}", f"--ntasks={settings.nodes}", "--ntasks-per-node=1"]
-    command += ["--kill-on-bad-exit=1", "--export=ALL", "--unbuffered"]
+    command += ["--kill-on-bad-exit=1", "--export=ALL"]  # no --unbuffered: pieces of different nodes' lines would mix
     if job.cpus:
         command += [f"--cpus-per-task={max(1, job.cpus // job.num_nodes)}"]
     command += [sys.executable, "-m", "dayzero.engine.node", "--nodes", str(settings.nodes)]
@@ -169,7 +171,7 @@ def _run(command: list[str]) -> tuple[int, list[str], list[dict[str, Any]]]:
     Its exit code, its last lines, and the errors that nodes report on them.
     """
     last: deque[str] = deque(maxlen=200)
-    told: list[dict[str, Any]] = []
+    told: dict[int, dict[str, Any]] = {}
     try:
         with signals_passed_on() as asked:
             if asked:
@@ -185,9 +187,9 @@ def _run(command: list[str]) -> tuple[int, list[str], list[dict[str, Any]]]:
                     if line.startswith(NODE_WARNING):
                         log.warning("%s", line.removeprefix(NODE_WARNING).rstrip())
                         continue
-                    if line.startswith(NODE_ERROR):
-                        told.append(json.loads(line.removeprefix(NODE_ERROR)))
-                        continue
+                    line, its_own, part = line.partition(NODE_ERROR)
+                    if its_own:
+                        _add(told, part)
                     sys.stderr.write(line)
                     sys.stderr.flush()
                     if line.strip():
@@ -201,4 +203,18 @@ def _run(command: list[str]) -> tuple[int, list[str], list[dict[str, Any]]]:
             reader.join(5)
     except FileNotFoundError as error:
         raise RankFailed("srun is not on PATH in this job: load the site's SLURM module in the job too") from error
-    return code, list(last), told
+    return code, list(last), list(told.values())
+
+
+def _add(told: dict[int, dict[str, Any]], text: str) -> None:
+    """Add a part of a node's report: {"node": number, "time": when, "line": what} first, then its traceback's pieces.
+
+    A part that did not come whole is a report by itself, as it came.
+    """
+    try:
+        part: dict[str, Any] = json.loads(text)
+    except ValueError:
+        part = {"node": -1 - len(told), "time": time.time(), "line": text.strip()}
+    report = told.setdefault(part.pop("node"), {"time": math.inf, "line": "", "traceback": ""})
+    report["traceback"] += part.pop("traceback", "")
+    report |= part

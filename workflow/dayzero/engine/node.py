@@ -11,9 +11,11 @@ import json
 import os
 import socket
 import sys
+import textwrap
 import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -28,7 +30,7 @@ from dayzero.engine.launch import (
     leave_report,
     run_torchrun,
 )
-from dayzero.engine.launch_nodes import NODE_ERROR, NODE_WARNING
+from dayzero.engine.launch_nodes import NODE_ERROR, NODE_WARNING, PART
 from dayzero.engine.signals import never_ended_by_a_stop
 from dayzero.errors import ConfigError, one_line
 
@@ -60,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         check_shared(args.meeting, name)
         if warning := clock_warning(args.meeting, number, name):
-            print(f"{NODE_WARNING}{warning}", file=sys.stderr, flush=True)
+            _print(f"{NODE_WARNING}{warning}")
         if args.network_interface:
             use_interface(args.network_interface, name)
         os.environ[RANK_LOGS] = str(args.logs)
@@ -129,8 +131,16 @@ def _say(meeting: Path, number: str, line: str, text: str = "", when: float | No
     try:
         leave_report(meeting, f"{int(number)}-node", line, text or line, when)
     except OSError:
-        report = {"time": time.time() if when is None else when, "line": line, "traceback": text}
-        print(f"{NODE_ERROR}{json.dumps(report)}", file=sys.stderr, flush=True)
+        report = {"time": time.time() if when is None else when, "line": textwrap.shorten(line, PART)}
+        parts: list[dict[str, Any]] = [report, *({"traceback": text[i : i + PART]} for i in range(0, len(text), PART))]
+        for part in parts:
+            _print(f"{NODE_ERROR}{json.dumps(part | {'node': int(number)})}")
+
+
+def _print(line: str) -> None:
+    """Write a line at once, beside what else of this node is being printed."""
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
 
 
 if __name__ == "__main__":
