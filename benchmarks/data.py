@@ -4,10 +4,11 @@
 
 Verses (or whatever rows the file's `text` column has) are joined into documents of mixed length, and, where the
 tokenizer has a chat template, into conversations of one to three questions and answers. Every way is run in turn,
-several times over; the best counts, in seconds of wall time and of CPU time of all its processes. CPU time is what to
+several times over, each time in a process of its own, as a stage is: what else a process holds slows the ones down that
+are copied from it. The best counts, in seconds of wall time and of CPU time of all its processes. CPU time is what to
 compare on a machine that others use too: `of raw` divides raw's by a way's, and two processes can be at most twice the
-ratio of CPU seconds faster than one. Ours includes loading the tokenizer, in every process, and starting the processes;
-what one process takes without loading is told apart. Of conversations, raw is given the text that the template makes,
+ratio of CPU seconds faster than one. Ours includes loading the tokenizer and starting the processes; what one process
+takes without loading is told apart. Of conversations, raw is given the text that the template makes,
 ours makes it and finds what is supervised: so its cost is told apart too. The peer's conversations have no masks. What
 two processes of the raw tokenizer make of half the rows each, in memory, is as much as two cores can give.
 
@@ -20,19 +21,21 @@ times is what no other work on the machine disturbed. TRL is measured where it c
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import multiprocessing
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import datasets
 import numpy as np
 import psutil
 import pyarrow as pa
@@ -49,10 +52,7 @@ from dayzero.data.tokenization import encode_batch, tokenize_split
 from dayzero.data.tokenizer import TokenizerSource
 from dayzero.data.tokens import TokenRows, TokenWriter
 
-try:
-    from trl.data_utils import pack_dataset
-except ImportError:
-    pack_dataset = None
+HAS_TRL = importlib.util.find_spec("trl") is not None
 NO_TRL = (
     "datasets.map + TRL: not measured, TRL cannot be imported: pip install --no-deps --target DIR trl==1.16.0, then "
     "run again with PYTHONPATH=DIR"
@@ -68,21 +68,18 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--chunks", action="store_true", help="only compare a hundred rows at a time")
     args = parser.parse_args()
-    if pack_dataset is None and not args.chunks:
+    if not HAS_TRL and not args.chunks:
         print(NO_TRL, flush=True)
     check_text(parser, args.text)
-    datasets.disable_progress_bars()
-    torch.set_num_threads(1)
-    tqdm.tqdm.monitor_interval = 0  # no thread: ours copies its process only where there is none
     with tempfile.TemporaryDirectory() as folder:
         texts = mixed_documents(args.text, args.documents)
         compare = in_chunks if args.chunks else tokenise_and_pack
-        compare(args, Work("text", texts, Path(folder) / "text"))
+        compare(args, Work.of(texts, "text", Path(folder) / "text"))
         if not args.chunks:
             load(args, Path(folder) / "text")
         tokenizer = TokenizerSource(args.tokenizer).load()
         if tokenizer.chat_template:
-            compare(args, Work("messages", conversations(texts), Path(folder) / "messages"))
+            compare(args, Work.of(conversations(texts), "messages", Path(folder) / "messages"))
 
 
 def check_text(parser: argparse.ArgumentParser, file: Path) -> None:
@@ -98,26 +95,38 @@ def check_text(parser: argparse.ArgumentParser, file: Path) -> None:
         )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Work:
-    """Rows of one format, in memory and in a file."""
+    """Rows of one format, in a file."""
 
     format: str
-    rows: list[Any]
     folder: Path
 
-    def __post_init__(self) -> None:
-        self.folder.mkdir()
-        self.file = self.folder / "rows.parquet"
-        number = [str(i) for i in range(len(self.rows))]
-        table = pa.table({"id": number, "origin": number, self.format: self.rows})
-        pq.write_table(table, self.file, row_group_size=1000)
+    @classmethod
+    def of(cls, rows: list[Any], data_format: str, folder: Path) -> Work:
+        """Write the rows to the new folder."""
+        folder.mkdir()
+        work, number = cls(data_format, folder), [str(i) for i in range(len(rows))]
+        pq.write_table(pa.table({"id": number, "origin": number, data_format: rows}), work.file, row_group_size=1000)
+        return work
+
+    @property
+    def file(self) -> Path:
+        return self.folder / "rows.parquet"
+
+    @property
+    def num_rows(self) -> int:
+        return pq.read_metadata(self.file).num_rows
+
+    def rows(self) -> list[Any]:
+        return pq.read_table(self.file, columns=[self.format]).column(0).to_pylist()
 
     def rendered(self, tokenizer: Any) -> list[str]:
         """What a tokenizer reads of each row."""
+        rows = self.rows()
         if self.format == "text":
-            return self.rows
-        return [tokenizer.apply_chat_template(row, tokenize=False) for row in self.rows]
+            return rows
+        return [tokenizer.apply_chat_template(row, tokenize=False) for row in rows]
 
 
 def conversations(texts: list[str]) -> list[list[dict[str, str]]]:
@@ -144,83 +153,32 @@ def mixed_documents(file: Path, count: int) -> list[str]:
 
 def tokenise_and_pack(args: argparse.Namespace, work: Work) -> None:
     """Print the table of tokenising and packing."""
-    source = TokenizerSource(args.tokenizer)
-    tokenizer = source.load()
-    rows, folder, texts = work.file, work.folder, work.rendered(tokenizer)
-    counter = iter(range(10**6))
-
-    def raw() -> tuple[int, int]:
-        return encode(tokenizer, texts), 0
-
-    def raw_apart() -> tuple[int, int]:
-        with multiprocessing.get_context("fork").Pool(2) as pool:
-            tokens = sum(pool.starmap(encode, [(tokenizer, texts[i::2]) for i in range(2)]))
-            pool.close()
-            pool.join()
-        return tokens, 0
-
-    def ours(workers: int) -> tuple[int, int]:
-        made = tokenize_split(
-            rows,
-            folder / f"ours{next(counter)}",
-            name="rows",
-            data_format=work.format,
-            tokenizer=source,
-            options=Tokenize(seq_len=args.seq_len),
-            num_workers=workers,
-        )
-        return made["tokens"], made["rows"]
-
-    def peer(workers: int) -> tuple[int, int]:
-        data = datasets.Dataset.from_parquet(str(rows), cache_dir=str(folder / f"cache{next(counter)}"))
-
-        def encode(batch: dict[str, list[str]]) -> dict[str, Any]:
-            if work.format == "messages":
-                ids = tokenizer.apply_chat_template(batch["messages"], return_dict=True)["input_ids"]
-                return {"input_ids": [i[: args.seq_len] for i in ids]}
-            ids, eos = tokenizer(batch["text"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id
-            return {"input_ids": [[*i, eos][: args.seq_len] for i in ids]}
-
-        processes = workers if workers > 1 else None
-        encoded = data.map(encode, batched=True, remove_columns=data.column_names, num_proc=processes)
-        packed = pack_dataset(encoded, args.seq_len, "bfd", {"num_proc": processes})
-        lengths = packed.with_format("arrow")["input_ids"]
-        return sum(len(flat) for chunk in lengths.chunks for flat in [chunk.flatten()]), len(packed)
-
-    def render() -> tuple[int, int]:
-        encoder = ChatEncoder(tokenizer, Tokenize())
-        for row in work.rows:
-            encoder.render(row)
-        return 0, 0
-
-    ways: dict[str, Callable[[], tuple[int, int]]] = {
-        "tokenizers encode_batch": raw,
-        "the same, 2 processes": raw_apart,
-        "dayzero, 1 process": lambda: ours(1),
-        "dayzero, 2 processes": lambda: ours(2),
+    ways: dict[str, tuple[Callable[..., Way], int]] = {
+        "tokenizers encode_batch": (raw, 1),
+        "the same, 2 processes": (raw, 2),
+        "dayzero, 1 process": (ours, 1),
+        "dayzero, 2 processes": (ours, 2),
     }
     if work.format == "messages":
-        ways["of it, rendering the template"] = render
-    if pack_dataset is not None:
-        ways |= {"datasets.map + TRL, 1 process": lambda: peer(1), "datasets.map + TRL, 2 processes": lambda: peer(2)}
-    results: dict[str, tuple[int, int]] = {}
+        ways["of it, rendering the template"] = rendering, 1
+    if HAS_TRL:
+        ways |= {"datasets.map + TRL, 1 process": (peer, 1), "datasets.map + TRL, 2 processes": (peer, 2)}
+    made: dict[str, tuple[int, int]] = {}
     wall = dict.fromkeys(ways, float("inf"))
     cpu = dict.fromkeys(ways, float("inf"))
     loading = float("inf")
     for _ in range(args.repeat):
-        for name, way in ways.items():
-            before_loading = cpu_seconds()
-            tokenizer = source.load()  # anew: a tokenizer remembers words, and ours starts without
-            loading = min(loading, cpu_seconds() - before_loading)
-            before = time.perf_counter(), cpu_seconds()
-            results[name] = way()
-            wall[name] = min(wall[name], time.perf_counter() - before[0])
-            cpu[name] = min(cpu[name], cpu_seconds() - before[1])
-    print(f"\n{len(texts):,} rows of format {work.format}, rows of {args.seq_len} tokens, best of {args.repeat}")
+        for name, (way, processes) in ways.items():
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
+                found = fresh.submit(measure, way, args.tokenizer, args.seq_len, work, processes).result()
+            made[name] = found.tokens, found.rows
+            wall[name], cpu[name] = min(wall[name], found.wall), min(cpu[name], found.cpu)
+            loading = min(loading, found.loading)
+    print(f"\n{work.num_rows:,} rows of format {work.format}, rows of {args.seq_len} tokens, best of {args.repeat}")
     print(f"{'':32} {'tokens':>12} {'filled':>8} {'wall s':>8} {'CPU s':>8} {'of raw, CPU':>12} {'of raw, wall':>13}")
     base = "tokenizers encode_batch"
-    for name, (tokens, made) in results.items():
-        filled = f"{100 * tokens / made / args.seq_len:.2f} %" if made else ""
+    for name, (tokens, rows) in made.items():
+        filled = f"{100 * tokens / rows / args.seq_len:.2f} %" if rows else ""
         of_raw = [f"{100 * seconds[base] / seconds[name]:.0f} %" for seconds in (cpu, wall)]
         print(f"{name:32} {tokens:12,} {filled:>8} {wall[name]:8.2f} {cpu[name]:8.2f} {of_raw[0]:>12} {of_raw[1]:>13}")
     net = cpu["dayzero, 1 process"] - loading
@@ -236,12 +194,112 @@ def tokenise_and_pack(args: argparse.Namespace, work: Work) -> None:
         f"two processes: {wall[one] / wall[two]:.2f} x in wall time; by CPU seconds {2 * cpu[one] / cpu[two]:.2f} x; "
         f"the raw tokenizer {allowed:.2f} x"
     )
-    lengths = np.diff(np.load(folder / "ours0/document_offsets.npy"))
+    lengths = np.diff(np.load(work.folder / "ours1/document_offsets.npy"))
     fewest = len(best_fit_rows(lengths, args.seq_len)[1])
-    made = results["dayzero, 1 process"][1]
-    print(
-        f"rows: {made:,} in one pass, {fewest:,} by the offline best-fit-decreasing: {100 * made / fewest - 100:+.3f} %"
-    )
+    rows = made["dayzero, 1 process"][1]
+    more = 100 * rows / fewest - 100
+    print(f"rows: {rows:,} in one pass, {fewest:,} by the offline best-fit-decreasing: {more:+.3f} %", flush=True)
+
+
+class Measured(NamedTuple):
+    tokens: int
+    rows: int
+    wall: float
+    """Seconds."""
+    cpu: float
+    """Seconds of this process and of all that it started."""
+    loading: float
+    """CPU seconds of loading the tokenizer."""
+
+
+Way = Callable[[], tuple[int, int]]
+"""Makes tokens, and rows of them or 0."""
+
+
+def measure(make: Callable[..., Way], tokenizer: Path, seq_len: int, work: Work, processes: int) -> Measured:
+    """Run one way; in a process of its own, as every stage has: what else a process holds slows its copies down."""
+    tqdm.tqdm.monitor_interval = 0  # no thread: ours copies its process only where there is none
+    source = TokenizerSource(tokenizer)
+    source.load()  # what it imports
+    before = cpu_seconds()
+    loaded = source.load()
+    loading = cpu_seconds() - before
+    way = make(work, source, loaded, seq_len, processes)
+    start, before = time.perf_counter(), cpu_seconds()
+    tokens, rows = way()
+    return Measured(tokens, rows, time.perf_counter() - start, cpu_seconds() - before, loading)
+
+
+def raw(work: Work, source: TokenizerSource, tokenizer: Any, seq_len: int, processes: int) -> Way:
+    """The tokenizer's own library, all texts in memory."""
+    texts = work.rendered(tokenizer)
+
+    def apart() -> tuple[int, int]:
+        with multiprocessing.get_context("fork").Pool(processes) as pool:
+            tokens = sum(pool.starmap(encode, [(tokenizer, texts[i::processes]) for i in range(processes)]))
+            pool.close()
+            pool.join()
+        return tokens, 0
+
+    return apart if processes > 1 else lambda: (encode(tokenizer, texts), 0)
+
+
+def ours(work: Work, source: TokenizerSource, tokenizer: Any, seq_len: int, processes: int) -> Way:
+    """The stage's work, from file to files."""
+    output = work.folder / f"ours{processes}"
+    shutil.rmtree(output, ignore_errors=True)
+
+    def way() -> tuple[int, int]:
+        made = tokenize_split(
+            work.file,
+            output,
+            name="rows",
+            data_format=work.format,
+            tokenizer=source,
+            options=Tokenize(seq_len=seq_len),
+            num_workers=processes,
+        )
+        return made["tokens"], made["rows"]
+
+    return way
+
+
+def peer(work: Work, source: TokenizerSource, tokenizer: Any, seq_len: int, processes: int) -> Way:
+    """What people write with datasets and TRL, from file to Arrow files."""
+    import datasets
+    from trl.data_utils import pack_dataset
+
+    datasets.disable_progress_bars()
+    cache = tempfile.mkdtemp(dir=work.folder)
+    workers = processes if processes > 1 else None
+
+    def tokens_of(batch: dict[str, list[str]]) -> dict[str, Any]:
+        if work.format == "messages":
+            ids = tokenizer.apply_chat_template(batch["messages"], return_dict=True)["input_ids"]
+            return {"input_ids": [i[:seq_len] for i in ids]}
+        ids, eos = tokenizer(batch["text"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id
+        return {"input_ids": [[*i, eos][:seq_len] for i in ids]}
+
+    def way() -> tuple[int, int]:
+        data = datasets.Dataset.from_parquet(str(work.file), cache_dir=cache)
+        encoded = data.map(tokens_of, batched=True, remove_columns=data.column_names, num_proc=workers)
+        packed = pack_dataset(encoded, seq_len, "bfd", {"num_proc": workers})
+        lengths = packed.with_format("arrow")["input_ids"]
+        return sum(len(flat) for chunk in lengths.chunks for flat in [chunk.flatten()]), len(packed)
+
+    return way
+
+
+def rendering(work: Work, source: TokenizerSource, tokenizer: Any, seq_len: int, processes: int) -> Way:
+    """Only the chat template, of rows in memory."""
+    rows, encoder = work.rows(), ChatEncoder(tokenizer, Tokenize())
+
+    def way() -> tuple[int, int]:
+        for row in rows:
+            encoder.render(row)
+        return 0, 0
+
+    return way
 
 
 def encode(tokenizer: Any, texts: list[str]) -> int:
@@ -296,7 +354,8 @@ def in_chunks(args: argparse.Namespace, work: Work) -> None:
 
 def load(args: argparse.Namespace, folder: Path) -> None:
     """Print how many tokens a second the loader gives from the page cache."""
-    rows = TokenRows(folder / "ours0")
+    torch.set_num_threads(1)
+    rows = TokenRows(folder / "ours1")
     print(f"\nloader, {len(rows):,} rows, micro-batches of 8, page cache warm, M tokens/s:")
     for workers in (0, 1):
         rates = dict.fromkeys(("of wall time", "of the training process's CPU time", "of the worker's CPU time"), 0.0)
