@@ -226,7 +226,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"source": "empty.jsonl"}, "empty.jsonl: the file is empty"),
     ({"source": "blank.jsonl"}, "blank.jsonl holds no rows"),
     ({"source": "cut.jsonl.gz"}, "cut.jsonl.gz: the compressed file is damaged or cut off"),
-    ({"source": "broken.jsonl"}, "broken.jsonl:2: not valid JSON"),
+    ({"source": "broken.jsonl"}, "broken.jsonl:2: not valid JSON (Expecting value at column 13)"),
     ({"source": "odd.jsonl"}, "odd.jsonl:2: no column 'completion' (did you mean 'completions'?)"),
     ({"source": "rows.jsonl", "columns": {"promt": "q"}}, "did you mean prompt?"),
     ({"source": "rows.jsonl", "sha256": "0" * 64}, "data.sha256: rows.jsonl has "),

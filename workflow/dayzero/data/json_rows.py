@@ -139,7 +139,7 @@ def _object(text: str) -> Row | BadRow:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        return BadRow(_not_json(error, error.colno), text)
+        return BadRow(_not_json(error, error.pos + 1), text)
     except RecursionError:
         return BadRow(_TOO_DEEP, text)
     except ValueError as error:  # an integer of more digits than Python reads
