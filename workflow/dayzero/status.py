@@ -262,7 +262,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.once:
         if args.json:
             rows, _, problem = look()
-            print("\n".join(json.dumps(row.__dict__) for row in rows))
+            lines = "\n".join(json.dumps(row.__dict__) for row in rows)
+            Console().out(lines, highlight=False)  # not print: the reader of a pipe may end before us, as `head` does
             if problem:
                 print(problem, file=sys.stderr)
         else:
