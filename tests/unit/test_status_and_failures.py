@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from datetime import datetime
@@ -175,6 +177,12 @@ def test_the_command_for_scripts(
     assert "second" in printed
     assert main(["--experiment", "e.yaml", "--once", "--json"]) == 0
     assert [json.loads(line)["run"] for line in capsys.readouterr().out.splitlines()] == ["first", "second"]
+    command = [sys.executable, "-m", "dayzero.status", "--experiment", "e.yaml", "--once", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.close()  # as `head` does when it has enough
+        assert "Error" not in process.stderr.read()
     lock = tmp_path / "results/e/first/train" / LOCK
     lock.parent.mkdir(parents=True)
     lock.write_text("{")
