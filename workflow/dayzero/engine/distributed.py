@@ -13,6 +13,10 @@ import torch.distributed as dist
 
 TIMEOUT_MINUTES = 30.0
 """How long one rank waits for another in a collective."""
+KERNELS_KEPT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128"}
+"""Compiled kernels that oneDNN and torch's layer over it keep on a CPU, one for each shape of a product: more than a
+step over rows of one length has. By default each keeps 1,024, which, where every row has a length of its own, are met no
+more: 0.7 GiB after eight steps of SmolLM2-135M."""
 
 
 @contextmanager
@@ -27,6 +31,8 @@ def process_group() -> Iterator[torch.device]:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    else:  # they are read when the first product is computed
+        os.environ |= {name: value for name, value in KERNELS_KEPT.items() if name not in os.environ}
     dist.init_process_group(backend, timeout=timedelta(minutes=TIMEOUT_MINUTES))
     try:
         yield device
