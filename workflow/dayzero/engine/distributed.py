@@ -14,9 +14,9 @@ import torch.distributed as dist
 TIMEOUT_MINUTES = 30.0
 """How long one rank waits for another in a collective."""
 KERNELS_KEPT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128"}
-"""Compiled kernels that oneDNN and torch's layer over it keep on a CPU, one for each shape of a product: more than a
-step over rows of one length has. By default each keeps 1,024, which, where every row has a length of its own, are met no
-more: 0.7 GiB after eight steps of SmolLM2-135M."""
+"""Compiled kernels that oneDNN, and torch's layer over it, keep on a CPU: one for each shape of a product, more than
+a step over rows of one length has. Both keep 1,024 by default; where each row has a length of its own these are hardly
+met again, and took 0.7 GiB after eight steps of SmolLM2-135M."""
 
 
 @contextmanager
