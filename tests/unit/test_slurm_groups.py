@@ -16,7 +16,7 @@ import snakemake_executor_plugin_slurm as plugin
 from dayzero import slurm
 from dayzero.config import RunConfig
 from dayzero.experiment import Experiment
-from dayzero.slurm_groups import group_command, group_problems, keep_finished
+from dayzero.slurm_groups import group_command, group_problems, mend_groups
 from dayzero.snakemake_resources import Site
 from dayzero.wiring import Wiring
 from snakemake.jobs import GroupJob
@@ -123,7 +123,8 @@ def mended(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(plugin.Executor, "run_job", lambda *_: None)
     monkeypatch.setattr(GroupJob, "postprocess", conclude)
-    keep_finished()
+    monkeypatch.setattr(GroupJob, "log_error", lambda *_, **__: None)
+    mend_groups()
 
 
 def test_what_had_finished_in_a_failed_group_is_kept(mended: None, tmp_path: Path) -> None:
@@ -152,3 +153,11 @@ def test_what_had_finished_in_a_failed_group_is_kept(mended: None, tmp_path: Pat
     plugin.Executor.run_job(None, group)  # a second try, which ends before it begins
     asyncio.run(GroupJob.postprocess(group, error=True))
     assert concluded["good"] is False
+
+
+def test_a_failed_group_says_why(mended: None, caplog: pytest.LogCaptureFixture) -> None:
+    group = SimpleNamespace(groupid="small")
+    GroupJob.log_error(group, "SLURM sbatch failed.", aux_logs=[])
+    assert caplog.messages == ["Failed group small: SLURM sbatch failed."]
+    GroupJob.log_error(group)
+    assert len(caplog.messages) == 1

@@ -347,6 +347,27 @@ def test_the_failed_runs_of_a_group(tmp_path: Path) -> None:
     assert failures(log) == []
 
 
+def test_a_group_that_could_not_be_submitted(tmp_path: Path) -> None:
+    said = """\
+Failed group small: SLURM sbatch failed. The error message was 'sbatch: error: Memory specification can not be satisfied
+sbatch: error: Batch job submission failed: Requested node configuration is not available'.
+    sbatch call:
+        sbatch --parsable
+"""
+    submitted, marker, after = GROUP_LOG.partition("[Fri Nov 27 19:31:41 2026]")
+    failed = submitted.replace(
+        "    log: /p/.snakemake/slurm_logs/group_small_train/34.log (check log file(s) for error details)\n", ""
+    )
+    log = tmp_path / "snakemake.log"
+    log.write_text((failed + said + marker + after).format(sweep=tmp_path))
+    for failure, run in zip(failures(log), ("s0", "s1"), strict=True):
+        assert (failure.run, failure.job_id, failure.reason) == (run, "-", "not submitted")
+        assert failure.last_line == (
+            "Memory specification can not be satisfied; Batch job submission failed: "
+            "Requested node configuration is not available"
+        )
+
+
 def test_the_report_shows_every_start_of_a_training(tmp_path: Path) -> None:
     folder = write_run(tmp_path, run_config("e", "a", "lora"), None)
     assert jobs_table([read_run(folder)]) is None

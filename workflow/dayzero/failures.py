@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dayzero import slurm
+from dayzero.slurm_groups import GROUP_FAILED
 from dayzero.slurm_plugin import refusal
 
 STAMPED = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+ [A-Z]+ ")
@@ -31,6 +32,11 @@ REFUSED_ARRAY = re.compile(
     r"sbatch failed for array job submission \(tasks (\S+)\)\. The error message was '(.*?)'\.$",
     re.DOTALL | re.MULTILINE,
 )
+
+MESSAGE = re.compile(
+    rf"^(?:    message: (?!Error in group )|{GROUP_FAILED} \S+: )(.*?)(?:^    \w+:|\Z)", re.DOTALL | re.MULTILINE
+)
+"""What the executor says of a failed job, or of a group, after Snakemake's own message."""
 
 
 @dataclass(frozen=True)
@@ -82,15 +88,14 @@ def _job_of_group(part: str) -> str:
 
 
 def _is_finished(entry: str) -> bool:
-    """Whether a member of a failed group had finished: its outputs were kept (`slurm_groups.keep_finished`)."""
+    """Whether a member of a failed group had finished: its outputs were kept (`slurm_groups.mend_groups`)."""
     outputs = [Path(name) for name in _field(entry, "output").split(", ") if name]
     return bool(outputs) and all(path.exists() for path in outputs)
 
 
 def _refused(part: str, reasons: dict[str, str]) -> str:
     """Why a job could not be submitted; nothing where it was."""
-    message = re.search(r"^    message: (.*?)^    \w+:", part, re.DOTALL | re.MULTILINE)
-    found = REFUSED.match(message[1]) if message else None
+    found = REFUSED.match(message[1]) if (message := MESSAGE.search(part)) else None
     if not found:
         return ""
     tasks, sbatch, other = found.groups()

@@ -20,6 +20,8 @@ from dayzero.wiring import Wiring
 
 IDENTITY = ("SLURM_JOB_ID", "SLURM_JOBID", "SLURM_CLUSTER_NAME", "SLURM_SUBMIT_DIR", "SLURM_SUBMIT_HOST", "SLURM_CONF")
 """What a step keeps of the batch script's variables: srun would obey the others, which are the allocation's numbers."""
+GROUP_FAILED = "Failed group"
+"""Begins what the executor says of a failed group in Snakemake's log."""
 
 
 def group_command(argv: Sequence[str], environment: Mapping[str, str]) -> tuple[list[str], dict[str, str]] | None:
@@ -117,17 +119,18 @@ _ALIKE = {
 """What all jobs of a group must ask for alike, since it is text to Snakemake, and what each run asks."""
 
 
-def keep_finished() -> None:
-    """Let a group that fails keep the outputs of those of its jobs that had finished.
+def mend_groups() -> None:
+    """Let a group that fails keep the outputs of those of its jobs that had finished, and say why it failed.
 
     They are what the jobs in the allocation left: one that failed there has removed its own, and what lay there before
     the group was submitted is known by its time of modification.
     """
     from snakemake.jobs import GroupJob
+    from snakemake.logging import logger
     from snakemake_executor_plugin_slurm import Executor
 
     before: dict[str, int | None] = {}
-    submit, conclude = Executor.run_job, GroupJob.postprocess
+    submit, conclude, tell = Executor.run_job, GroupJob.postprocess, GroupJob.log_error
 
     def run_job(executor: Any, job: Any) -> None:
         if job.is_group():
@@ -146,7 +149,12 @@ def keep_finished() -> None:
             finished = all(is_new(file) for file in job.output)
             await job.postprocess(error=not finished, check_output_mtime=False, **options)
 
-    Executor.run_job, GroupJob.postprocess = run_job, postprocess
+    def log_error(group: Any, msg: str | None = None, **options: Any) -> None:
+        tell(group, msg, **options)  # which leaves out the message
+        if msg:
+            logger.error(f"{GROUP_FAILED} {group.groupid}: {msg}")
+
+    Executor.run_job, GroupJob.postprocess, GroupJob.log_error = run_job, postprocess, log_error
 
 
 def _stamp(file: Any) -> int | None:

@@ -17,7 +17,7 @@ from dayzero.errors import ConfigError
 from dayzero.slurm import parse_time
 from dayzero.slurm_accounts import PROFILE, account_problem, answer, limit_problems
 from dayzero.slurm_arrays import array_problems
-from dayzero.slurm_groups import group_problems, keep_finished
+from dayzero.slurm_groups import group_problems, mend_groups
 from dayzero.slurm_plugin import get_min_job_age, leave_sacct_alone, mend_sacct, mend_submission
 from dayzero.snakemake_resources import Run, Site, named, not_a_site
 from dayzero.wiring import Wiring
@@ -122,7 +122,7 @@ def check_site(
         raise ConfigError("\n".join(problems))
     mend_submission(wiring.name)
     if groups:
-        keep_finished()
+        mend_groups()
     if getattr(executor_settings, "status_command", None) in ("sacct", "squeue"):
         if answer("sacct", "--noheader", "-X") is not None:
             mend_sacct()
