@@ -153,7 +153,7 @@ class Cluster:
             if name == "slurmdbd":
                 self._open_accounts()
         for node in NODES:
-            self.wait_for_node(node, {"idle", "mixed", "allocated"})
+            self.wait_for_node(node, {"idle", "mixed", "allocated", "planned"})
         return self
 
     def down(self) -> None:
@@ -190,7 +190,7 @@ class Cluster:
         """
         mount = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs "$0" && exec "$@"', str(hidden)]
         self._start(f"slurmd-{node}", mount if hidden else [])
-        self.wait_for_node(node, {"idle", "mixed", "allocated"})
+        self.wait_for_node(node, {"idle", "mixed", "allocated", "planned"})
 
     def wait_for_node(self, node: str, states: set[str], seconds: float = 90) -> None:
         """Wait until SLURM says that the node is in one of `states`."""
