@@ -88,7 +88,7 @@ def _job_of_group(part: str) -> str:
 
 
 def _is_finished(entry: str) -> bool:
-    """Whether a member of a failed group had finished: its outputs were kept (`slurm_groups.mend_groups`)."""
+    """Whether a member of a failed group had finished: its outputs were kept (`slurm_groups._keep_finished`)."""
     outputs = [Path(name) for name in _field(entry, "output").split(", ") if name]
     return bool(outputs) and all(path.exists() for path in outputs)
 

@@ -120,17 +120,22 @@ _ALIKE = {
 
 
 def mend_groups() -> None:
-    """Let a group that fails keep the outputs of those of its jobs that had finished, and say why it failed.
+    """Let a group that fails keep what had finished, and say why it failed."""
+    _keep_finished()
+    _say_why()
+
+
+def _keep_finished() -> None:
+    """Let a group that fails keep the outputs of those of its jobs that had finished.
 
     They are what the jobs in the allocation left: one that failed there has removed its own, and what lay there before
     the group was submitted is known by its time of modification.
     """
     from snakemake.jobs import GroupJob
-    from snakemake.logging import logger
     from snakemake_executor_plugin_slurm import Executor
 
     before: dict[str, int | None] = {}
-    submit, conclude, tell = Executor.run_job, GroupJob.postprocess, GroupJob.log_error
+    submit, conclude = Executor.run_job, GroupJob.postprocess
 
     def run_job(executor: Any, job: Any) -> None:
         if job.is_group():
@@ -149,12 +154,22 @@ def mend_groups() -> None:
             finished = all(is_new(file) for file in job.output)
             await job.postprocess(error=not finished, check_output_mtime=False, **options)
 
+    Executor.run_job, GroupJob.postprocess = run_job, postprocess
+
+
+def _say_why() -> None:
+    """Log what the executor says of a group that fails, which Snakemake leaves out."""
+    from snakemake.jobs import GroupJob
+    from snakemake.logging import logger
+
+    tell = GroupJob.log_error
+
     def log_error(group: Any, msg: str | None = None, **options: Any) -> None:
-        tell(group, msg, **options)  # which leaves out the message
+        tell(group, msg, **options)
         if msg:
             logger.error(f"{GROUP_FAILED} {group.groupid}: {msg}")
 
-    Executor.run_job, GroupJob.postprocess, GroupJob.log_error = run_job, postprocess, log_error
+    GroupJob.log_error = log_error
 
 
 def _stamp(file: Any) -> int | None:
