@@ -25,6 +25,8 @@ import psutil
 PACKAGES = "slurmctld slurmd slurm-client munge slurmdbd mariadb-server"
 APT = f"apt-get install -y --no-install-recommends {PACKAGES}"
 NODES = ("node1", "node2")
+IN_SERVICE = {"idle", "mixed", "allocated", "planned"}
+"""States of a node that takes jobs, or is kept for one that waits."""
 COMMANDS = ("srun", "sbatch", "squeue", "scancel", "sinfo", "scontrol", "sacct", "sacctmgr", "sshare", "sstat")
 DAEMONS = ("munged", "slurmctld", "slurmd", "slurmdbd", "mariadbd")
 SYSTEM_PATH = "/usr/sbin:/sbin:/usr/bin:/bin"
@@ -153,7 +155,7 @@ class Cluster:
             if name == "slurmdbd":
                 self._open_accounts()
         for node in NODES:
-            self.wait_for_node(node, {"idle", "mixed", "allocated", "planned"})
+            self.wait_for_node(node, IN_SERVICE)
         return self
 
     def down(self) -> None:
@@ -190,7 +192,7 @@ class Cluster:
         """
         mount = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs "$0" && exec "$@"', str(hidden)]
         self._start(f"slurmd-{node}", mount if hidden else [])
-        self.wait_for_node(node, {"idle", "mixed", "allocated", "planned"})
+        self.wait_for_node(node, IN_SERVICE)
 
     def wait_for_node(self, node: str, states: set[str], seconds: float = 90) -> None:
         """Wait until SLURM says that the node is in one of `states`."""

@@ -34,7 +34,7 @@ REFUSED_ARRAY = re.compile(
 )
 
 MESSAGE = re.compile(
-    rf"^(?:    message: (?!Error in group )|{GROUP_FAILED} \S+: )(.*?)(?:^    \w+:|\Z)", re.DOTALL | re.MULTILINE
+    rf"^    message: (?!Error in group )(.*?)^    \w+:|^{GROUP_FAILED} \S+: (.*)", re.DOTALL | re.MULTILINE
 )
 """What the executor says of a failed job, or of a group, after Snakemake's own message."""
 
@@ -95,7 +95,8 @@ def _is_finished(entry: str) -> bool:
 
 def _refused(part: str, reasons: dict[str, str]) -> str:
     """Why a job could not be submitted; nothing where it was."""
-    found = REFUSED.match(message[1]) if (message := MESSAGE.search(part)) else None
+    message = MESSAGE.search(part)
+    found = REFUSED.match(message[1] or message[2]) if message else None
     if not found:
         return ""
     tasks, sbatch, other = found.groups()
