@@ -1,6 +1,9 @@
 """Rows become documents and documents become files; whatever is left out is counted; workers change nothing."""
 
+import gc
 import json
+import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -9,7 +12,7 @@ import pytest
 from dayzero.config import Tokenize
 from dayzero.data import tokenization
 from dayzero.data.documents import DocumentEncoder
-from dayzero.data.stored_table import rows_of
+from dayzero.data.stored_table import open_table, rows_of
 from dayzero.data.tokenization import settled, tokenize_split
 from dayzero.data.tokenizer import TokenizerSource, text_ids
 from dayzero.data.tokens import IGNORE, TokenRows
@@ -279,6 +282,31 @@ def test_any_number_of_workers_gives_the_same_bytes(tmp_path, tokenizer_path, mo
     for name in ("input_ids", "loss_mask", "document_offsets", "row_offsets", "document_ids"):
         one = (tmp_path / "1" / f"{name}.npy").read_bytes()
         assert one == (tmp_path / "2" / f"{name}.npy").read_bytes() == (tmp_path / "3" / f"{name}.npy").read_bytes()
+
+
+def taken_by_a_collection(*_):
+    """MiB that a full garbage collection takes this process for itself of what it shares with others."""
+
+    def private():
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+        return sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty")) / 1024
+
+    before = private()
+    gc.collect()
+    return private() - before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are copies on Linux only")
+def test_copies_of_this_process_share_its_objects_to_the_end(tmp_path, tokenizer_path, monkeypatch):
+    monkeypatch.setattr(tokenization, "_can_be_copied", lambda: True)
+    monkeypatch.setattr(tokenization, "_encode_task", taken_by_a_collection)
+    file = open_table(parquet(tmp_path / "train.parquet", text=["fox"]))
+    many = [[n] for n in range(500_000)]  # 40 MiB that collections look through
+    setup = (TokenizerSource(tokenizer_path), "text", Tokenize(), False)
+    (taken,) = tokenization._encode_in_processes(file, setup, 2)
+    assert taken < 10
+    assert gc.get_freeze_count() == 0
+    assert len(many) == 500_000
 
 
 def test_a_workers_error_reaches_the_user_with_the_row(tmp_path, tokenizer_path, monkeypatch):

@@ -6,6 +6,7 @@ rows to the store: one pass. The result does not depend on the number of workers
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -249,6 +250,7 @@ def _encode_in_processes(file: pq.ParquetFile, setup: _Setup, num_workers: int) 
     """Starts the processes at once, the work with the first result asked for."""
     _start_worker(*setup)  # a tokenizer that cannot be used is found before any process starts
     if _can_be_copied():
+        gc.freeze()  # a full collection writes to every object, which takes each process a copy of all the imports
         pool = ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("fork"))
         pool.submit(os.getpid).result()  # all processes start with the first task
     else:
@@ -281,6 +283,7 @@ def _results(pool: ProcessPoolExecutor, tasks: Iterable[tuple[int, pa.RecordBatc
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+        gc.unfreeze()
 
 
 _encoder: DocumentEncoder | None = None  # one in each worker process
