@@ -84,7 +84,7 @@ def _share_weights(model: ParallelModel, bare: CausalLMWithLoss, ema: Ema | None
     free_gathered(owner)
     if quantised:
         model.weights.load(bare, bare.model, model.device, offload=model.train.cpu_offload)
-        weights = {name: p.detach() for name, p in owner.named_parameters() if p.requires_grad}
+        weights = {n: plain_weight(p.detach()) for n, p in owner.named_parameters() if p.requires_grad}
     else:
         weights = {name: plain_weight(t) for name, t in owner.state_dict().items() if not is_extra_state(name)}
     if ema:

@@ -30,8 +30,9 @@ class TrainedWeights:
     """The tensors of the trained model, read one at a time; those of the untouched model where `train` is None.
 
     `train` is the train stage's folder, with `adapter/` for LoRA and its last checkpoint for other methods. With `ema`
-    it is the average of the weights that training kept. Raises `ConfigError` where that stage has not finished, or
-    its checkpoint is another model's.
+    it is the average of the weights that training kept. `dtype` is the one in which training kept weights: what it
+    did not train is rounded to it, or to 4 bits, as it was there. Raises `ConfigError` where that stage has not
+    finished, or its checkpoint is another model's.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class TrainedWeights:
         seed: int,
         train: Path | None,
         *,
+        dtype: torch.dtype = torch.float32,
         ema: bool = False,
     ) -> None:
         if train is not None and not (train / "summary.json").is_file():
@@ -49,6 +51,9 @@ class TrainedWeights:
         self.weights = Weights(source, source.config(tokenizer), Method(name="none"), seed)
         self.model = copy.deepcopy(self.weights.stored.model if self.weights.stored else self.weights.template)
         """The whole model on the meta device, as transformers loads or builds it."""
+        self.parameters = {name for name, _ in self.weights.template.named_parameters(remove_duplicate=False)}
+        """Names; what else there is are buffers, which training keeps in float32."""
+        self.dtype = dtype if train is not None else torch.float32
         self.quantized: set[str] = set()
         """Weights that were trained upon in 4 bits."""
         if train is not None and method.name == "qlora":
@@ -83,6 +88,8 @@ class TrainedWeights:
         value = self.weights.read(name)
         if name in self.quantized:
             value = rounded_nf4(value)
+        elif name in self.parameters:
+            value = value.to(self.dtype).float()
         return self.adapters.add(name, value) if self.adapters else value
 
     def _same(self, name: str) -> tuple[str, ...]:

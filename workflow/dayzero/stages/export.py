@@ -46,6 +46,7 @@ def body(args: argparse.Namespace) -> None:
     from dayzero.engine.consolidate import write_model
     from dayzero.engine.export import TOLERANCE, logit_difference, reloaded_logits, streamed_logits
     from dayzero.engine.model import ModelSource
+    from dayzero.engine.precision import weights_dtype
     from dayzero.engine.trained_weights import TrainedWeights
 
     trust = run.model.trust_remote_code
@@ -56,7 +57,8 @@ def body(args: argparse.Namespace) -> None:
         trust_remote_code=trust,
     )
     ema = run.export.weights == "ema"
-    weights = TrainedWeights(source, args.tokenizer, run.method, run.seed, args.train, ema=ema)
+    kept_in = weights_dtype(run.train.precision)
+    weights = TrainedWeights(source, args.tokenizer, run.method, run.seed, args.train, dtype=kept_in, ema=ema)
     model, read = weights.model, weights.read
     require_trusted_code(args.tokenizer or args.model, trust)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model, trust_remote_code=trust)
