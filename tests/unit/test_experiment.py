@@ -449,6 +449,7 @@ def test_every_method_s_fragment_is_a_run(path: Path, tmp_path: Path, monkeypatc
         "qlora": "qlora",
         "lora": "lora",
         "kd": "kd",
+        "pretrain": "pretrain",
     }
     assert run.method.name == expected.get(path.stem, "full")
     assert path.read_text().startswith("# ")

@@ -22,7 +22,9 @@ from dayzero.engine.trained_weights import TrainedWeights
 from dayzero.errors import ConfigError
 from dayzero.files import write_json
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.tiny import ARCHITECTURES, VOCAB_SIZE
 
@@ -39,6 +41,11 @@ def base(tmp_path: Path) -> Path:
 def adapted(base: Path, lora: Lora) -> torch.nn.Module:
     source = ModelSource(directory=base)
     return build_model(source, source.config(), Method(name="lora", lora=lora), seed=3, meta=False).eval()
+
+
+def empty_llama() -> PreTrainedModel:
+    source = ModelSource(directory=None, architecture=ARCHITECTURES["llama"])
+    return build_model(source, source.config(), Method(name="full"), seed=0, meta=True)
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
@@ -151,7 +158,8 @@ def test_every_way_agrees_with_peft(way: str, tmp_path: Path) -> None:
          r"embed_tokens out, or train both whole by method.lora.modules_to_save: \[embed_tokens\]"),
         ("llama", Lora(targets=["lm_head", "embed_tokens"]), "the model ties embed_tokens to lm_head"),
         ("llama", Lora(modules_to_save=["mlp"]), "layers.0.mlp is trained whole, so method.lora.targets 'all-lin"),
-        ("mixtral", Lora(dora=True), "dora: PEFT adapts fused experts without DoRA only: turn it off"),
+        ("qwen3_moe", Lora(dora=True, targets=["gate_proj", "up_proj", "down_proj"]),
+         "dora: PEFT adapts fused experts without DoRA only: turn it off"),
     ],
 )  # fmt: skip
 def test_ways_that_cannot_be_are_said(name: str, lora: Lora, said: str) -> None:
@@ -187,7 +195,10 @@ def test_peft_reads_the_adapters_of_fused_experts(
 @pytest.mark.parametrize(
     ("lora", "message"),
     [
-        (Lora(dropout=0.1), r"dropout 0.1: PEFT adapts fused experts without dropout only: set 0"),
+        (
+            Lora(dropout=0.1, targets=["gate_proj", "up_proj", "down_proj"]),
+            r"dropout 0.1: PEFT adapts fused experts without dropout only: set 0",
+        ),
         (Lora(targets=["gate_proj"]), r"targets \['gate_proj'\]: .*without also targeting up_proj"),
     ],
 )
@@ -195,6 +206,16 @@ def test_what_peft_cannot_do_with_experts_is_said(lora: Lora, message: str) -> N
     source = ModelSource(directory=None, architecture=ARCHITECTURES["qwen3_moe"])
     with pytest.raises(ConfigError, match=message):
         build_model(source, source.config(), Method(name="lora", lora=lora), seed=0, meta=True)
+
+
+@pytest.mark.parametrize("lora", [Lora(dropout=0.1), Lora(dora=True)], ids=["dropout", "dora"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_experts_stay_frozen_where_peft_cannot_adapt_them(name: str, lora: Lora) -> None:
+    source = ModelSource(directory=None, architecture=ARCHITECTURES[name])
+    model = build_model(source, source.config(), Method(name="lora", lora=lora), seed=0, meta=True)
+    adapted = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+    assert {"q_proj", "k_proj", "v_proj", "o_proj"} <= adapted
+    assert not any(isinstance(module, ParamWrapper) for module in model.modules())
 
 
 def test_experts_without_adapters_are_said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,3 +232,20 @@ def test_targets_that_match_nothing_name_those_that_would(base: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(base)
     with pytest.raises(ConfigError, match=r"'query'.*match no module.*down_proj.*q_proj"):
         inject_lora(model, Lora(targets=["query"]))
+    said = {
+        "q_proj": r"'q_proj' match no module \(a text is one regular expression over whole names: for the modules of "
+        r"that name write \[q_proj\]\): this model's linear modules are down_proj, .*q_proj",
+        ".*query": r"\(a text is one regular expression over whole names\): this model's",
+        "all_linear": r"'all_linear' match no module \(did you mean all-linear\?\)",
+    }
+    for target, message in said.items():
+        with pytest.raises(ConfigError, match=message) as refused:
+            inject_lora(empty_llama(), Lora(targets=target))
+        assert "lm_head" not in str(refused.value), "it is tied, and refused as a target"
+
+
+def test_targets_that_are_no_linear_name_those_that_are() -> None:
+    for target, kind in (("mlp", "LlamaMLP"), ("norm", "LlamaRMSNorm")):
+        with pytest.raises(ConfigError, match=rf"a {kind}, which PEFT cannot adapt: .* are down_proj") as refused:
+            inject_lora(empty_llama(), Lora(targets=[target]))
+        assert "\n" not in str(refused.value)

@@ -45,13 +45,49 @@ def trained_and_exported(tmp_path: Path) -> Pair:
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_averages_of_bfloat16_weights_are_in_float32(method: str, trained_and_exported: Pair) -> None:
     settings = {"precision": "bf16_pure", "ema": {"decay": 0.5}}
-    # stored in bfloat16, as frozen weights under bf16_pure are kept
     out = trained_and_exported(
-        "llama", torch.bfloat16, settings, method={"name": method}, export={"weights": "ema"}
+        "llama", torch.float32, settings, method={"name": method}, export={"weights": "ema"}
     )  # fmt: skip
     if method == "lora":
         averages = load_file(out / "adapter_ema/adapter_model.safetensors").values()
         assert any((a != a.bfloat16().float()).any() for a in averages), "rounded as the weights are"
+
+
+@pytest.mark.parametrize(
+    ("stored", "method"),
+    [
+        (torch.float16, {"name": "lora", "lora": {"rank": 4}}),
+        (torch.float32, {"name": "lora", "lora": {"rank": 4, "dora": True, "modules_to_save": ["embed_tokens"]}}),
+        (torch.float32, {"name": "full", "freeze": ["*mlp*"]}),
+    ],
+    ids=["lora", "dora", "frozen"],
+)
+def test_frozen_weights_that_training_rounds_are_exported_so(
+    stored: torch.dtype, method: dict[str, Any], trained_and_exported: Pair
+) -> None:
+    out = trained_and_exported("llama", stored, {"precision": "bf16_pure"}, method=method)
+    if method["name"] == "full":
+        name = "model.layers.0.mlp.up_proj.weight"
+        base, exported = (
+            load_file(out.parent / folder / "model.safetensors")[name].float() for folder in ("base", "model")
+        )
+        assert torch.equal(exported, base.bfloat16().float())
+        assert not torch.equal(exported, base)
+
+
+@pytest.mark.parametrize("freeze", [["*mlp*"], ["*layers.0*"]], ids=["parts", "a layer"])
+def test_frozen_linears_beside_weights_gathered_in_8_bits(freeze: list[str], trained_and_exported: Pair) -> None:
+    pytest.importorskip("torchao")
+    settings = {"precision": "bf16", "fp8": {"emulate": True, "all_gather": True}}
+    trained_and_exported("llama", torch.float32, settings, method={"name": "full", "freeze": freeze})
+
+
+def test_adapters_beside_experts_that_stay_frozen(trained_and_exported: Pair) -> None:
+    method = {"name": "lora", "lora": {"rank": 4, "dora": True}}
+    out = trained_and_exported("qwen3_moe", torch.float32, {"precision": "fp32"}, method=method)
+    names = load_file(out / "adapter/adapter_model.safetensors")
+    assert any("o_proj" in name for name in names)
+    assert not any("mlp" in name for name in names)
 
 
 def test_adapters_of_an_embedding_and_a_head_that_are_not_tied(trained_and_exported: Pair) -> None:

@@ -61,7 +61,7 @@ def convert_to_float8(model: PreTrainedModel, fp8: Fp8) -> None:
     linears = dict(_linears(model))
     for name in fp8.skip:
         if not any(_is_named(linear, name) for linear in linears):
-            last = sorted({n.removesuffix(".base_layer").rpartition(".")[2] for n in linears})
+            last = sorted({_last(n) for n in linears})
             raise ConfigError(
                 f"train.fp8.skip {name!r} names no linear layer that would be converted: those of this model are "
                 + ", ".join(last)
@@ -69,11 +69,12 @@ def convert_to_float8(model: PreTrainedModel, fp8: Fp8) -> None:
     found = {n: m for n, m in linears.items() if not any(_is_named(n, name) for name in fp8.skip)}
     odd = {n: m for n, m in found.items() if m.in_features % MULTIPLE or m.out_features % MULTIPLE}
     if odd:
-        shown = ", ".join(f"{n} {m.out_features} x {m.in_features}" for n, m in list(odd.items())[:SHOWN])
+        first = list(odd.items())[:SHOWN]
+        shown = ", ".join(f"{_plain(n)} {m.out_features} x {m.in_features}" for n, m in first)
         more = f" and {len(odd) - SHOWN} more" if len(odd) > SHOWN else ""
         raise ConfigError(
             f"train.fp8: sizes that are not multiples of {MULTIPLE}: {shown}{more}: leave them out by name, "
-            f"train.fp8.skip: {sorted({n.rpartition('.')[2] for n in odd})}"
+            f"train.fp8.skip: {sorted({_last(n) for n in odd})}"
         )
     if not found:
         raise ConfigError("train.fp8: no linear layer is left to convert: set it to null")
@@ -100,8 +101,17 @@ def _linears(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
                 yield name, module
 
 
+def _plain(name: str) -> str:
+    """What a linear is called in the model without adapters."""
+    return name.removesuffix(".base_layer")
+
+
+def _last(name: str) -> str:
+    return _plain(name).rpartition(".")[2]
+
+
 def _is_named(name: str, given: str) -> bool:
-    return name == given or name.removesuffix(".base_layer").endswith(f".{given}")
+    return given in (name, _plain(name)) or _plain(name).endswith(f".{given}")
 
 
 def _convert_trained(model: PreTrainedModel, fp8: Fp8, names: set[str]) -> None:

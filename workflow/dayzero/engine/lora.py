@@ -13,6 +13,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from dayzero.config import Lora
 from dayzero.console import log
@@ -58,7 +59,7 @@ def inject_lora(model: PreTrainedModel, config: Lora) -> None:
     names = [name for name, _ in model.named_modules()]
     for target in config.targets if isinstance(config.targets, list) else ():
         if not any(name == target or name.endswith(f".{target}") for name in names):
-            raise _no_match(model, target)
+            raise _no_match(model, [target])
     try:
         inject_adapter_in_model(peft_config(config), model, adapter_name=ADAPTER)
     except ValueError as error:
@@ -74,6 +75,8 @@ def inject_lora(model: PreTrainedModel, config: Lora) -> None:
                 f"method.lora.dropout {config.dropout:g}: PEFT adapts fused experts without dropout only: set 0, or "
                 "method.lora.targets that name no expert"
             ) from error
+        if unadaptable := re.match(r"Target module (\w+)", str(error)):
+            raise _no_match(model, config.targets, f"match a {unadaptable[1]}, which PEFT cannot adapt") from error
         raise ConfigError(f"method.lora.targets {config.targets!r}: {one_line(error)}") from error
     except re.error as error:
         raise ConfigError(f"method.lora.targets {config.targets!r} is no regular expression: {error}") from error
@@ -148,11 +151,23 @@ def _ends_of(model: PreTrainedModel) -> list[nn.Module]:
     return [module for module in found if module is not None]
 
 
-def _no_match(model: PreTrainedModel, targets: str | list[str]) -> ConfigError:
-    names = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+def _no_match(model: PreTrainedModel, targets: str | list[str], fault: str = "match no module") -> ConfigError:
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head is not None and embedding is not None and head.weight is embedding.weight
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and not (tied and m is head)}
+    names = sorted({name.rpartition(".")[2] for name in linears})
+    pattern = "" if isinstance(targets, list) else _how_to_write(targets, names)
     return ConfigError(
-        f"method.lora.targets {targets!r} match no module: this model's linear modules are {', '.join(names)}"
+        f"method.lora.targets {targets!r} {fault}{pattern}: this model's linear modules are {', '.join(names)}"
     )
+
+
+def _how_to_write(target: str, names: Iterable[str]) -> str:
+    """What somebody may have meant by a text, which is one regular expression over whole names."""
+    if difflib.get_close_matches(target, ["all-linear"]):
+        return " (did you mean all-linear?)"
+    name = f": for the modules of that name write [{target}]" if target in names else ""
+    return f" (a text is one regular expression over whole names{name})"
 
 
 def stored_name(name: str) -> str:

@@ -45,16 +45,21 @@ def resolve_targets(model: PreTrainedModel, method: Method) -> Method:
         return method
     linears, never_called, trial = _linears(model), _never_called(model), _adapted(model, "all-linear")
     kept = {n for n in linears if wildcard(n) not in never_called and _is_plain(model.get_submodule(n))}
+    one_of_each = {name.rpartition(".")[2]: name for name in linears}
+    refused: set[str] = set()
+    # PEFT adapts fused tensors without dropout and without DoRA only
+    spare_experts = bool(method.lora.dropout or method.lora.dora)
+    reaches_experts = trial is not None and bool(_adapted_experts(trial))
     if trial is None:
-        one_of_each = {name.rpartition(".")[2]: name for name in linears}
         refused = {last for last, name in one_of_each.items() if not _accepted(model, name)}
-        kept = {name for name in kept if name.rpartition(".")[2] not in refused}
+    elif spare_experts and reaches_experts:
+        refused = {last for last, name in one_of_each.items() if _means_experts(model, name)}
+    kept = {name for name in kept if name.rpartition(".")[2] not in refused}
     found: dict[str, Any] = {}
-    if kept and kept != linears:
+    if kept and (kept != linears or (spare_experts and reaches_experts)):
         found["targets"] = sorted(kept)
         trial = _adapted(model, found["targets"])
-    # PEFT adapts fused tensors without dropout and without DoRA only
-    if trial is not None and not method.lora.dropout and not method.lora.dora:
+    if trial is not None and not spare_experts:
         found["target_parameters"] = _unreached_experts(model, trial)
     if not any(found.values()):
         return method
@@ -161,9 +166,19 @@ def _adapted(model: PreTrainedModel, targets: str | list[str]) -> PreTrainedMode
     return trial
 
 
+def _means_experts(model: PreTrainedModel, name: str) -> bool:
+    """Whether PEFT takes the name of a linear for that of the linears that experts once were."""
+    trial = _adapted(model, [name])
+    return trial is None or bool(_adapted_experts(trial))
+
+
+def _adapted_experts(trial: PreTrainedModel) -> set[str]:
+    return {name for name, module in trial.named_modules() if isinstance(module, ParamWrapper)}
+
+
 def _unreached_experts(model: PreTrainedModel, trial: PreTrainedModel) -> tuple[str, ...]:
     """Full names of the matrices of fused experts that have no adapters in `trial`, the copy with adapters."""
-    reached = {name for name, module in trial.named_modules() if isinstance(module, ParamWrapper)}
+    reached = _adapted_experts(trial)
     return tuple(
         f"{name}.{parameter_name}"
         for name, module in find_experts(model).items()

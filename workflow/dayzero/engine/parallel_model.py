@@ -87,7 +87,8 @@ class ParallelModel:
         if self.method.adapters and distributed.rank() == 0:
             warn_of_frozen_experts(model, self.method.adapters)
             if left := not_adapted(self.weights.template, self.weights.method):
-                log.warning("method.lora.targets all-linear: an adapter does nothing on %s: left out", ", ".join(left))
+                said = "an adapter would do nothing there, or PEFT takes the name for that of experts"
+                log.warning("method.lora.targets all-linear leaves out %s: %s", ", ".join(left), said)
         self.mixes_dtypes = computes_in_bf16(self.train.precision) and mixes_dtypes(self.weights.template)
         """Whether bf16 needs autocast under FSDP2 too, which casts parameters but not buffers."""
         self.router_loss = bare.router_loss
