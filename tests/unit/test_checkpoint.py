@@ -14,12 +14,18 @@ from typing import Any
 import pytest
 import torch
 from dayzero.checkpoint_files import checkpoints
-from dayzero.config import Checkpoint
+from dayzero.config import Checkpoint, Lora, Method, Train
 from dayzero.engine import checkpoint_writer
 from dayzero.engine.checkpoint import best_checkpoint, check_identity, load_checkpoint, set_aside, state_of, take_back
 from dayzero.engine.checkpoint_writer import CheckpointFailed, CheckpointWriter
+from dayzero.engine.gathering import whole_weights
+from dayzero.engine.model import ModelSource
+from dayzero.engine.parallel_dims import ParallelDims
+from dayzero.engine.parallel_model import ParallelModel
 from dayzero.errors import ConfigError, DataError
 from torch import nn
+
+from tests.tiny import ARCHITECTURES
 
 
 class Training:
@@ -255,3 +261,22 @@ def test_checkpoints_set_aside_are_taken_back_for_their_own_config(tmp_path: Pat
     assert take_back(directory, {"seed": 1})
     assert [path.name for path in checkpoints(directory)] == ["step_1"]
     assert [path.name for path in checkpoints(tmp_path / "checkpoints.superseded")] == ["step_7"]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [Method(name="lora", lora=Lora(rank=4)), Method(name="full", freeze=["*embed*"])],
+    ids=["lora", "frozen embedding"],
+)
+def test_a_frozen_weight_under_two_names_is_in_no_checkpoint(method: Method) -> None:
+    """A pipeline has no such second name, and must be able to go on from it."""
+    source = ModelSource(directory=None, architecture=ARCHITECTURES["llama"], random_weights=True)
+    model = ParallelModel(
+        source=source, method=method, train=Train(max_steps=1, precision="fp32"),
+        dims=ParallelDims(strategy="none", world_size=1), seed=0, device=torch.device("cpu"),
+    )  # fmt: skip
+    named = dict(model.module.named_parameters(remove_duplicate=False))
+    assert named["model.lm_head.weight"] is named["model.model.embed_tokens.weight"]
+    trained = {name for name, parameter in named.items() if parameter.requires_grad}
+    assert state_of(model.module, torch.optim.AdamW([torch.zeros(1)])).keys() == {f"model.{n}" for n in trained}
+    assert whole_weights(model).keys() == {name.removeprefix("model.") for name in trained}

@@ -58,6 +58,12 @@ def test_step_0_is_the_base_model(base: Path) -> None:
     assert torch.equal(logits(adapted(base, Lora(rank=4))), logits(plain))
 
 
+def test_dora_starts_at_the_base_model_also_on_the_embedding_and_the_head(base: Path) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    lora = Lora(rank=4, dora=True, targets=["q_proj", "embed_tokens", "lm_head"])
+    torch.testing.assert_close(logits(adapted(base, lora)), logits(plain), rtol=1e-6, atol=1e-6)
+
+
 def test_only_adapters_are_trained_and_the_head_has_none(base: Path) -> None:
     model = adapted(base, Lora(rank=4))
     trained = [n for n, p in model.named_parameters() if p.requires_grad]

@@ -78,8 +78,10 @@ def test_frozen_weights_that_training_rounds_are_exported_so(
 @pytest.mark.parametrize("freeze", [["*mlp*"], ["*layers.0*"]], ids=["parts", "a layer"])
 def test_frozen_linears_beside_weights_gathered_in_8_bits(freeze: list[str], trained_and_exported: Pair) -> None:
     pytest.importorskip("torchao")
-    settings = {"precision": "bf16", "fp8": {"emulate": True, "all_gather": True}}
-    trained_and_exported("llama", torch.float32, settings, method={"name": "full", "freeze": freeze})
+    fp8 = {"emulate": True, "all_gather": True}
+    settings = {"precision": "bf16", "fp8": fp8, "ema": {"decay": 0.5}}
+    method = {"name": "full", "freeze": freeze}
+    trained_and_exported("llama", torch.float32, settings, method=method, export={"weights": "ema"})
 
 
 def test_adapters_beside_experts_that_stay_frozen(trained_and_exported: Pair) -> None:

@@ -13,13 +13,12 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.nn.parallel import DistributedDataParallel
 
 from dayzero.checkpoint_files import checkpoints, step_of
@@ -29,12 +28,11 @@ from dayzero.engine.distributed import gather_objects, rank
 from dayzero.engine.float8 import plain_weight
 from dayzero.engine.megatron_fsdp import has_unequal_shards, locate_shards
 from dayzero.engine.optimizer import set_lr
-from dayzero.engine.sharded import free_gathered
+from dayzero.engine.sharded import free_gathered, trained_state
 from dayzero.engine.transformer_engine import is_extra_state
 from dayzero.errors import ConfigError, DataError, one_line
 from dayzero.nested import flatten
 
-OPTIONS = StateDictOptions(ignore_frozen_params=True)
 SHOWN = 3
 """Differing keys in a message."""
 
@@ -61,8 +59,8 @@ def state_of(
         return {}
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     free_gathered(inner)  # the optimizer has the shards
-    weights = cast(dict[str, Tensor], get_model_state_dict(inner, options=OPTIONS))
-    state = {f"model.{name}": plain_weight(tensor) for name, tensor in weights.items() if not is_extra_state(name)}
+    weights = trained_state(inner).items()
+    state = {f"model.{name}": plain_weight(tensor) for name, tensor in weights if not is_extra_state(name)}
     names = {id(parameter): name for name, parameter in inner.named_parameters()}
     moments: dict[str, Tensor] = {}
     for parameter, values in optimizer.state.items():

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dayzero.engine.float8 import plain_weight
 from dayzero.engine.sharded import free_gathered
 
 
@@ -27,13 +28,15 @@ class Ema:
         trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         self.parameters: list[nn.Parameter] = list(trained.values())
         # in float32 also of bfloat16 weights, which most steps would not move at all
-        self.averages: dict[str, Tensor] = {n: p.detach().to(torch.float32, copy=True) for n, p in trained.items()}
+        self.averages: dict[str, Tensor] = {
+            name: plain_weight(p.detach()).to(torch.float32, copy=True) for name, p in trained.items()
+        }
 
     @torch.no_grad()
     def update(self) -> None:
         """Take in the present weights; call after each optimizer step."""
         for average, parameter in zip(self.averages.values(), self.parameters, strict=True):
-            average.lerp_(parameter.detach().float(), 1 - self.decay)
+            average.lerp_(plain_weight(parameter.detach()).float(), 1 - self.decay)
 
     def state(self, copies: Mapping[str, str]) -> dict[str, Tensor]:
         """Name -> average for a checkpoint, sharing memory. `copies`: tied ones of a pipeline -> what they are."""
@@ -50,7 +53,7 @@ class Ema:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """While active, the module has the averages for weights, rounded where those are bfloat16."""
-        kept = [parameter.detach().clone() for parameter in self.parameters]
+        kept = [plain_weight(parameter.detach()).clone() for parameter in self.parameters]
         self._put(self.averages.values())
         try:
             yield
@@ -61,4 +64,4 @@ class Ema:
     def _put(self, weights: Iterable[Tensor]) -> None:
         free_gathered(self.module)  # it would stay what it was
         for weight, parameter in zip(weights, self.parameters, strict=True):
-            parameter.copy_(weight)
+            plain_weight(parameter.detach()).copy_(weight)

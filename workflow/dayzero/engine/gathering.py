@@ -6,11 +6,9 @@ Shapes: B rows, T tokens, V vocabulary.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import cast
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 
 from dayzero.engine import distributed
@@ -22,7 +20,7 @@ from dayzero.engine.megatron_fsdp import has_unequal_shards, whole_parameters
 from dayzero.engine.parallel_model import ParallelModel
 from dayzero.engine.parallelize import parallelize
 from dayzero.engine.passes import logits_of
-from dayzero.engine.sharded import free_gathered
+from dayzero.engine.sharded import free_gathered, trained_state
 from dayzero.engine.structure import find_layers
 from dayzero.engine.transformer_engine import is_extra_state
 
@@ -32,8 +30,7 @@ def whole_weights(model: ParallelModel) -> dict[str, Tensor]:
     if has_unequal_shards(model.module):
         # none is frozen
         return {name.removeprefix("model."): whole for name, whole in whole_parameters(model.module).items()}
-    options = StateDictOptions(full_state_dict=True, cpu_offload=model.pipeline is None, ignore_frozen_params=True)
-    state = cast(dict[str, Tensor], get_model_state_dict(model.module, options=options))
+    state = trained_state(model.module, whole=True, cpu_offload=model.pipeline is None)
     if model.pipeline:
         state = model.pipeline.collect(state)
     return {name.removeprefix("model."): tensor for name, tensor in state.items() if not is_extra_state(name)}

@@ -8,8 +8,10 @@ from typing import cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Placement, Replicate
+from torch.nn.parallel import DistributedDataParallel
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -31,6 +33,18 @@ def free_gathered(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
+
+
+def trained_state(module: nn.Module, *, whole: bool = False, cpu_offload: bool = False) -> dict[str, Tensor]:
+    """Name -> tensor of the weights of `module` that are trained, and of its buffers; `whole` ones are gathered.
+
+    torch leaves a frozen weight that is tied in it, under the second of its names.
+    """
+    asked = StateDictOptions(ignore_frozen_params=True, full_state_dict=whole, cpu_offload=cpu_offload)
+    state = cast(dict[str, Tensor], get_model_state_dict(module, options=asked))
+    inner = module.module if isinstance(module, DistributedDataParallel) else module
+    frozen = {name for name, p in inner.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return {name: tensor for name, tensor in state.items() if name not in frozen}
 
 
 def own_parameters(module: FSDPModule) -> Iterator[tuple[str, nn.Parameter]]:

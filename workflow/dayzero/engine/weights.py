@@ -117,9 +117,11 @@ class Weights:
             if not share.empty:
                 assert self.initial.adapted is not None
                 path = name.partition(f".{MAGNITUDE}.")[0]
-                transposed = getattr(self.initial.adapted.get_submodule(path), "fan_in_fan_out", False)
+                transposed = self.initial.adapted.get_submodule(name.rpartition(".")[0]).fan_in_fan_out
                 weight = self.read(f"{path}.weight".replace(".base_layer", ""))
-                share.fill(torch.linalg.norm(weight.T if transposed else weight, dim=1))
+                lengths = torch.linalg.norm(weight.T if transposed else weight, dim=1)
+                assert lengths.shape == tensors[name].shape, f"{name} is {tuple(tensors[name].shape)}"
+                share.fill(lengths)
         return names
 
     def read(self, name: str) -> Tensor:
