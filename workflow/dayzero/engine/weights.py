@@ -8,9 +8,10 @@ asks by the model's own names, so it does not matter how the model is split, nor
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
+from peft.tuners.lora.dora import DoraLinearLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -110,16 +111,17 @@ class Weights:
             assert not missing, f"nothing gives values to {', '.join(sorted(missing)[:3])}"
 
     def _fill_magnitudes(self, tensors: Mapping[str, Tensor]) -> set[str]:
-        """DoRA starts from the lengths of the base weight's rows: its update is zero, so the model is the base's."""
+        """DoRA starts from the lengths of the base weight's rows, an embedding's columns: its update is zero, so the
+        model is the base's."""
         names = {name for name in tensors if f".{MAGNITUDE}." in name}
         for name in names:
             share = Share(tensors[name])
             if not share.empty:
                 assert self.initial.adapted is not None
                 path = name.partition(f".{MAGNITUDE}.")[0]
-                transposed = self.initial.adapted.get_submodule(name.rpartition(".")[0]).fan_in_fan_out
+                layer = cast(DoraLinearLayer, self.initial.adapted.get_submodule(name.rpartition(".")[0]))
                 weight = self.read(f"{path}.weight".replace(".base_layer", ""))
-                lengths = torch.linalg.norm(weight.T if transposed else weight, dim=1)
+                lengths = layer.get_weight_norm(weight, lora_weight=torch.zeros(()), scaling=1)
                 assert lengths.shape == tensors[name].shape, f"{name} is {tuple(tensors[name].shape)}"
                 share.fill(lengths)
         return names
