@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -152,10 +153,9 @@ def _ends_of(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def _no_match(model: PreTrainedModel, targets: str | list[str], fault: str = "match no module") -> ConfigError:
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = head is not None and embedding is not None and head.weight is embedding.weight
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and not (tied and m is head)}
-    names = sorted({name.rpartition(".")[2] for name in linears})
+    holders = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
+    linears = ((name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D))
+    names = sorted({name.rpartition(".")[2] for name, m in linears if holders[id(m.weight)] == 1})  # a tied one is none
     pattern = "" if isinstance(targets, list) else _how_to_write(targets, names)
     return ConfigError(
         f"method.lora.targets {targets!r} {fault}{pattern}: this model's linear modules are {', '.join(names)}"
