@@ -108,7 +108,7 @@ def test_directories_without_a_causal_model(copy: Path) -> None:
     [
         (["foo"], "targets 'foo' match no module: this model's linear modules are down_proj"),
         (["q_proj", "v_porj"], "targets 'v_porj' match no module"),
-        (r".*\.nothing", "match no module: this model's"),
+        (r".*\.nothing", r"match no module \(a text is one regular expression over whole names\): this model's"),
         ("((", "is no regular expression"),
     ],
 )

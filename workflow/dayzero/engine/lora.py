@@ -60,12 +60,12 @@ def inject_lora(model: PreTrainedModel, config: Lora) -> None:
     names = [name for name, _ in model.named_modules()]
     for target in config.targets if isinstance(config.targets, list) else ():
         if not any(name == target or name.endswith(f".{target}") for name in names):
-            raise _no_match(model, [target])
+            raise _no_match(model, target)
     try:
         inject_adapter_in_model(peft_config(config), model, adapter_name=ADAPTER)
     except ValueError as error:
         if "arget modules" in str(error):
-            raise _no_match(model, config.targets) from error
+            raise _no_match(model, config.targets, "match no module" + _how_to_write(model, config)) from error
         if config.dora and find_experts(model):
             raise ConfigError(
                 "method.lora.dora: PEFT adapts fused experts without DoRA only: turn it off, or set "
@@ -153,20 +153,25 @@ def _ends_of(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def _no_match(model: PreTrainedModel, targets: str | list[str], fault: str = "match no module") -> ConfigError:
+    linears = ", ".join(_linear_names(model))
+    return ConfigError(f"method.lora.targets {targets!r} {fault}: this model's linear modules are {linears}")
+
+
+def _linear_names(model: PreTrainedModel) -> list[str]:
+    """Last parts of the names of linear modules that are tied to none."""
     holders = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
     linears = ((name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D))
-    names = sorted({name.rpartition(".")[2] for name, m in linears if holders[id(m.weight)] == 1})  # a tied one is none
-    pattern = "" if isinstance(targets, list) else _how_to_write(targets, names)
-    return ConfigError(
-        f"method.lora.targets {targets!r} {fault}{pattern}: this model's linear modules are {', '.join(names)}"
-    )
+    return sorted({name.rpartition(".")[2] for name, m in linears if holders[id(m.weight)] == 1})
 
 
-def _how_to_write(target: str, names: Iterable[str]) -> str:
-    """What somebody may have meant by a text, which is one regular expression over whole names."""
-    if difflib.get_close_matches(target, ["all-linear"]):
+def _how_to_write(model: PreTrainedModel, config: Lora) -> str:
+    """What somebody may have meant by `targets` that are a text, one regular expression over whole names."""
+    if isinstance(config.targets, list):
+        return ""
+    if difflib.get_close_matches(config.targets, ["all-linear"]):
         return " (did you mean all-linear?)"
-    name = f": for the modules of that name write [{target}]" if target in names else ""
+    named = config.targets in _linear_names(model)
+    name = f": for the modules of that name write [{config.targets}]" if named else ""
     return f" (a text is one regular expression over whole names{name})"
 
 
