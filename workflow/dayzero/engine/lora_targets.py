@@ -48,18 +48,18 @@ def resolve_targets(model: PreTrainedModel, method: Method) -> Method:
     one_of_each = {name.rpartition(".")[2]: name for name in linears}
     refused: set[str] = set()
     # PEFT adapts fused tensors without dropout and without DoRA only
-    spare_experts = bool(method.lora.dropout or method.lora.dora)
-    reaches_experts = trial is not None and bool(_adapted_experts(trial))
+    adapts_experts = not (method.lora.dropout or method.lora.dora)
+    must_spare = not adapts_experts and trial is not None and bool(_adapted_experts(trial))
     if trial is None:
         refused = {last for last, name in one_of_each.items() if not _accepted(model, name)}
-    elif spare_experts and reaches_experts:
+    elif must_spare:
         refused = {last for last, name in one_of_each.items() if _means_experts(model, name)}
     kept = {name for name in kept if name.rpartition(".")[2] not in refused}
     found: dict[str, Any] = {}
-    if kept and (kept != linears or (spare_experts and reaches_experts)):
+    if kept and (kept != linears or must_spare):
         found["targets"] = sorted(kept)
         trial = _adapted(model, found["targets"])
-    if trial is not None and not spare_experts:
+    if trial is not None and adapts_experts:
         found["target_parameters"] = _unreached_experts(model, trial)
     if not any(found.values()):
         return method
