@@ -87,6 +87,8 @@ def runs(folder: Path) -> dict[str, dict[str, Any]]:
     named["unused"] = job("train", "big_bird", "full", "padded", folder, **SETTINGS, **every)
     named["bad"] = job("bad_step", *CASE, folder, **SETTINGS)
     named["pipeline"] = pipeline = job("train", *CASE, folder, **SETTINGS, **V_PIPELINE, **every)
+    named["tied-lora"] = tied_lora = job("train", "llama", "lora", "padded", folder, **plain, **every)
+    named["tied-lora-pipeline"] = job("train", "llama", "lora", "padded", folder, **plain, pp=2, **every)
     named["bad-pipeline"] = job("bad_step", *CASE, folder, **SETTINGS, pp=2)
     for fails in ("write", "rename"):
         named[fails] = job("failing_save", *CASE, folder, **SETTINGS, fails=fails)
@@ -117,6 +119,8 @@ def runs(folder: Path) -> dict[str, dict[str, Any]]:
         copy_of(pipeline, folder, "pipeline-5-on-1f1b", 5, pp_schedule="1f1b"),
         copy_of(full, folder, "full-5-on-pipeline", 5, **V_PIPELINE),
         copy_of(plain_lora, folder, "plain-lora-5-on-tp", 5, tp=2),
+        copy_of(tied_lora, folder, "tied-lora-5-on-pipeline", 5, pp=2),
+        copy_of(named["tied-lora-pipeline"], folder, "tied-lora-pipeline-5-on-fsdp2", 5, pp=1),
         copy_of(tp, folder, "tp-5-on-fsdp2", 5, tp=1),
         copy_of(tp_lora, folder, "tp-lora-5-on-fsdp2", 5, tp=1),
         copy_of(full, folder, "full-5-on-ddp", 5, **replicas),
@@ -164,6 +168,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
     ("tp-lora", "tp-lora-5-on-fsdp2", 5), ("four", "four-3-on-2", 3), ("four-lora", "four-lora-3-on-2", 3),
     ("four", "four-6-on-2-on-1", 6), ("four-lora", "four-lora-6-on-2-on-1", 6), ("full", "full-5-on-pipeline", 5),
     ("pipeline", "pipeline-5-on-fsdp2", 5), ("pipeline", "pipeline-5-on-1f1b", 5),
+    ("tied-lora", "tied-lora-5-on-pipeline", 5), ("tied-lora-pipeline", "tied-lora-pipeline-5-on-fsdp2", 5),
     ("moe", "moe-5-on-1", 5), ("moe", "moe-5-on-4", 5), ("mixed", "mixed-5-on-1", 5),
     *((name, f"{name}-5-on-1", 5) for name in OPTIMIZERS if name != "muon"),
 ])  # fmt: skip

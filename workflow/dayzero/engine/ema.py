@@ -28,15 +28,14 @@ class Ema:
         trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         self.parameters: list[nn.Parameter] = list(trained.values())
         # in float32 also of bfloat16 weights, which most steps would not move at all
-        self.averages: dict[str, Tensor] = {
-            name: plain_weight(p.detach()).to(torch.float32, copy=True) for name, p in trained.items()
-        }
+        floats = [weight.to(torch.float32, copy=True) for weight in self._weights()]
+        self.averages: dict[str, Tensor] = dict(zip(trained, floats, strict=True))
 
     @torch.no_grad()
     def update(self) -> None:
         """Take in the present weights; call after each optimizer step."""
-        for average, parameter in zip(self.averages.values(), self.parameters, strict=True):
-            average.lerp_(plain_weight(parameter.detach()).float(), 1 - self.decay)
+        for average, weight in zip(self.averages.values(), self._weights(), strict=True):
+            average.lerp_(weight.float(), 1 - self.decay)
 
     def state(self, copies: Mapping[str, str]) -> dict[str, Tensor]:
         """Name -> average for a checkpoint, sharing memory. `copies`: tied ones of a pipeline -> what they are."""
@@ -53,7 +52,7 @@ class Ema:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """While active, the module has the averages for weights, rounded where those are bfloat16."""
-        kept = [plain_weight(parameter.detach()).clone() for parameter in self.parameters]
+        kept = [weight.clone() for weight in self._weights()]
         self._put(self.averages.values())
         try:
             yield
@@ -63,5 +62,9 @@ class Ema:
     @torch.no_grad()
     def _put(self, weights: Iterable[Tensor]) -> None:
         free_gathered(self.module)  # it would stay what it was
-        for weight, parameter in zip(weights, self.parameters, strict=True):
-            plain_weight(parameter.detach()).copy_(weight)
+        for weight, own in zip(weights, self._weights(), strict=True):
+            own.copy_(weight)
+
+    def _weights(self) -> Iterator[Tensor]:
+        """What the parameters hold at present, sharing memory."""
+        return (plain_weight(parameter.detach()) for parameter in self.parameters)

@@ -16,6 +16,7 @@ class Share:
 
     @torch.no_grad()
     def __init__(self, tensor: Tensor) -> None:
+        self.shape = tensor.shape
         self.local = tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
         self.indices: dict[int, Tensor] = {}
         """dim -> the whole tensor's indices along it that are here, where that is not all of them."""
@@ -64,5 +65,6 @@ class Share:
     @torch.no_grad()
     def fill(self, whole: Tensor) -> None:
         """Copy the rank's part of `whole` into its memory."""
+        assert whole.shape == self.shape, f"{tuple(whole.shape)} given for {tuple(self.shape)}"
         if not self.empty:
             self.local.copy_(self.cut(whole))
