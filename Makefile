@@ -24,8 +24,8 @@ SNAKEMAKE = $(BIN)/snakemake --cores all $(if $(EXPERIMENT),--config experiment=
 
 help:
 	@echo "make demo             set up everything, run the default experiment from end to end, print its scores"
-	@echo "make test             every test, in two workers (WORKERS=1 for one; PYTEST_ARGS=... for pytest)"
-	@echo "make test-full        every test and the whole matrix of meshes, methods and models"
+	@echo "make test             the tests, in two workers (WORKERS=1 for one; PYTEST_ARGS=... for pytest)"
+	@echo "make test-full        the tests and the whole matrix of meshes, methods and models"
 	@echo "make test-slurm       the tests on a private SLURM cluster, which must be installed"
 	@echo "make coverage         every architecture of the installed transformers through the engine: docs/model-coverage.md"
 	@echo "make lint             ruff, mypy, import-linter, snakefmt, snakemake --lint"
