@@ -16,7 +16,7 @@ arrive, D model width.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -86,7 +86,7 @@ def apply_expert_parallel(model: nn.Module, mesh: DeviceMesh) -> list[nn.Module]
     return found
 
 
-def shard_experts(experts: list[nn.Module], mesh: DeviceMesh, policy: MixedPrecisionPolicy, **options: Any) -> None:
+def shard_experts(experts: Sequence[nn.Module], mesh: DeviceMesh, policy: MixedPrecisionPolicy, **options: Any) -> None:
     """Shard what `apply_expert_parallel` left on each ep rank with FSDP2 over the data axes `mesh`.
 
     `options` are `fully_shard`'s.

@@ -17,12 +17,9 @@ pipeline -> tensor parallelism -> expert parallelism -> activation checkpointing
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from dayzero.config import Train
@@ -32,8 +29,8 @@ from dayzero.engine.context_parallel import recalled
 from dayzero.engine.distributed import local_device
 from dayzero.engine.document_attention import DOCUMENTS, VARLEN
 from dayzero.engine.document_attention import recalled as recalled_documents
-from dayzero.engine.expert_parallel import apply_expert_parallel, layer_placement, shard_experts
-from dayzero.engine.frozen import frozen_in_bf16
+from dayzero.engine.expert_parallel import apply_expert_parallel
+from dayzero.engine.fsdp2 import apply_fsdp2
 from dayzero.engine.lora_groups import share_inputs
 from dayzero.engine.lora_linear import fuse_lora
 from dayzero.engine.loss import CausalLMWithLoss
@@ -41,7 +38,6 @@ from dayzero.engine.megatron_fsdp import check_megatron_fsdp, shard_module
 from dayzero.engine.parallel_dims import ParallelDims
 from dayzero.engine.pipeline_cut import Anatomy
 from dayzero.engine.pipeline_parallel import Pipeline
-from dayzero.engine.precision import mixed_precision_policy
 from dayzero.engine.structure import find_layers
 from dayzero.engine.tensor_parallel import apply_tensor_parallel, partial_parameters
 
@@ -76,6 +72,7 @@ def parallelize(
         assert mesh is not None
         partial_modules = apply_tensor_parallel(module.model, mesh["tp"], sequence_parallel=dims.sequence_parallel)
     experts: list[nn.Module] = []
+    expert_mesh: DeviceMesh | None = None
     if dims.ep > 1:
         assert mesh is not None
         expert_mesh = dims.build_expert_mesh(mesh.device_type)
@@ -94,25 +91,18 @@ def parallelize(
 
     if dims.strategy == "fsdp2":
         assert mesh is not None
-        policy = mixed_precision_policy(train.precision, module)
-        data_mesh = dims.data_mesh(mesh)
-        placement = layer_placement(data_mesh.shape[-1])
-        # in a pipeline the next micro-batch needs the weights again at once: gathered for each they would cost too much
-        kept: dict[str, Any] = {"reshard_after_forward": False} if pipeline or keep_gathered else {}
-        offload: dict[str, Any] = {}
-        if train.cpu_offload:
-            offload["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
-        elif dims.unsharded:
-            # each rank holds all of them anyway, and FSDP2 would copy them in every forward and backward pass
-            kept["ignored_params"] = frozen_in_bf16(module)
-        kept |= offload
-        if experts:
-            shard_experts(experts, dims.data_mesh(expert_mesh), policy, **offload)
-        for layer in layers:
-            if not _shares_parameters(layer, module):
-                fully_shard(layer, mesh=data_mesh, mp_policy=policy, shard_placement_fn=placement, **kept)
-        for root in roots:
-            fully_shard(root, mesh=data_mesh, mp_policy=policy, **kept)
+        apply_fsdp2(
+            module,
+            roots,
+            layers,
+            dims.data_mesh(mesh),
+            train,
+            experts=experts,
+            expert_mesh=dims.data_mesh(expert_mesh) if expert_mesh is not None else None,
+            unsharded=dims.unsharded,
+            # in a pipeline the next micro-batch needs the weights again at once: gathered for each they cost too much
+            keep_gathered=keep_gathered or pipeline is not None,
+        )
         load()
         return module, partial_parameters(module, partial_modules), pipeline
     if dims.strategy == "megatron_fsdp":
@@ -125,10 +115,3 @@ def parallelize(
     if dims.strategy == "ddp":
         return DistributedDataParallel(module, device_mesh=mesh), [], None
     return module, [], None
-
-
-def _shares_parameters(layer: nn.Module, root: nn.Module) -> bool:
-    """Whether a parameter of `layer` is also used outside it: such a layer is sharded together with the root."""
-    own = {id(p) for p in layer.parameters()}
-    inside = {id(m) for m in layer.modules()}
-    return any(id(p) in own for m in root.modules() if id(m) not in inside for p in m.parameters(recurse=False))
