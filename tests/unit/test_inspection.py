@@ -5,7 +5,10 @@ from __future__ import annotations
 import html
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +87,17 @@ def test_a_row(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
         )
         assert html.unescape("".join(t for c, _, t in spans if "s" in c.split())) == visible(answer) + "<|im_end|>"
         assert [html.unescape(t) for c, _, t in spans if "c" in c.split()] == ["<|im_start|>", "<|im_end|>"] * 2
+
+
+def test_the_page_is_there_when_its_reader_has_seen_enough(project: Path, tmp_path: Path) -> None:
+    """As with `make inspect | head -1`."""
+    page = tmp_path / "page.html"
+    command = [sys.executable, "-m", "dayzero.stages.inspect_rows", "--experiment", "./exp.yaml", "--run", "lora"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "wb") as closed:
+        subprocess.run([*command, "--html", str(page)], cwd=project, stdout=closed, check=False)
+    assert "document 1 · rows.jsonl:1 · " in page.read_text()
 
 
 def test_the_target_and_mistakes(

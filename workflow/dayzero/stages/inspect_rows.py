@@ -53,11 +53,11 @@ def body(args: argparse.Namespace) -> None:
     rows = TokenRows(tokens / args.split)
     indices = range(args.row, min(args.row + max(args.num_rows, 1), max(len(rows), args.row + 1)))
     views = view_rows(rows, indices, tokenizer, data / split["file"])
-    print_rows(views, Console())
     title = f"{wiring.name}/{args.run}: rows {indices.start} to {indices.stop - 1} of {len(rows)} {args.split} rows"
     page = args.html or Path(wiring.experiment) / args.run / "inspect.html"
     with atomic_file(page) as file:
         file.write_text(html_page(views, title), encoding="utf-8")
+    print_rows(views, Console())  # after the page, which is there even if a reader such as head closes the pipe
     log.info("also written to %s", page)
 
 
