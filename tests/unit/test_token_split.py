@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from dayzero.config import Train
-from dayzero.engine.distillation import build_teacher
+from dayzero.engine.distillation import build_teacher, teacher_weights
 from dayzero.engine.model import ModelSource
 from dayzero.engine.parallel_dims import ParallelDims
 from dayzero.engine.tensor_parallel import tensor_parallel_plan
@@ -57,10 +57,10 @@ def test_layers_that_mix_tokens_otherwise_are_refused(kind: str) -> None:
 
 def test_a_teacher_is_asked_too() -> None:
     architecture = {"model_type": "lfm2", **SIZES, **MODELS["lfm2"]}
-    source = ModelSource(directory=None, architecture=architecture)
+    weights = teacher_weights(ModelSource(directory=None, architecture=architecture))
     dims = ParallelDims(strategy="fsdp2", world_size=2, cp=2)
     with pytest.raises(ConfigError, match="Lfm2ForCausalLM mixes tokens in other ways"):
-        build_teacher(source, Train(max_steps=1), dims, None, torch.device("cpu"))
+        build_teacher(weights, Train(max_steps=1), dims, None, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("kind", "option"), [("gemma2", "softcap"), ("gpt_oss", "s_aux")])

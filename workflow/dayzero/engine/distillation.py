@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 
 from dayzero.config import Kd, Method, Train
 from dayzero.engine.chunks import IGNORE, sum_of_chunks
-from dayzero.engine.context_parallel import use_context_parallel
+from dayzero.engine.document_attention import forget_documents
+from dayzero.engine.kernels import use_attention
 from dayzero.engine.loss import CausalLMWithLoss, Head, LossOptions, at_labels, chunked, loss_of_logits
 from dayzero.engine.model import ModelSource
 from dayzero.engine.parallel_dims import ParallelDims
@@ -35,18 +36,25 @@ from dayzero.errors import ConfigError
 
 
 class Teacher(CausalLMWithLoss):
-    """A frozen model, called once for its hidden states and then for their logits: the root that FSDP2 shards."""
+    """A frozen model, called once for its hidden states and then for their logits: the root that FSDP2 shards.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    `attention`: which one it has, see `kernels.use_attention`.
+    """
+
+    def __init__(self, model: PreTrainedModel, attention: str = "sdpa") -> None:
         super().__init__(model.requires_grad_(False))
         self.head = Head(model)
+        self.attention = attention
 
     @torch.no_grad()
     def forward(self, first: Tensor, position_ids: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """Token ids and position ids [B, T] -> hidden states [B, T, D]; hidden states [N, D] alone -> logits [N, V]."""
         if position_ids is None:
             return self.head.logits(first)
-        return self.head.hidden(first, position_ids)
+        forget_documents()
+        hidden = self.head.hidden(first, position_ids)
+        forget_documents()  # the student says its own
+        return hidden
 
     def all_logits(self, input_ids: Tensor, _: None, position_ids: Tensor) -> Tensor:
         """[B, T] twice -> [B, T, V], called as a model with its loss is."""
@@ -58,20 +66,24 @@ class Teacher(CausalLMWithLoss):
         free_gathered(self)
 
 
+def teacher_weights(source: ModelSource) -> Weights:
+    """The weights of the model at `source`, of which only the headers are read."""
+    return Weights(source, source.config(), Method(name="none"), 0)
+
+
 def build_teacher(
-    source: ModelSource, train: Train, dims: ParallelDims, mesh: DeviceMesh | None, device: torch.device
+    weights: Weights, train: Train, dims: ParallelDims, mesh: DeviceMesh | None, device: torch.device
 ) -> Teacher:
     """The teacher with its weights on the student's mesh; under ddp whole on each rank.
 
-    Where FSDP2 computes in bfloat16 its weights are kept so: they are never trained, and half the size. Raises
-    `ConfigError` where its tokens cannot be split over cp.
+    Where FSDP2 computes in bfloat16 its weights are kept so: they are never trained, and half the size. It attends as
+    `train.attention: auto` would have it. Raises `ConfigError` where its tokens cannot be split over cp.
     """
-    weights = Weights(source, source.config(), Method(name="none"), 0)
     model = weights.empty_model()
     if dims.cp > 1:
         require_context_parallel(weights.template, dims.cp, dims.cp_method)
-        use_context_parallel(model)
-    teacher = Teacher(model)
+    attention = use_attention(model, train.model_copy(update={"attention": "auto"}), dims)
+    teacher = Teacher(model, attention)
     load = partial(weights.load, teacher, model, device)
     if dims.strategy == "fsdp2":
         if computes_in_bf16(train.precision):

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from dayzero.config import Train
+from dayzero.engine.context_parallel import use_context_parallel
 from dayzero.engine.difference import relative_difference
 from dayzero.engine.document_attention import (
     DOCUMENTS,
@@ -54,11 +55,14 @@ def require_kernels(train: Train) -> None:
 
 
 def use_attention(model: PreTrainedModel, train: Train, dims: ParallelDims) -> str:
-    """Let `model` attend as `train.attention` says; returns what that came to.
+    """Let `model` attend as `train.attention` says; returns what that came to. Over cp it has an attention of its own.
 
     auto is `varlen` in bf16 on a GPU, else `documents`, where the model's attention is SDPA and no pipeline stands in
     the way (of the latter, no compiler either); else the model's own. Raises `ConfigError` where the model cannot.
     """
+    if dims.cp > 1:
+        use_context_parallel(model)
+        return "context parallel"
     own = str(model.config._attn_implementation)
     chosen = train.attention
     if chosen == "auto":

@@ -41,15 +41,18 @@ COPIES = 4
 
 
 def require_causal(model: ParallelModel) -> None:
-    """Raise `ConfigError` where the model sees the tokens that it is to predict."""
-    moved = reads_ahead(partial(probe_logits, model), model.vocab_size, _rounding(model))
-    if moved is not None:
-        name = type(model.weights.template).__name__
-        raise ConfigError(
-            f"model: {name} reads later tokens (changing them moves earlier logits by {moved:.2g}), so it would "
-            "learn to copy what it should predict: choose a model that reads from left to right, or, where its "
-            "config has is_decoder, set that"
-        )
+    """Raise `ConfigError` where the model, or its teacher, sees the tokens that are to be predicted."""
+    asked = [("model", "learn", partial(probe_logits, model), model.weights)]
+    if model.distillation:
+        asked.append(("method.kd.teacher", "teach", partial(teacher_logits, model), model.teacher_weights))
+    for field, would, logits, weights in asked:
+        moved = reads_ahead(logits, model.vocab_size, _rounding(model))
+        if moved is not None:
+            raise ConfigError(
+                f"{field}: {type(weights.template).__name__} reads later tokens (changing them moves earlier logits by "
+                f"{moved:.2g}), so it would {would} to copy what it should predict: choose a model that reads from "
+                "left to right, or, where its config has is_decoder, set that"
+            )
 
 
 def any_leak(model: ParallelModel) -> float | None:
@@ -61,6 +64,8 @@ def any_leak(model: ParallelModel) -> float | None:
         leak = architecture_leak(model.weights.template, model.attention)
     if leak is None and model.distillation:
         leak = packing_leak(partial(teacher_logits, model), model.vocab_size, precision)
+        if leak is None:
+            leak = architecture_leak(model.teacher_weights.template, model.distillation.teacher.attention)
     return leak
 
 

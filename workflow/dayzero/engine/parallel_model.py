@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from dayzero.config import Method, Train
 from dayzero.console import log
 from dayzero.engine import distributed
-from dayzero.engine.context_parallel import ContextParallel, use_context_parallel
-from dayzero.engine.distillation import Distillation, build_teacher, check_vocabularies
+from dayzero.engine.context_parallel import ContextParallel
+from dayzero.engine.distillation import Distillation, build_teacher, check_vocabularies, teacher_weights
 from dayzero.engine.float8 import convert_to_float8
 from dayzero.engine.frozen import frozen_in_bf16, keep_frozen_in_bf16
 from dayzero.engine.kernels import use_attention, use_fused_kernels
@@ -69,13 +69,14 @@ class ParallelModel:
         self.mesh = None if self.dims.strategy == "none" else self.dims.build_mesh(self.device.type)
         self.distillation: Distillation | None = None
         if self.teacher is not None:
-            teacher = build_teacher(self.teacher, self.train, self.dims, self.mesh, self.device)
-            check_vocabularies(self.weights.template, teacher.model, str(self.method.kd.teacher))
+            self.teacher_weights = teacher_weights(self.teacher)
+            check_vocabularies(self.weights.template, self.teacher_weights.template, str(self.method.kd.teacher))
+            teacher = build_teacher(self.teacher_weights, self.train, self.dims, self.mesh, self.device)
             self.distillation = Distillation(teacher, self.method.kd)
         self.anatomy: Anatomy | None = None
         """Where a pipeline cuts the model; for pp."""
         self.loss_choice: LossChoice | None = None
-        self.attention = "context parallel"
+        self.attention: str
         """Which attention train.attention came to."""
         self.fused_kernels = False
         """Whether the model runs with Liger's kernels."""
@@ -123,10 +124,7 @@ class ParallelModel:
             keep_frozen_in_bf16(model, self.weights.stored_dtype)
         if self.dims.pp > 1 and self.anatomy is None:
             self.anatomy = anatomy(model, self.dims.pp)
-        if self.dims.cp > 1:
-            use_context_parallel(model)
-        else:
-            self.attention = use_attention(model, self.train, self.dims)
+        self.attention = use_attention(model, self.train, self.dims)
         if not plain:
             self.fused_kernels = use_fused_kernels(model, self.train, self.dims)
             if self.train.fp8:

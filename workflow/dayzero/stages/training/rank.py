@@ -112,7 +112,9 @@ def _train(run: RunConfig, args: argparse.Namespace, device: torch.device) -> No
         run.method.name, model.trainable_parameters, model.total_parameters, dims.world_size, dims.strategy,
         len(rows), trainer.max_steps, run.train.global_batch_size,
     )  # fmt: skip
-    log.info("attention %s%s", model.attention, ", Liger's kernels" if model.fused_kernels else "")
+    kernels = ", Liger's kernels" if model.fused_kernels else ""
+    teacher = f", the teacher's {model.distillation.teacher.attention}" if model.distillation else ""
+    log.info("attention %s%s%s", model.attention, kernels, teacher)
     trainer.resume()
     trainer.fit(batches, (lambda: validation) if validation else None)
     done = min(trainer.step * run.train.global_batch_size, batches().num_samples)
