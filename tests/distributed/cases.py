@@ -50,7 +50,7 @@ VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "whole_tied": ("llama", "padded", {"lora": {"modules_to_save": ["embed_tokens"], "rank": 4}}),
     "z_loss": ("qwen3", "packed", {"train": {"z_loss": 0.01}}),
     "ema": ("llama", "packed", {"train": {"ema": {"decay": 0.8}}}),
-    "kd": ("qwen3", "padded", {"kd": {"teacher": "llama", "temperature": 2.0, "weight": 0.5}}),
+    "kd": ("qwen3", "packed", {"kd": {"teacher": "llama", "temperature": 2.0, "weight": 0.5}}),
     "frozen": ("qwen3", "packed", {"freeze": ["model.embed_tokens.*", "*.layers.[01].*"]}),
 }
 """Other ways to train: model, rows, options of the method and of training."""
