@@ -43,7 +43,7 @@ MODELS: dict[str, dict[str, Any]] = {
 """The fields of the published configs: huggingface.co/meta-llama/Llama-3.1-8B, Qwen/Qwen2.5-7B, and so on."""
 
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16,
-        "num_key_value_heads": 2, "vocab_size": 256, "max_position_embeddings": 64}  # fmt: skip
+        "num_key_value_heads": 2, "vocab_size": 256, "max_position_embeddings": 256}  # fmt: skip
 
 CASES: dict[str, tuple[str, str]] = {
     "llama-3.1-8b-lora": ("llama-3.1-8b", "lora"),
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--self-check", action="store_true", help="tiny shapes in this process, a CPU will do")
     args = parser.parse_args()
     if args.self_check:
-        args.steps, args.warmup, args.seq_len, args.global_batch_size = 2, 1, 32, 4
+        args.steps, args.warmup, args.seq_len, args.global_batch_size = 2, 1, 128, 4
     else:
         require_gpu()
     with tempfile.TemporaryDirectory() as temporary:

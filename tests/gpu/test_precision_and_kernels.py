@@ -8,17 +8,22 @@ from typing import Any
 
 import pytest
 import torch
-from dayzero.config import Fp8, Optimizer, Train
+from dayzero.config import Fp8, Method, Optimizer, Train
 from dayzero.engine.attention_blocks import EfficientOnCUDA, block_attention, difference
 from dayzero.engine.document_attention import has_varlen
 from dayzero.engine.float8 import CAPABILITY, FrozenFloat8Linear, product, to_float8
 from dayzero.engine.kernels import use_attention, use_fused_kernels
 from dayzero.engine.loss import CausalLMWithLoss
+from dayzero.engine.model import ModelSource
 from dayzero.engine.optimizer import build_optimizer
+from dayzero.engine.parallel_dims import ParallelDims
+from dayzero.engine.parallel_model import ParallelModel
+from dayzero.engine.passes import backward
 from torch import nn
 
 from tests.distributed.cases import job
 from tests.distributed.launch import run_ranks
+from tests.tiny import ARCHITECTURES, VOCAB_SIZE
 from tests.unit.test_document_attention import ONE, model_of, rows
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -124,3 +129,25 @@ def test_weights_kept_on_the_cpu_give_the_same_curve(tmp_path: Path) -> None:
     results = run_ranks(min(torch.cuda.device_count(), 2), jobs, tmp_path / "ranks")
     off, on = (results[j["name"]]["losses"] for j in jobs)
     torch.testing.assert_close(on, off, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("setting", ["full", "selective"])
+def test_layers_are_computed_again_by_the_kernel_that_computed_them_first(setting: Any) -> None:
+    """Rows of 128 tokens are those that cuDNN attends to."""
+    ids = torch.randint(0, VOCAB_SIZE, (2, 128), generator=torch.Generator().manual_seed(0))
+    lengths, places = torch.tensor([128, 128]), torch.arange(128).expand(2, -1)
+    rows = {"input_ids": ids, "labels": ids, "position_ids": places, "lengths": lengths}
+    found = []
+    for activation_checkpointing in ("none", setting):
+        model = ParallelModel(
+            source=ModelSource(directory=None, architecture=ARCHITECTURES["llama"], random_weights=True),
+            method=Method(name="pretrain"),
+            train=Train(max_steps=1, precision="bf16", activation_checkpointing=activation_checkpointing),
+            dims=ParallelDims(world_size=1, strategy="none"),
+            seed=0,
+            device=torch.device("cuda"),
+        )
+        backward(model, [rows], 1.0, 0.0)
+        found.append([p.grad.float() for p in model.module.parameters() if p.grad is not None])
+    for again, first in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(again, first, rtol=1e-2, atol=1e-2 * first.abs().max().item())

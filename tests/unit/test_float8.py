@@ -9,7 +9,14 @@ import pytest
 import torch
 from dayzero.config import Fp8, Lora, Method, Train
 from dayzero.engine.checkpoint import state_of
-from dayzero.engine.float8 import FrozenFloat8Linear, convert_to_float8, frozen_float8, require_float8, to_float8
+from dayzero.engine.float8 import (
+    FrozenFloat8Linear,
+    convert_to_float8,
+    frozen_float8,
+    product,
+    require_float8,
+    to_float8,
+)
 from dayzero.engine.gathering import float32_logits, whole_weights
 from dayzero.engine.loss import CausalLMWithLoss
 from dayzero.engine.model import ModelSource, build_model, count_parameters
@@ -232,3 +239,16 @@ def test_transformer_engines_extra_states_are_not_weights(method: Method, monkey
 def test_without_transformer_engine() -> None:
     with pytest.raises(ConfigError, match=r"no NVIDIA GPU that torch can use and the package is not inst.*: use t"):
         require_float8(Fp8(backend="transformer_engine"))
+
+
+@pytest.mark.parametrize("turned", [(False, False), (True, False), (False, True), (True, True)])
+def test_factors_may_lie_in_memory_in_any_way(turned: tuple[bool, bool]) -> None:
+    """LFM2 and Mamba turn what their linears take and give. On the meta device torch checks what a GPU would."""
+    shapes = (32, 64), (64, 48)
+    a, b = (
+        torch.empty(*(reversed(shape) if t else shape), device="meta", dtype=torch.float8_e4m3fn)
+        for shape, t in zip(shapes, turned, strict=True)
+    )
+    a, b = (x.t() if t else x for x, t in zip((a, b), turned, strict=True))
+    scale = torch.empty((), device="meta")
+    assert product(a, scale, b, scale, torch.bfloat16, emulate=False).shape == (32, 48)

@@ -166,4 +166,5 @@ def test_mfu_is_what_was_needed_of_what_could_have_been_done_and_null_without_a_
     assert speed(100, 1.5, 0.5, 4, 1.6e15, 4e14)["mfu"] == pytest.approx(0.5)
     assert speed(100, 1.5, 0.5, 4, 0.0, None)["mfu"] is None
     assert peak_of_name("NVIDIA GeForce GTX 1080") is None
+    assert peak_of_name("NVIDIA H200 MIG 1g.18gb") is None, "a slice is not the whole chip"
     assert peak_flops(torch.device("cpu"), "bf16") is None

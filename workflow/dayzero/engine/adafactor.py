@@ -46,7 +46,7 @@ class Adafactor(ShardedOptimizer):
         step = state["step"].item()
         new_share = step ** group["beta2_decay"]  # 1 - beta2 of this step
         share = local(weight)
-        length = max(EPS_SCALE, root_mean_square(weight, share)) * min(group["lr"], step**-0.5)
+        length = root_mean_square(weight, share).clamp(min=EPS_SCALE) * min(group["lr"], step**-0.5)
         squared = grad.square()
         if weight.ndim > 1:
             row = self._keep(state, "row_var", weight, mean_over(weight, squared, -1), -1, new_share)
@@ -56,9 +56,9 @@ class Adafactor(ShardedOptimizer):
         else:
             variance = self._keep(state, "variance", weight, squared, None, new_share)
         update = variance.clamp(min=EPS * EPS).rsqrt() * grad
-        clip = max(1.0, root_mean_square(weight, update) / group["clip_threshold"])
+        clip = (root_mean_square(weight, update) / group["clip_threshold"]).clamp(min=1.0)
         decayed = share.float().mul_(1 - group["lr"] * group["weight_decay"])
-        share.copy_(decayed.add_(update, alpha=-length / clip))
+        share.copy_(decayed.sub_(update.mul_(length / clip)))
 
     def _keep(
         self, state: dict[str, Tensor], name: str, weight: Tensor, new: Tensor, dim: int | None, share: float

@@ -65,6 +65,7 @@ class CheckpointWriter:
     def __init__(self, directory: Path, config: Checkpoint) -> None:
         self.directory, self.config = directory, config
         self._on_gpu = torch.cuda.is_available()
+        self._device = torch.cuda.current_device() if self._on_gpu else None
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         # not torch's DefaultStager, which in torch 2.11 empties this one after its first copy
         self._stager = StateDictStager(pin_memory=self._on_gpu)
@@ -136,6 +137,8 @@ class CheckpointWriter:
             prune(self.directory, self.config.keep_last, self.config.keep_best, trainer["validation_losses"])
 
         try:
+            if self._device is not None:
+                torch.cuda.set_device(self._device)  # each thread has its own, the first of the node at its start
             self._on_rank_0(begin)
             dcp.save(state, storage_writer=_Storage(temporary), process_group=self._group, no_dist=self._group is None)
             self._on_rank_0(complete)

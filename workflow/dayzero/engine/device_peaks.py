@@ -43,7 +43,9 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 
 def peak_of_name(name: str) -> float | None:
-    """The same for a device's name, e.g. `NVIDIA H100 80GB HBM3`."""
+    """The same for a device's name, e.g. `NVIDIA H100 80GB HBM3`; None for a slice of one (MIG)."""
+    if re.search(r"\bMIG\b", name):
+        return None
     for words, (tflops, _) in BF16_TFLOPS.items():
         if re.search(rf"\b{words}\b", name):
             return tflops * 1e12

@@ -77,13 +77,17 @@ def _as_before(documents: _Documents | None) -> Iterator[None]:
         _documents = present
 
 
+def may_be_packed(position_ids: Tensor) -> bool:
+    """Whether rows [B, T] hold several documents; said of all that lie on a GPU, of which to ask is to wait."""
+    return position_ids.is_cuda or bool((position_ids.diff(dim=1) != 1).any())
+
+
 def look_for_documents(position_ids: Tensor) -> AbstractContextManager[None]:
     """While active, transformers takes from rows [B, T] on the CPU whether they are packed. If not, it would
     look on the device, which waits for all that was asked of it before: 5 ms of each 550 (docs/performance-notes.md).
     """
     own = getattr(masking_utils, "find_packed_sequence_indices", None)
-    packed = position_ids.is_cuda or bool((position_ids.diff(dim=1) != 1).any())
-    return nullcontext() if packed or own is None else _finding_none()
+    return nullcontext() if own is None or may_be_packed(position_ids) else _finding_none()
 
 
 @contextmanager

@@ -171,7 +171,8 @@ class _Dispatch:
         send, take = torch.stack([sent.sum(dim=1), arriving.sum(dim=1)]).tolist()  # the one wait for the device
         tokens = all_to_all_single_autograd(hidden[order // chosen.shape[1]], take, send, self.group)  # [Q, D]
         # they arrive ordered by the rank they come from, then by expert
-        which = torch.arange(local, device=hidden.device).repeat(ep).repeat_interleave(arriving.flatten())
+        which = torch.arange(local, device=hidden.device).repeat(ep)
+        which = which.repeat_interleave(arriving.flatten(), output_size=sum(take))  # unsaid, it would be waited for
         done = all_to_all_single_autograd(self._run(tokens, which), send, take, self.group)  # [P, D], in `order`
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         pairs = done[back].view(*chosen.shape, -1)  # [N, K, D]

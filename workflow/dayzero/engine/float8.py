@@ -236,7 +236,9 @@ def product(
     """
     if emulate:
         return ((a.float() * a_scale) @ (b.float() * b_scale)).to(dtype)
-    if b.stride(0) != 1:  # the hardware takes the second factor by columns
+    if a.stride(1) != 1:  # the hardware takes the first factor by rows
+        a = a.contiguous()
+    if b.stride(0) != 1:  # and the second by columns
         b = b.t().contiguous().t()
     out = torch._scaled_mm(a, b, scale_a=a_scale, scale_b=b_scale, out_dtype=torch.bfloat16, use_fast_accum=fast)
     return out.to(dtype)

@@ -116,12 +116,18 @@ CUDNN_MULTIPLE = 128
 where rows are padded to ever different lengths."""
 
 
-def fastest_sdpa(device: torch.device, tokens: int) -> AbstractContextManager[None]:
-    """While active, SDPA over rows of `tokens` prefers cuDNN's kernel on a GPU, with grouped queries almost twice as
-    fast as FlashAttention 2 (docs/performance-notes.md)."""
-    if device.type != "cuda" or tokens % CUDNN_MULTIPLE:
+def sdpa_order(device: torch.device, tokens: int, *, by_documents: bool) -> AbstractContextManager[None]:
+    """While active, the order in which SDPA asks its kernels on a GPU: the forward and the backward pass both need it,
+    for what is computed again must come from the same kernel.
+
+    cuDNN first for rows of `tokens`, with grouped queries almost twice as fast as FlashAttention 2
+    (docs/performance-notes.md), unless its documents, each of another length, are attended to `by_documents`. Left
+    out otherwise: whether torch would ask it first depends on torch's version and on what was called before.
+    """
+    if device.type != "cuda":
         return nullcontext()
-    return sdpa_kernel(SDPA_ORDER, set_priority=True)
+    cudnn_first = tokens % CUDNN_MULTIPLE == 0 and not by_documents
+    return sdpa_kernel(SDPA_ORDER if cudnn_first else SDPA_ORDER[1:], set_priority=True)
 
 
 def use_fused_kernels(model: PreTrainedModel, train: Train, dims: ParallelDims) -> bool:

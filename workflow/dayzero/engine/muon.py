@@ -60,7 +60,8 @@ class Muon(torch.optim.Optimizer):
                     length = group["lr"] * _length(parameter.shape, group["adjust_lr"], group["transposed"])
                     share = local(parameter)
                     decayed = share.float().mul_(1 - group["lr"] * group["weight_decay"])
-                    share.copy_(decayed.add_(local(update), alpha=-length))
+                    # of offloaded weights torch may have dealt it out over the GPUs
+                    share.copy_(decayed.add_(local(update).to(share.device), alpha=-length))
 
     def _direction(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
         """This rank's share of the momentum, in bfloat16 as the iteration computes."""

@@ -19,10 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dayzero.config import Fp8
 from dayzero.engine.chunks import IGNORE
-from dayzero.engine.document_attention import look_for_documents
+from dayzero.engine.document_attention import look_for_documents, may_be_packed
 from dayzero.engine.expert_parallel import average_expert_gradients
 from dayzero.engine.float8 import plain_products
-from dayzero.engine.kernels import fastest_sdpa
+from dayzero.engine.kernels import sdpa_order
 from dayzero.engine.loss import known_positions
 from dayzero.engine.megatron_fsdp import has_unequal_shards, require_gradients
 from dayzero.engine.parallel_model import ParallelModel
@@ -42,7 +42,8 @@ def backward(model: ParallelModel, micro_batches: list[dict[str, Tensor]], scale
         # summed on the device: reading every loss would let it idle between micro-batches
         total = torch.zeros((), dtype=torch.float64, device=model.device)
         for index, micro_batch in enumerate(micro_batches):
-            with _gradient_sync(model, last=index == len(micro_batches) - 1):
+            last = index == len(micro_batches) - 1
+            with _gradient_sync(model, last=last), _kernels(model, micro_batch["position_ids"]):
                 loss = summed_loss(model, micro_batch, router_weight)
                 (loss * scale).backward()
             total += loss.detach()
@@ -141,7 +142,7 @@ def _forward(
         more["positions"] = positions
     with (
         documents,
-        fastest_sdpa(model.device, cast(Tensor, inputs[0]).shape[1]),
+        _kernels(model, position_ids),
         autocast(precision, "none" if model.mixes_dtypes else model.dims.strategy, model.device),
         float8_autocast(fp8),
     ):
@@ -149,6 +150,13 @@ def _forward(
     if labels is not None:
         return output
     return (model.context.join(output) if model.context else output)[:, :tokens]
+
+
+def _kernels(model: ParallelModel, position_ids: Tensor) -> AbstractContextManager[None]:
+    """SDPA's order of kernels for rows [B, T] as they come from the loader."""
+    tokens = (position_ids.shape[1] + -position_ids.shape[1] % model.dims.token_multiple) // model.dims.cp
+    by_documents = model.attention in ("documents", "varlen") and may_be_packed(position_ids)
+    return sdpa_order(model.device, tokens, by_documents=by_documents)
 
 
 def _gradient_sync(model: ParallelModel, *, last: bool) -> AbstractContextManager[Any]:

@@ -10,6 +10,7 @@ Shapes: O outputs, I inputs, N = O * I.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -35,6 +36,12 @@ NF4 = (
 """The values of 4-bit NormalFloat: quantiles of a normal distribution (the paper's appendix E)."""
 
 
+@lru_cache
+def _table(device: torch.device) -> Tensor:
+    """`NF4` on a device, to which a list is copied in a way that waits for all it does."""
+    return torch.tensor(NF4, device=device)
+
+
 def require_qlora() -> None:
     """Raise `ConfigError` where this machine cannot train on quantised weights."""
     require_gpu_and_package("method.name qlora", "bitsandbytes", "use lora")
@@ -49,7 +56,7 @@ def quantize_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
     missing = -len(flat) % BLOCK
     blocks = F.pad(flat, (0, missing)).view(-1, BLOCK)
     scales = blocks.abs().amax(dim=1)  # [N / 64]
-    values = torch.tensor(NF4, device=weight.device)
+    values = _table(weight.device)
     between = (values[1:] + values[:-1]) / 2
     safe = torch.where(scales > 0, scales, 1.0).unsqueeze(1)
     indices = torch.bucketize(blocks / safe, between).to(torch.uint8).flatten()[: len(flat) + len(flat) % 2]
@@ -61,11 +68,12 @@ def dequantize_nf4(packed: Tensor, scales: Tensor, shape: torch.Size, dtype: tor
     if packed.is_cuda:
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
-        code = torch.tensor(NF4, device=packed.device)
-        state = QuantState(scales, shape=shape, code=code, blocksize=BLOCK, quant_type="nf4", dtype=dtype)
+        state = QuantState(
+            scales, shape=shape, code=_table(packed.device), blocksize=BLOCK, quant_type="nf4", dtype=dtype
+        )
         return dequantize_4bit(packed, quant_state=state)
     indices = torch.stack([packed[:, 0] >> 4, packed[:, 0] & 15], dim=1).flatten().long()
-    values = torch.tensor(NF4, device=packed.device)[indices[: shape.numel()]]
+    values = _table(packed.device)[indices[: shape.numel()]]
     return (values * scales.repeat_interleave(BLOCK)[: len(values)]).to(dtype).view(shape)
 
 

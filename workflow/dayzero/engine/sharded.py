@@ -84,14 +84,14 @@ def with_one(tensor: Tensor, share: Tensor, dim: int) -> Tensor:
     return _with_dim(tensor, share, dim % tensor.ndim, 1, keep_split=False)
 
 
-def root_mean_square(tensor: Tensor, share: Tensor) -> float:
-    """Over all elements of what is split like `tensor`, whose part here is `share`."""
+def root_mean_square(tensor: Tensor, share: Tensor) -> Tensor:
+    """Over all elements of what is split like `tensor`, whose part here is `share`: a float32 scalar beside it."""
     total = share.float().square().sum()
     if isinstance(tensor, DTensor):
         for axis, placement in enumerate(tensor.placements):
             if not placement.is_replicate():
                 dist.all_reduce(total, group=tensor.device_mesh.get_group(axis))
-    return (total.item() / max(tensor.numel(), 1)) ** 0.5
+    return (total / max(tensor.numel(), 1)).sqrt()
 
 
 def some_rank_is_empty(tensor: Tensor) -> bool:

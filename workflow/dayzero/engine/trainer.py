@@ -207,12 +207,14 @@ class Trainer:
     def validate(self, batches: Iterable[Batch]) -> float:
         """Mean loss of a label token over all validation rows, without auxiliary losses. Raises `NonFiniteLoss`."""
         self.module.eval()
-        loss_sum = num_labels = 0.0
+        total = torch.zeros((), dtype=torch.float64, device=self.model.device)  # read once, as in training
+        num_labels = 0.0
         for batch in batches:
-            loss_sum += sum(summed_loss(self.model, m).item() for m in batch.micro_batches)
+            for micro_batch in batch.micro_batches:
+                total += summed_loss(self.model, micro_batch)
             num_labels += batch.num_label_tokens
         self.module.train()
-        loss = self._sum_over_tokens(loss_sum) / max(self._sum_over_rows([num_labels])[0], 1)
+        loss = self._sum_over_tokens(total.item()) / max(self._sum_over_rows([num_labels])[0], 1)
         if not math.isfinite(loss):  # it would be neither better nor worse than any other
             raise NonFiniteLoss(
                 f"validation loss {loss} after step {self.step}: inspect the validation rows, lower the learning rate, "
