@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from dayzero.config import Method
+from dayzero.engine import context_parallel
 from dayzero.engine.context_parallel import check_context_parallel, places_of
 from dayzero.engine.model import ModelSource, build_model
 from dayzero.engine.parallel_dims import ParallelDims
@@ -42,6 +43,18 @@ def test_every_token_goes_to_one_rank_and_all_have_equal_causal_work() -> None:
     assert torch.cat(places).sort().values.tolist() == list(range(32))
     work = [int((p + 1).sum()) for p in places]  # keys that the tokens of a rank may see
     assert len(set(work)) == 1
+
+
+def test_groups_of_queries_may_be_attended_to_in_either_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys and values are repeated where SDPA would hold all scores."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, heads, 8, 4) for heads in (6, 2, 2))
+    mask = torch.ones(8, 8, dtype=torch.bool).tril()
+    found = []
+    for takes in (True, False):
+        monkeypatch.setattr(context_parallel, "takes_groups_under_a_mask", lambda _, takes=takes: takes)
+        found.append(context_parallel._attend(query, key, value, mask, context_parallel._Score(0.5, 0.0, None)))
+    torch.testing.assert_close(found[0], found[1])
 
 
 def test_rows_are_padded_to_what_the_sizes_need() -> None:

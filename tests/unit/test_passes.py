@@ -9,10 +9,10 @@ import pytest
 import torch
 from dayzero.config import Method, Train
 from dayzero.engine import passes
-from dayzero.engine.kernels import sdpa_order
 from dayzero.engine.model import ModelSource
 from dayzero.engine.parallel_dims import ParallelDims
 from dayzero.engine.parallel_model import ParallelModel
+from dayzero.engine.sdpa_order import sdpa_order
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests.tiny import ARCHITECTURES, VOCAB_SIZE

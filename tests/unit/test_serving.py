@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from dayzero.config import Serving
 from dayzero.errors import ConfigError, DataError
 from dayzero.pretrained import context_length
+from dayzero.serving import vllm_settings
 from dayzero.serving.parity import choose_prompts, compare, judge, write_verdict
 from dayzero.stages import serve, verify_serving
 from transformers import BloomConfig, Gemma3Config, GPT2Config, MambaConfig, MptConfig, XLNetConfig
@@ -181,6 +183,14 @@ def test_a_head_size_vllm_lacks_is_one_line(tmp_path):
     assert not (out / "parity.json").exists()
 
 
+def test_float32_is_float32_in_vllm_s_kernels_too(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    settings = vllm_settings.environment(own_process=True)
+    assert settings["TRITON_F32_DEFAULT"] == "ieee"
+    assert settings["TRITON_CACHE_DIR"].startswith(str(tmp_path)), "apart from kernels of the other precision"
+    assert "TRITON_F32_DEFAULT" not in vllm_settings.environment(own_process=False)
+
+
 @pytest.mark.end_to_end
 @pytest.mark.parametrize("compiles", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_the_server_answers_a_chat_request_and_ends_cleanly(tmp_path, compiles):
@@ -209,5 +219,5 @@ def test_the_server_answers_a_chat_request_and_ends_cleanly(tmp_path, compiles):
         assert answer["choices"][0]["message"]["role"] == "assistant"
         assert 1 <= answer["usage"]["completion_tokens"] <= 8
     finally:
-        process.terminate()
+        process.send_signal(signal.SIGTERM if compiles else signal.SIGHUP)  # SIGHUP: the terminal was closed
         assert process.wait(60) == 0

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from dayzero.files import write_json
+from dayzero.files import read_json, write_json
 from dayzero.stages import export, train
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.tiny import ARCHITECTURES, write_rows
@@ -99,6 +99,25 @@ def test_adapters_of_an_embedding_and_a_head_that_are_not_tied(trained_and_expor
     )  # fmt: skip
     names = set(load_file(out / "adapter/adapter_model.safetensors"))
     assert {"base_model.model.model.embed_tokens.lora_embedding_A", "base_model.model.lm_head.lora_A.weight"} <= names
+
+
+def test_logits_of_a_gpu_are_not_held_to_a_cpu_s_order_of_sums(
+    trained_and_exported: Pair, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file says where training computed them."""
+    out = trained_and_exported("llama", torch.float32, {"precision": "fp32"})
+    probe, base = load_file(out / "probe.safetensors"), out.parent / "base"
+    probe["logits"] += 5e-5 * probe["logits"].abs().max()
+    settings = {"max_steps": 3, "global_batch_size": 4, "optimizer": {"lr": 1e-2}, "precision": "fp32"}
+    config = json.dumps({"experiment": "tiny", "run": "one", "train": settings})
+    given = ["--config", config, "--model", str(base), "--train", str(out), "--output", str(out.parent / "again")]
+    for device, code in (("cpu", 1), ("cuda", 0)):
+        save_file(probe, out / "probe.safetensors", metadata={"device": device})
+        assert export.main(given) == code
+        assert ("more than 1e-05 of their size" in capsys.readouterr().err) == bool(code)
+    reload = read_json(out.parent / "again/manifest.json")["reload"]
+    assert reload["training"]["tolerance"] == 1e-4
+    assert reload["tolerance"] == 1e-5
 
 
 def test_a_warm_up_that_is_longer_than_the_epochs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

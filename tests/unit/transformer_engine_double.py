@@ -29,6 +29,7 @@ class Float8CurrentScaling: ...
 
 class Linear(nn.Linear):
     def __init__(self, inputs: int, outputs: int, *, bias: bool, params_dtype: torch.dtype, device: Any) -> None:
+        assert isinstance(device, str), "what is no text is not compared with the text meta"
         super().__init__(inputs, outputs, bias=bias, dtype=params_dtype, device=device)
 
     def get_extra_state(self) -> torch.Tensor:
@@ -38,6 +39,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         seen.append(_active[-1] if _active else None)
+        assert not _active or x.shape[:-1].numel() % 8 == 0, "as the package's assert_dim_for_fp8_exec says"
         return super().forward(x)
 
 

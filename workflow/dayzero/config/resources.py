@@ -20,8 +20,8 @@ class _AnyResources(Section):
 class StageResources(_AnyResources):
     """What one stage asks of the machine. Changing it reruns nothing."""
 
-    gpu: NonNegativeInt = 0
-    """GPUs."""
+    gpu: Literal[0, 1] = 0
+    """GPUs. Training alone uses more than one."""
 
 
 class TrainResources(_AnyResources):

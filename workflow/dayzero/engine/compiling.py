@@ -12,6 +12,7 @@ from torch import nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, Unsupported
 
 from dayzero.console import log
+from dayzero.user_cache import user_cache
 
 GRAPHS = 64
 """Graphs that torch may make of one piece of code. Layers of several kinds, with and without gradients, in training and
@@ -76,5 +77,4 @@ def keep_compiled() -> Path:
 
     torch's own default is the machine's temporary folder, which a restart on another node does not find.
     """
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(home) / "dayzero" / "compiled")))
+    return Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(user_cache() / "compiled")))

@@ -29,6 +29,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from dayzero.engine.ring_attention import ring_attention
+from dayzero.engine.sdpa_order import takes_groups_under_a_mask
 from dayzero.errors import ConfigError
 
 NAME = "dayzero_context_parallel"
@@ -220,6 +221,9 @@ _METHODS = {"whole": _whole, "allgather": _allgather, "ulysses": _ulysses, "ring
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, score: _Score) -> Tensor:
     grouped = query.shape[1] != key.shape[1]
+    if grouped and not takes_groups_under_a_mask(query):
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        grouped = False
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, dropout_p=score.dropout, scale=score.scale, enable_gqa=grouped
     )

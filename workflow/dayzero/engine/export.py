@@ -27,6 +27,9 @@ from dayzero.memory import available_memory
 TOLERANCE = 1e-5
 """Largest difference of logits that must be equal, as a share of the largest logit."""
 
+TOLERANCE_OF_DEVICES = 1e-4
+"""The same where one side was computed on a GPU: float32 too, but sums in another order in every product."""
+
 ROOM = 0.5
 """Share of the free memory that a model may take to be loaded whole by transformers when a directory is checked."""
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from dayzero.config import Train
@@ -30,12 +29,6 @@ from dayzero.errors import ConfigError, one_line
 
 NAMES = {"documents": DOCUMENTS, "varlen": VARLEN, "flex": "flex_attention", "sdpa": "sdpa", "eager": "eager"}
 LIGER = "liger-kernel"
-SDPA_ORDER = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
 
 
 def require_kernels(train: Train) -> None:
@@ -109,25 +102,6 @@ def _attends_alike(model: PreTrainedModel) -> bool:
         forget_documents()
     own, by_documents = found
     return relative_difference(by_documents, own) <= 1e-4
-
-
-CUDNN_MULTIPLE = 128
-"""Row lengths that cuDNN's attention is used for. It prepares itself for each new one, which takes longer than it gains
-where rows are padded to ever different lengths."""
-
-
-def sdpa_order(device: torch.device, tokens: int, *, by_documents: bool) -> AbstractContextManager[None]:
-    """While active, the order in which SDPA asks its kernels on a GPU: the forward and the backward pass both need it,
-    for what is computed again must come from the same kernel.
-
-    cuDNN first for rows of `tokens`, with grouped queries almost twice as fast as FlashAttention 2
-    (docs/performance-notes.md), unless its documents, each of another length, are attended to `by_documents`. Left
-    out otherwise: whether torch would ask it first depends on torch's version and on what was called before.
-    """
-    if device.type != "cuda":
-        return nullcontext()
-    cudnn_first = tokens % CUDNN_MULTIPLE == 0 and not by_documents
-    return sdpa_kernel(SDPA_ORDER if cudnn_first else SDPA_ORDER[1:], set_priority=True)
 
 
 def use_fused_kernels(model: PreTrainedModel, train: Train, dims: ParallelDims) -> bool:

@@ -22,13 +22,13 @@ from dayzero.engine.chunks import IGNORE
 from dayzero.engine.document_attention import look_for_documents, may_be_packed
 from dayzero.engine.expert_parallel import average_expert_gradients
 from dayzero.engine.float8 import plain_products
-from dayzero.engine.kernels import sdpa_order
 from dayzero.engine.loss import known_positions
 from dayzero.engine.megatron_fsdp import has_unequal_shards, require_gradients
 from dayzero.engine.parallel_model import ParallelModel
 from dayzero.engine.precision import autocast
+from dayzero.engine.sdpa_order import sdpa_order
 from dayzero.engine.tensor_parallel import pad_tokens, sum_partial_gradients
-from dayzero.engine.transformer_engine import float8_autocast
+from dayzero.engine.transformer_engine import float8_autocast, token_multiple
 
 
 def backward(model: ParallelModel, micro_batches: list[dict[str, Tensor]], scale: float, router_weight: float) -> float:
@@ -37,7 +37,8 @@ def backward(model: ParallelModel, micro_batches: list[dict[str, Tensor]], scale
     Returns the share of the sum seen here. `router_weight`: see `CausalLMWithLoss`.
     """
     if model.pipeline:
-        loss_sum = model.pipeline.train(micro_batches, scale, model.context)
+        with _kernels(model, micro_batches[0]["position_ids"]):
+            loss_sum = model.pipeline.train(micro_batches, scale, model.context)
     else:
         # summed on the device: reading every loss would let it idle between micro-batches
         total = torch.zeros((), dtype=torch.float64, device=model.device)
@@ -118,7 +119,7 @@ def _forward(
     fp8: Fp8 | None = None,
 ) -> Tensor:
     """[B, T] rows, on any device -> this rank's summed loss, or without labels all logits [B, T, V]."""
-    multiple, tokens = model.dims.token_multiple, input_ids.shape[1]
+    multiple, tokens = _token_multiple(model), input_ids.shape[1]
     inputs = [
         pad_tokens(input_ids, multiple, 0),
         None if labels is None else pad_tokens(labels, multiple, IGNORE),
@@ -152,9 +153,14 @@ def _forward(
     return (model.context.join(output) if model.context else output)[:, :tokens]
 
 
+def _token_multiple(model: ParallelModel) -> int:
+    """What rows are padded to."""
+    return model.dims.token_multiple * token_multiple(model.train.fp8)
+
+
 def _kernels(model: ParallelModel, position_ids: Tensor) -> AbstractContextManager[None]:
     """SDPA's order of kernels for rows [B, T] as they come from the loader."""
-    tokens = (position_ids.shape[1] + -position_ids.shape[1] % model.dims.token_multiple) // model.dims.cp
+    tokens = (position_ids.shape[1] + -position_ids.shape[1] % _token_multiple(model)) // model.dims.cp
     by_documents = model.attention in ("documents", "varlen") and may_be_packed(position_ids)
     return sdpa_order(model.device, tokens, by_documents=by_documents)
 

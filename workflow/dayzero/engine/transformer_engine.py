@@ -39,7 +39,7 @@ def swap_linears(model: nn.Module, names: dict[str, nn.Linear]) -> None:
             linear.out_features,
             bias=linear.bias is not None,
             params_dtype=linear.weight.dtype,
-            device=linear.weight.device,
+            device=str(linear.weight.device),  # compared with the text "meta": a torch.device would take memory
         )
         own.weight = linear.weight
         if linear.bias is not None:
@@ -57,6 +57,13 @@ def float8_autocast(fp8: Fp8 | None) -> AbstractContextManager[Any]:
     if hasattr(te, "autocast"):
         return te.autocast(enabled=True, recipe=_recipe(fp8.recipe))
     return te.fp8_autocast(enabled=True, fp8_recipe=_recipe(fp8.recipe))  # before transformer-engine 2.8
+
+
+def token_multiple(fp8: Fp8 | None) -> int:
+    """What the number of tokens of a forward pass must be a multiple of for the package's products."""
+    if fp8 is None or fp8.backend != "transformer_engine":
+        return 1
+    return 32 if fp8.recipe == "mxfp8" else 8
 
 
 def is_extra_state(name: str) -> bool:

@@ -265,6 +265,9 @@ class ExactLM(HFLM):
         hidden = getattr(config, "intermediate_size", None) or 4 * width
         item = self.model.dtype.itemsize
         activations = length * (16 * width + 4 * hidden) * item
+        if self.device.type == "cuda" and self.model.dtype == torch.float32:
+            # of grouped queries in float32 only torch's plain kernel attends, which holds all scores
+            activations += 4 * getattr(config, "num_attention_heads", 32) * length * length * item
         if new_tokens is None:
             return activations + length * config.vocab_size * (item + 4)
         cache = (length + new_tokens) * 4 * width * getattr(config, "num_hidden_layers", 32) * item

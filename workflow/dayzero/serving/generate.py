@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 from dayzero.files import read_json, write_json
-from dayzero.serving.vllm_settings import KV_CACHE_GIB
+from dayzero.serving.vllm_settings import GPU_SHARE, KV_CACHE_GIB
 
 
 def generate(job: dict[str, Any]) -> dict[str, Any]:
@@ -21,6 +21,9 @@ def generate(job: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
     from vllm.inputs import TokensPrompt
 
+    # what else holds some of a GPU is no reason to refuse; on a CPU the same setting sizes more than a check
+    on_gpu = vllm.platforms.current_platform.device_type == "cuda"
+    more: dict[str, Any] = {"gpu_memory_utilization": GPU_SHARE} if on_gpu else {}
     llm = LLM(
         model=job["model"],
         dtype=job["dtype"],
@@ -30,6 +33,7 @@ def generate(job: dict[str, Any]) -> dict[str, Any]:
         enforce_eager=True,  # compiling takes longer than these few prompts
         kv_cache_memory_bytes=KV_CACHE_GIB << 30,
         seed=0,
+        **more,
     )
     sampling = SamplingParams(
         temperature=0.0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -45,7 +46,7 @@ def serve(
     # a group of its own: on ctrl-C it is asked to end once, by us, and not killed under its feet
     process = subprocess.Popen(command, env=environment(own_process=False), start_new_session=True)
     try:
-        previous = signal.signal(signal.SIGTERM, _interrupt)
+        previous = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
         if _wait_until_ready(process, host, port):
             log.info("ready. Ask it with:\n%s", curl_line(host, port, name))
         code = process.wait()
@@ -56,7 +57,8 @@ def serve(
         return 0
     finally:
         _end(process)
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def curl_line(host: str, port: int, name: str) -> str:
@@ -95,7 +97,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         try:
             process.wait(SECONDS_TO_END)
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # it leads a group: its engine is a process that would stay
             process.wait()
 
 

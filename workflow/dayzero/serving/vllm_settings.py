@@ -7,9 +7,13 @@ import os
 from pathlib import Path
 
 from dayzero.errors import ConfigError
+from dayzero.user_cache import user_cache
 
 KV_CACHE_GIB = 1
-"""Memory for keys and values on a CPU, where vLLM would take most of the machine's."""
+"""Memory for keys and values of a few prompts, and on a CPU, where vLLM would take most of the machine's."""
+
+GPU_SHARE = 0.05
+"""Of a GPU's memory, what must be free for vLLM to begin; weights and cache take what they need."""
 
 
 def require_vllm() -> None:
@@ -40,4 +44,7 @@ def environment(*, own_process: bool) -> dict[str, str]:
     }
     if own_process:
         settings["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        # Triton's products of float32 are TF32's on a GPU, 10 bits of 23, where nothing says otherwise
+        settings["TRITON_F32_DEFAULT"] = "ieee"
+        settings["TRITON_CACHE_DIR"] = str(user_cache() / "triton-ieee")
     return {**settings, **os.environ}

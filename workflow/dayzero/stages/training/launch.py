@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import socket
+from contextlib import nullcontext
 
 import torch
 
@@ -13,11 +14,11 @@ from dayzero.checkpoint_files import checkpoints
 from dayzero.config import RunConfig
 from dayzero.console import log
 from dayzero.engine import checkpoint
-from dayzero.engine.gpu_shares import own_gpus
 from dayzero.engine.launch import StoppedEarly, run_torchrun
 from dayzero.engine.launch_nodes import NodeSettings, run_on_nodes
 from dayzero.engine.node import use_interface
 from dayzero.errors import ConfigError
+from dayzero.gpu_shares import own_gpus
 from dayzero.interruption import stop_or_go_on, stopped_in_time
 from dayzero.run_lock import RunLock
 from dayzero.stages.training.checks import check_all
@@ -98,9 +99,8 @@ def _run_ranks(world_size: int, args: argparse.Namespace, arguments: list[str], 
         if args.network_interface:
             use_interface(args.network_interface, socket.gethostname())
         _require_gpus(world_size)
-        if job is None:
-            return run_torchrun(STAGE, arguments, world_size)
-        with stopped_in_time(job, args.stop_before), own_gpus(world_size, job.job_id):
+        in_time = stopped_in_time(job, args.stop_before) if job else nullcontext()
+        with in_time, own_gpus(world_size):
             return run_torchrun(STAGE, arguments, world_size)
     settings = NodeSettings(nodes=args.nodes, network_interface=args.network_interface)
     logs = args.output.parent / "logs" / "ranks"

@@ -1,7 +1,7 @@
-"""GPUs of one allocation shared out among trainings that run side by side in it, as grouped small runs do.
+"""GPUs shared out among what runs side by side: grouped small runs in one allocation, or all jobs on one machine.
 
-Each sees all GPUs of the allocation, and each would take the first. So a training locks as many as it has processes,
-in files of this machine, and shows its ranks no others. The system frees a lock with the process that held it.
+Each sees all GPUs there, and each would take the first. So a stage locks as many as it uses, in files of this machine,
+and shows what it starts no others. The system frees a lock with the process that held it.
 """
 
 from __future__ import annotations
@@ -23,23 +23,26 @@ SECONDS = 2.0
 
 
 @contextmanager
-def own_gpus(processes: int, job_id: str, folder: Path | None = None) -> Iterator[list[str]]:
-    """Inside the block `CUDA_VISIBLE_DEVICES` names `processes` GPUs that no other training of the job has.
+def own_gpus(wanted: int, job_id: str | None = None, folder: Path | None = None) -> Iterator[list[str]]:
+    """Inside the block `CUDA_VISIBLE_DEVICES` names `wanted` GPUs that nothing else has that asked here.
 
-    Where there are no more than that anyway, nothing is changed. Waits while too few are free. Yields their names.
+    They are shared out within the SLURM job `job_id` (None: the present one), and outside of SLURM among all that the
+    user runs on the machine. Waits while too few are free. To be called before CUDA is used. Yields their names; where
+    there are fewer than `wanted`, or none at all, nothing is changed.
 
     Raises:
         ConfigError: the folder of the locks belongs to somebody else.
     """
     before = os.environ.get(VISIBLE)
     there = [name for name in before.split(",") if name] if before is not None else _counted()
-    if len(there) <= processes:
+    if len(there) < wanted or not there:
         yield there
         return
-    locks = _folder(folder or Path(tempfile.gettempdir()), job_id)
-    taken = _take(there, processes, locks)
+    locks = _folder(folder or Path(tempfile.gettempdir()), job_id or os.environ.get("SLURM_JOB_ID") or "local")
+    taken = _take(there, wanted, locks)
     os.environ[VISIBLE] = ",".join(taken)
-    log.info("GPUs %s of the %d of job %s", os.environ[VISIBLE], len(there), job_id)
+    if len(there) > wanted:
+        log.info("GPUs %s of %d", os.environ[VISIBLE], len(there))
     try:
         yield list(taken)
     finally:
