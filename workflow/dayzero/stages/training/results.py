@@ -48,7 +48,7 @@ def write_results(
         with atomic_directory(output / name) as adapter:
             save_adapter(adapter, settings, weights, str(run.model.source), model.weights.tied)
     with atomic_file(output / "probe.safetensors") as file:
-        save_file(tensors, file, metadata={"device": model.device.type})
+        save_file(tensors, file)
     with atomic_file(output / "metrics.jsonl") as file:
         shutil.copyfile(trainer.metrics.path, file)
     write_json(output / "summary.json", _summary(output, run, trainer, clock, mix))
