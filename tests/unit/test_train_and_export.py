@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,34 +13,17 @@ import torch
 from dayzero.files import read_json, write_json
 from dayzero.stages import export, train
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.tiny import ARCHITECTURES, write_rows
-from tests.tiny_tokenizer import tiny_tokenizer
+from tests.train_and_export import train_and_export
 
 Pair = Callable[..., Path]
 
 
 @pytest.fixture
 def trained_and_exported(tmp_path: Path) -> Pair:
-    """Runs both stages on a model of the architecture `name`, stored in `dtype`; the train folder."""
-
-    def run(name: str, dtype: torch.dtype, trained: dict[str, Any], **sections: Any) -> Path:
-        base, tokens, out = tmp_path / "base", tmp_path / "tokens", tmp_path / "train"
-        torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(AutoConfig.for_model(**ARCHITECTURES[name])).to(dtype).save_pretrained(base)
-        tiny_tokenizer(base)
-        write_json(base / "manifest.json", {"dtype": "float32", "files": {}})
-        write_rows(tokens / "train", packed=True)
-        write_json(tokens / "manifest.json", {"max_token_id": 127, "files": {}})
-        settings = {"max_steps": 3, "global_batch_size": 4, "optimizer": {"lr": 1e-2}, **trained}
-        config = json.dumps({"experiment": "tiny", "run": "one", "train": settings, **sections})
-        given = ["--config", config, "--model", str(base)]
-        assert train.main([*given, "--tokens", str(tokens), "--output", str(out)]) == 0
-        assert export.main([*given, "--train", str(out), "--output", str(tmp_path / "model")]) == 0
-        return out
-
-    return run
+    """`train_and_export` in the test's folder."""
+    return partial(train_and_export, tmp_path)
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
