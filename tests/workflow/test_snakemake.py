@@ -93,6 +93,14 @@ def test_a_glob_names_the_files_that_it_matches(tiny: Project) -> None:
     assert set(inputs.split(", ")) == {"local/rows.jsonl", "local/more.jsonl"}
 
 
+def test_an_experiment_needs_no_description(tiny: Project) -> None:
+    """Nor is one that begins with a dash an option of the stage's."""
+    for description, words in (("", "description="), ("-r 4", "description='-r 4'")):
+        text = TINY.replace("description: small stand-ins", f"description: {description!r}")
+        with tiny.edited("config/experiments/tiny.yaml", text):
+            assert f" --{words} --runs " in tiny.run("-n", "--printshellcmds")
+
+
 def test_command_line_overrides(tiny: Project) -> None:
     texts = ["set=train.optimizer.lr=1e-3 runs.low.seed=3", "train={max_steps: 10}"]
     tiny.run("--cores", "1", "results/tiny/low/config.json", "results/tiny/high/config.json", "--config", *texts)

@@ -44,4 +44,4 @@ rule report:
         directory=subpath(output.index, parent=True),
     shell:
         "python -m dayzero.stages.report --experiment {params.experiment:q}"
-        " --description {params.description:q} --runs {params.runs:q} --output {params.directory:q} --log {log:q}"
+        " --description={params.description:q} --runs {params.runs:q} --output {params.directory:q} --log {log:q}"
