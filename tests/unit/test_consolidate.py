@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import json
 import multiprocessing
@@ -13,7 +14,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from dayzero.config import Lora, Method
 from dayzero.engine.consolidate import write_model
-from dayzero.engine.export import logits_of, reload, reloaded_logits, streamed_logits
+from dayzero.engine.export import logits_of, own_rounding, reload, reloaded_logits, streamed_logits
 from dayzero.engine.lora import save_adapter
 from dayzero.engine.model import ModelSource, build_model
 from dayzero.engine.trained_weights import TrainedWeights
@@ -114,6 +115,25 @@ def test_a_checkpoint_and_random_weights(tmp_path: Path) -> None:
     says = r"--train: .*step_3 lacks transformer.* another model: give this run's own train folder"
     with pytest.raises(ConfigError, match=says):
         TrainedWeights(other, None, method, 0, tmp_path / "train")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mamba", "gpt_neo", "xglm"])
+def test_rounding_is_that_of_weights_alone(model_type: str) -> None:
+    """Two of them keep masks and positions in buffers, which are no weights and have a dtype of their own."""
+    torch.manual_seed(0)
+    layers = {"attention_types": [[["global", "local"], 1]]} if model_type == "gpt_neo" else {}
+    sizes = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "d_model": 32, "num_layers": 2, "num_heads": 4,
+             "attention_heads": 4, "ffn_dim": 64, "num_attention_heads": 4, "intermediate_size": 64}  # fmt: skip
+    names = AutoConfig.for_model(model_type).to_dict().keys() | {"hidden_size", "num_attention_heads"}
+    config = AutoConfig.for_model(model_type, **{n: v for n, v in sizes.items() if n in names}, **layers)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    values = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    empty = copy.deepcopy(model).to("meta")
+    logits = streamed_logits(empty, values.__getitem__, INPUT)
+    assert torch.equal(logits, logits_of(model, INPUT))
+    before = {name: value.clone() for name, value in values.items()}
+    assert 0 < own_rounding(empty, values.__getitem__, INPUT, logits) < 1e-5
+    assert all(torch.equal(value, before[name]) for name, value in values.items())
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mixtral", "gpt2", "mamba", "gemma2"])

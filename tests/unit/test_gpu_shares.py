@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,27 +14,45 @@ from dayzero.errors import ConfigError
 from dayzero.gpu_shares import VISIBLE, own_gpus
 
 
+@pytest.fixture(autouse=True)
+def four_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine with four, in the SLURM job 7, with temporary files of the test's own."""
+    monkeypatch.setattr(gpu_shares, "_count", lambda: 4)
+    monkeypatch.setattr(gpu_shares.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+
+
+def locks(folder: Path, job: str) -> Path:
+    return folder / f"dayzero-gpus-{os.getuid()}-{socket.gethostname()}-{job}"
+
+
 def test_each_training_has_gpus_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VISIBLE, "GPU-a,GPU-b,GPU-c,GPU-d")
-    with own_gpus(2, "7", tmp_path) as first:
+    with own_gpus(2) as first:
         assert first == ["GPU-a", "GPU-b"]
         assert os.environ[VISIBLE] == "GPU-a,GPU-b"
         monkeypatch.setenv(VISIBLE, "GPU-a,GPU-b,GPU-c,GPU-d")
-        with own_gpus(1, "7", tmp_path) as second, own_gpus(1, "8", tmp_path) as elsewhere:
+        with own_gpus(1) as second:
             assert second == ["GPU-c"]
-            assert elsewhere == ["GPU-c"]  # the second's own, seen through what it left visible
+            monkeypatch.setenv("SLURM_JOB_ID", "8")
+            with own_gpus(1) as elsewhere:
+                assert elsewhere == ["GPU-c"]  # the second's own, seen through what it left visible
+            monkeypatch.setenv("SLURM_JOB_ID", "7")
         assert os.environ[VISIBLE] == "GPU-a,GPU-b,GPU-c,GPU-d"
-    with own_gpus(4, "7", tmp_path) as everything:
+    with own_gpus(4) as everything:
         assert everything == ["GPU-a", "GPU-b", "GPU-c", "GPU-d"]
 
 
 def test_a_training_waits_until_enough_are_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VISIBLE, "0,1,2")
     code = (
-        "import sys, time; from pathlib import Path; from dayzero.gpu_shares import own_gpus\n"
-        f"with own_gpus(2, '7', Path({str(tmp_path)!r})): print('held', flush=True); sys.stdin.read()"
+        "import sys; from dayzero import gpu_shares; gpu_shares._count = lambda: 4\n"
+        "with gpu_shares.own_gpus(2): print('held', flush=True); sys.stdin.read()"
     )
-    other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    other = subprocess.Popen(
+        [sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(tmp_path)},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
     assert other.stdin
     assert other.stdout
     assert other.stdout.readline() == "held\n"
@@ -46,32 +65,57 @@ def test_a_training_waits_until_enough_are_free(tmp_path: Path, monkeypatch: pyt
             other.wait()
 
     monkeypatch.setattr(gpu_shares.time, "sleep", wait)
-    with own_gpus(2, "7", tmp_path) as mine:
+    with own_gpus(2) as mine:
         assert mine == ["0", "1"]
     assert len(waits) == 2
 
 
-@pytest.mark.parametrize("there", [[], ["0"]])
+@pytest.mark.parametrize("count", [0, 1])
 def test_with_fewer_gpus_than_wanted_nothing_changes(
-    there: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv(VISIBLE, raising=False)
-    monkeypatch.setattr(gpu_shares, "_counted", lambda: there)
-    with own_gpus(2, "7", tmp_path):
+    monkeypatch.setattr(gpu_shares, "_count", lambda: count)
+    with own_gpus(2):
         assert VISIBLE not in os.environ
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("visible", "count"), [("-1", 0), ("0", 0), ("NoDevFiles", 0), ("", 0), ("0, 1,-1,2", 2)])
+def test_names_without_a_gpu_are_not_shared_out(
+    visible: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`count` is what torch makes of the variable."""
+    monkeypatch.setenv(VISIBLE, visible)
+    monkeypatch.setattr(gpu_shares, "_count", lambda: count)
+    with own_gpus(1):
+        found = [file.name for folder in tmp_path.iterdir() for file in folder.iterdir()]
+        assert found == (["0"] if count else [])
+        assert os.environ[VISIBLE] == ("0" if count else visible)
+    with own_gpus(2) as both:
+        assert both == (["0", "1"] if count else [])
+
+
+def test_who_waits_may_give_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VISIBLE, "0")
+    with own_gpus(1), pytest.raises(TimeoutError), own_gpus(1, waiting=give_up):
+        pass
+
+
+def give_up() -> None:
+    raise TimeoutError
+
+
 def test_the_only_gpu_is_one_stage_s_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VISIBLE, raising=False)
-    monkeypatch.setattr(gpu_shares, "_counted", lambda: ["0"])
-    with own_gpus(1, "7", tmp_path):
+    monkeypatch.setattr(gpu_shares, "_count", lambda: 1)
+    with own_gpus(1):
         assert os.environ[VISIBLE] == "0"
         monkeypatch.setattr(gpu_shares.time, "sleep", stop_waiting)
-        with pytest.raises(TimeoutError), own_gpus(1, "7", tmp_path):
+        with pytest.raises(TimeoutError), own_gpus(1):
             pass
     assert VISIBLE not in os.environ
-    with own_gpus(1, "7", tmp_path) as mine:
+    with own_gpus(1) as mine:
         assert mine == ["0"]
 
 
@@ -81,15 +125,15 @@ def stop_waiting(_: float) -> None:
 
 def test_without_slurm_a_users_stages_share_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VISIBLE, "0,1")
-    for job, folder in ((None, "local"), ("12", "12")):
+    for job, name in ((None, "local"), ("12", "12")):
         monkeypatch.setenv("SLURM_JOB_ID", job) if job else monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-        with own_gpus(1, folder=tmp_path):
-            assert (tmp_path / f"dayzero-gpus-{os.getuid()}-{folder}" / "0").is_file()
+        with own_gpus(1):
+            assert (locks(tmp_path, name) / "0").is_file()
 
 
 def test_a_folder_of_somebody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VISIBLE, "0,1")
     (tmp_path / "theirs").mkdir()
-    (tmp_path / f"dayzero-gpus-{os.getuid()}-7").symlink_to(tmp_path / "theirs")
-    with pytest.raises(ConfigError, match="belongs to somebody else"), own_gpus(1, "7", tmp_path):
+    locks(tmp_path, "7").symlink_to(tmp_path / "theirs")
+    with pytest.raises(ConfigError, match="belongs to somebody else"), own_gpus(1):
         pass

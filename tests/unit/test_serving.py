@@ -14,7 +14,7 @@ import pytest
 from dayzero.config import Serving
 from dayzero.errors import ConfigError, DataError
 from dayzero.pretrained import context_length
-from dayzero.serving import vllm_settings
+from dayzero.serving import server, vllm_settings
 from dayzero.serving.parity import choose_prompts, compare, judge, write_verdict
 from dayzero.stages import serve, verify_serving
 from transformers import BloomConfig, Gemma3Config, GPT2Config, MambaConfig, MptConfig, XLNetConfig
@@ -189,6 +189,47 @@ def test_float32_is_float32_in_vllm_s_kernels_too(monkeypatch, tmp_path):
     assert settings["TRITON_F32_DEFAULT"] == "ieee"
     assert settings["TRITON_CACHE_DIR"].startswith(str(tmp_path)), "apart from kernels of the other precision"
     assert "TRITON_F32_DEFAULT" not in vllm_settings.environment(own_process=False)
+
+
+SERVER = """
+import sys
+from dayzero.serving import server
+
+slow = '''import signal, sys, time
+def end(*_):
+    time.sleep(2)
+    sys.exit(print("vLLM has ended", flush=True))
+signal.signal(signal.SIGINT, end)
+print("up", flush=True)
+time.sleep(60)'''
+
+with server._ends_on_signals() as ended_on:
+    sys.exit(server._run([sys.executable, "-c", slow], "127.0.0.1", 9, "run", ended_on))
+"""
+
+
+def test_a_terminal_that_closes_twice_does_not_leave_vllm_behind() -> None:
+    process = subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    assert process.stdout.readline() == "up\n"
+    process.send_signal(signal.SIGHUP)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1)
+    process.send_signal(signal.SIGHUP)
+    assert process.communicate(timeout=30)[0] == "vLLM has ended\n"
+    assert process.returncode == 0
+
+
+def test_a_server_under_nohup_outlives_its_terminal() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with server._ends_on_signals() as heeded:
+            assert heeded == [signal.SIGINT, signal.SIGTERM]
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.end_to_end

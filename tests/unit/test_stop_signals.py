@@ -11,7 +11,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from dayzero import attempts, slurm
+from dayzero import attempts, gpu_shares, slurm
+from dayzero.engine import signals
 from dayzero.engine.launch import StoppedEarly
 from dayzero.engine.signals import STOP_ASKED
 from dayzero.interruption import EXIT_INTERRUPTED
@@ -73,6 +74,18 @@ sys.exit(never_ended_by_a_stop(main))
 
 def test_a_stop_while_torch_is_imported_starts_no_rank() -> None:
     assert python(BEFORE_RANKS).returncode == 0
+
+
+def test_a_stop_while_a_training_waits_for_gpus_starts_no_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(gpu_shares.VISIBLE, "0")
+    monkeypatch.setattr(gpu_shares, "_count", lambda: 1)
+    monkeypatch.setattr(gpu_shares.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(signals, "_early", [])
+    monkeypatch.setattr(gpu_shares.time, "sleep", lambda _: signals._early.append(signal.SIGTERM))
+    monkeypatch.setattr(launch, "run_torchrun", lambda *_: pytest.fail("it was asked to stop"))
+    args = SimpleNamespace(nodes=1, network_interface=None, stop_before=0)
+    with gpu_shares.own_gpus(1), pytest.raises(StoppedEarly):
+        launch._run_ranks(1, args, [], None)  # type: ignore[arg-type]
 
 
 def test_a_rank_knows_of_a_stop_that_came_before_it() -> None:

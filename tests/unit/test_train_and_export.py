@@ -107,6 +107,14 @@ def test_what_rounding_explains_is_no_damage(
     assert export.main(given) == 1
     assert "nothing is exported: the exported and in-training logits differ by 2" in capsys.readouterr().err
 
+    monkeypatch.setattr("dayzero.engine.export.OWN_ROUNDING", 1e9)  # as if a router chose another expert
+    assert export.main(given) == 0
+    probe["logits"] += 2e-4
+    save_file(probe, out / "probe.safetensors")
+    capsys.readouterr()
+    assert export.main(given) == 1
+    assert "logits differ by 0.00022, more than 0.0001 of their size" in capsys.readouterr().err
+
 
 def test_a_warm_up_that_is_longer_than_the_epochs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """How many steps they are is known once it is known how rows are packed."""

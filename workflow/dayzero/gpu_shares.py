@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import fcntl
 import os
+import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,23 +24,22 @@ SECONDS = 2.0
 
 
 @contextmanager
-def own_gpus(wanted: int, job_id: str | None = None, folder: Path | None = None) -> Iterator[list[str]]:
+def own_gpus(wanted: int, waiting: Callable[[], None] = lambda: None) -> Iterator[list[str]]:
     """Inside the block `CUDA_VISIBLE_DEVICES` names `wanted` GPUs that nothing else has that asked here.
 
-    They are shared out within the SLURM job `job_id` (None: the present one), and outside of SLURM among all that the
-    user runs on the machine. Waits while too few are free. To be called before CUDA is used. Yields their names; where
-    there are fewer than `wanted`, or none at all, nothing is changed.
+    They are shared out within a SLURM job, and outside of SLURM among all that the user runs on the machine. While too
+    few are free it waits, and calls `waiting` before each new look. To be called before CUDA is used. Yields their
+    names; where there are fewer than `wanted`, or none at all, nothing is changed.
 
     Raises:
         ConfigError: the folder of the locks belongs to somebody else.
     """
     before = os.environ.get(VISIBLE)
-    there = [name for name in before.split(",") if name] if before is not None else _counted()
+    there = _there(before)
     if len(there) < wanted or not there:
         yield there
         return
-    locks = _folder(folder or Path(tempfile.gettempdir()), job_id or os.environ.get("SLURM_JOB_ID") or "local")
-    taken = _take(there, wanted, locks)
+    taken = _take(there, wanted, _folder(os.environ.get("SLURM_JOB_ID") or "local"), waiting)
     os.environ[VISIBLE] = ",".join(taken)
     if len(there) > wanted:
         log.info("GPUs %s of %d", os.environ[VISIBLE], len(there))
@@ -54,21 +54,32 @@ def own_gpus(wanted: int, job_id: str | None = None, folder: Path | None = None)
             os.environ[VISIBLE] = before
 
 
-def _counted() -> list[str]:
+def _there(visible: str | None) -> list[str]:
+    """The names of the GPUs that `CUDA_VISIBLE_DEVICES` leaves: it may name none, or some that are not there."""
+    count = _count()
+    return [str(number) for number in range(count)] if visible is None else _names(visible)[:count]
+
+
+def _names(visible: str) -> list[str]:
+    return [name for part in visible.split(",") if (name := part.strip())]
+
+
+def _count() -> int:
     import torch
 
-    return [str(number) for number in range(torch.cuda.device_count())]
+    return torch.cuda.device_count()
 
 
-def _folder(parent: Path, job_id: str) -> Path:
-    path = parent / f"dayzero-gpus-{os.getuid()}-{job_id}"
+def _folder(job: str) -> Path:
+    """Of the locks within `job` on this machine: temporary files may lie where other machines see them too."""
+    path = Path(tempfile.gettempdir()) / f"dayzero-gpus-{os.getuid()}-{socket.gethostname()}-{job}"
     path.mkdir(mode=0o700, exist_ok=True)
     if path.is_symlink() or path.stat().st_uid != os.getuid():
         raise ConfigError(f"{path} belongs to somebody else: remove it, or set TMPDIR to a folder of your own")
     return path
 
 
-def _take(names: list[str], wanted: int, folder: Path) -> dict[str, int]:
+def _take(names: list[str], wanted: int, folder: Path, waiting: Callable[[], None]) -> dict[str, int]:
     """`wanted` of the GPUs, each with the open file that holds its lock."""
     said = False
     while True:
@@ -88,4 +99,5 @@ def _take(names: list[str], wanted: int, folder: Path) -> dict[str, int]:
         if not said:
             log.info("waiting for %d free GPUs of %d", wanted, len(names))
             said = True
+        waiting()
         time.sleep(SECONDS)

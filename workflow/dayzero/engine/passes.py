@@ -37,7 +37,8 @@ def backward(model: ParallelModel, micro_batches: list[dict[str, Tensor]], scale
     Returns the share of the sum seen here. `router_weight`: see `CausalLMWithLoss`.
     """
     if model.pipeline:
-        with _kernels(model, micro_batches[0]["position_ids"]):
+        longest = max((batch["position_ids"] for batch in micro_batches), key=lambda positions: positions.shape[1])
+        with _kernels(model, longest):
             loss_sum = model.pipeline.train(micro_batches, scale, model.context)
     else:
         # summed on the device: reading every loss would let it idle between micro-batches
@@ -161,7 +162,8 @@ def _token_multiple(model: ParallelModel) -> int:
 def _kernels(model: ParallelModel, position_ids: Tensor) -> AbstractContextManager[None]:
     """SDPA's order of kernels for rows [B, T] as they come from the loader."""
     tokens = (position_ids.shape[1] + -position_ids.shape[1] % _token_multiple(model)) // model.dims.cp
-    by_documents = model.attention in ("documents", "varlen") and may_be_packed(position_ids)
+    attentions = {model.attention} | ({model.distillation.teacher.attention} if model.distillation else set())
+    by_documents = bool(attentions & {"documents", "varlen"}) and may_be_packed(position_ids)
     return sdpa_order(model.device, tokens, by_documents=by_documents)
 
 

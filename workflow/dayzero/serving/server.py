@@ -11,10 +11,13 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from dayzero.console import log
 from dayzero.errors import ConfigError
+from dayzero.gpu_shares import own_gpus
 from dayzero.serving.vllm_settings import environment, require_model, require_vllm
 
 DEFAULT_CONTEXT = 4096
@@ -42,11 +45,16 @@ def serve(
     command += ["--served-model-name", name, "--host", host, "--port", str(port)]
     command += ["--dtype", dtype, "--max-model-len", str(length)]
     command += ["--trust-remote-code"] if trust_remote_code else []
-    log.info("starting vLLM on %s; the first answer takes about a minute", model)
+    with own_gpus(1), _ends_on_signals() as ended_on:
+        log.info("starting vLLM on %s; the first answer takes about a minute", model)
+        return _run(command, host, port, name, ended_on)
+
+
+def _run(command: list[str], host: str, port: int, name: str, ended_on: list[signal.Signals]) -> int:
+    """vLLM's exit code, or 0 when one of the signals ended it."""
     # a group of its own: on ctrl-C it is asked to end once, by us, and not killed under its feet
     process = subprocess.Popen(command, env=environment(own_process=False), start_new_session=True)
     try:
-        previous = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
         if _wait_until_ready(process, host, port):
             log.info("ready. Ask it with:\n%s", curl_line(host, port, name))
         code = process.wait()
@@ -56,9 +64,25 @@ def serve(
         log.info("stopping")
         return 0
     finally:
+        for number in ended_on:  # a terminal that closes may say so twice: vLLM's end must not be cut short
+            signal.signal(number, signal.SIG_IGN)
         _end(process)
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+
+
+@contextmanager
+def _ends_on_signals() -> Iterator[list[signal.Signals]]:
+    """Inside, ctrl-C, SIGTERM and a terminal that closes raise `KeyboardInterrupt`, but for what is ignored already, as
+    nohup does. Yields which."""
+    ends = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in ends}
+    heeded = [number for number in ends if before[number] is not signal.SIG_IGN]
+    try:
+        for number in heeded:
+            signal.signal(number, _interrupt)
+        yield heeded
+    finally:
+        for number in heeded:
+            signal.signal(number, before[number])
 
 
 def curl_line(host: str, port: int, name: str) -> str:

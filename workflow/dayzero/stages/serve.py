@@ -36,7 +36,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def body(args: argparse.Namespace) -> None:
     """Serve until stopped, or only name the model's manifest."""
     from dayzero.errors import ConfigError
-    from dayzero.gpu_shares import own_gpus
     from dayzero.remote_code import require_trusted_code
     from dayzero.serving.server import serve
     from dayzero.site_config import load
@@ -57,16 +56,15 @@ def body(args: argparse.Namespace) -> None:
         print(model / "manifest.json")
         return
     name = args.name or (model.resolve().parent.name if model.name == "model" else model.resolve().name)
-    with own_gpus(1):
-        code = serve(
-            model,
-            name=name,
-            host=args.host,
-            port=args.port,
-            dtype=args.dtype,
-            max_model_len=args.max_model_len,
-            trust_remote_code=trust,
-        )
+    code = serve(
+        model,
+        name=name,
+        host=args.host,
+        port=args.port,
+        dtype=args.dtype,
+        max_model_len=args.max_model_len,
+        trust_remote_code=trust,
+    )
     raise SystemExit(code)
 
 

@@ -23,15 +23,13 @@ def body(args: argparse.Namespace) -> None:
     """Write `args.output`/parity.json."""
     from dayzero.config import Serving
     from dayzero.console import log
-    from dayzero.gpu_shares import own_gpus
     from dayzero.provenance import Clock
     from dayzero.serving.parity import compare, write_verdict
 
     clock = Clock()
     given = read_config(args.config)
     config = Serving.model_validate(given.get("serving") or {})
-    with own_gpus(1):
-        result = compare(config, args.model, args.tokens, trusts_code(given))
+    result = compare(config, args.model, args.tokens, trusts_code(given))
     result["provenance"] = clock.provenance()
     write_verdict(args.output / "parity.json", result)
     log.info(

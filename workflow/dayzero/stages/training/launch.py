@@ -17,6 +17,7 @@ from dayzero.engine import checkpoint
 from dayzero.engine.launch import StoppedEarly, run_torchrun
 from dayzero.engine.launch_nodes import NodeSettings, run_on_nodes
 from dayzero.engine.node import use_interface
+from dayzero.engine.signals import noted
 from dayzero.errors import ConfigError
 from dayzero.gpu_shares import own_gpus
 from dayzero.interruption import stop_or_go_on, stopped_in_time
@@ -85,6 +86,12 @@ def _require_gpus(processes: int) -> None:
         )
 
 
+def _stop_if_asked() -> None:
+    """Raise `StoppedEarly` where a request to stop came: nothing else heeds it before the ranks are there."""
+    if asked := noted():
+        raise StoppedEarly(asked)
+
+
 def _run_ranks(world_size: int, args: argparse.Namespace, arguments: list[str], job: slurm.Job | None) -> bool:
     """Start the ranks on the nodes of a SLURM job or on this machine; False when they stopped as asked."""
     if job is None or slurm.in_job_step():
@@ -100,7 +107,7 @@ def _run_ranks(world_size: int, args: argparse.Namespace, arguments: list[str], 
             use_interface(args.network_interface, socket.gethostname())
         _require_gpus(world_size)
         in_time = stopped_in_time(job, args.stop_before) if job else nullcontext()
-        with in_time, own_gpus(world_size):
+        with in_time, own_gpus(world_size, waiting=_stop_if_asked):
             return run_torchrun(STAGE, arguments, world_size)
     settings = NodeSettings(nodes=args.nodes, network_interface=args.network_interface)
     logs = args.output.parent / "logs" / "ranks"
