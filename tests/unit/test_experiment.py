@@ -433,6 +433,12 @@ def test_every_key_says_what_it_expects() -> None:
     assert expected("data.columns.prompt") == "text"
 
 
+def test_one_experiment_has_every_fragment_that_needs_no_gpu() -> None:
+    fragments = {path.stem for path in (ROOT / "config/recipes/methods").glob("*.yaml")}
+    runs = yaml.safe_load((ROOT / "config/experiments/fragments.yaml").read_text())["runs"].values()
+    assert {run["recipe"][-1] for run in runs} == {f"methods/{name}" for name in fragments - {"qlora"}}
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "config/recipes/methods").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_method_s_fragment_is_a_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Laid over a recipe with a model, as its first line says."""
