@@ -180,8 +180,9 @@ def _trl(task: Task, setting: dict[str, Any], rows: Dataset, folder: str, watch:
     from trl import SFTConfig, SFTTrainer
 
     # its own packing would deal other documents to a step; a flattened batch is what that packing feeds the model
-    packed = {"padding_free": True, "max_length": None} if setting.get("packed") else {}
-    arguments = SFTConfig(**_arguments(task, setting, folder), dataset_kwargs={"skip_prepare_dataset": True}, **packed)
+    packed = {"padding_free": True} if setting.get("packed") else {}
+    whole = {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}  # documents as they are
+    arguments = SFTConfig(**_arguments(task, setting, folder), **whole, **packed)
     return SFTTrainer(
         model=_model(task, setting),
         args=arguments,

@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8, help="documents in a step")
     parser.add_argument("--threads", type=int, default=1, help="OpenMP threads of each process")
     parser.add_argument("--launcher", default="", help="words before each process's command, e.g. taskset -c 0")
+    parser.add_argument("--folder", type=Path, help="keep task.json, documents and adapter there, for benchmarks.ours")
     parser.add_argument("--results", type=Path, help="JSON lines: measurements are appended, earlier ones are used too")
     args = parser.parse_args()
     if not find_spec("trl"):
@@ -62,7 +63,8 @@ def main() -> None:
     if args.results and args.results.exists():
         found = [Measured(**json.loads(line)) for line in args.results.read_text().splitlines()]
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
+        folder = args.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
         environment = {"OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
         task = Task(
             model=str(model.resolve()),

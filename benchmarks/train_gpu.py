@@ -40,7 +40,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama-3.2-3b": {**LLAMA, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28,
                      "num_attention_heads": 24, "head_dim": 128, "tie_word_embeddings": True},
 }  # fmt: skip
-"""The fields of the published configs: huggingface.co/meta-llama/Llama-3.1-8B, Qwen/Qwen2.5-7B, and so on."""
+"""Sizes of the published configs: huggingface.co/meta-llama/Llama-3.1-8B, Qwen/Qwen2.5-7B, and so on. Llama's scaling
+of rotary frequencies, a table made once, is left out."""
 
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16,
         "num_key_value_heads": 2, "vocab_size": 256, "max_position_embeddings": 256}  # fmt: skip
@@ -71,18 +72,23 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="JSON lines: measurements are appended")
     parser.add_argument("--self-check", action="store_true", help="tiny shapes in this process, a CPU will do")
     args = parser.parse_args()
+    if unknown := set(args.ways or ()) - {*ours(), *PEERS}:
+        parser.error(f"--ways: no program is called {', '.join(sorted(unknown))}: choose from {', '.join(ours() + PEERS)}")
     if args.self_check:
         args.steps, args.warmup, args.seq_len, args.global_batch_size = 2, 1, 128, 4
     else:
         require_gpu()
+    failed: list[str] = []
     with tempfile.TemporaryDirectory() as temporary:
         for case in args.cases:
             folder = (args.folder or Path(temporary)) / case
             folder.mkdir(parents=True, exist_ok=True)
             try:
-                run_case(case, folder, args)
+                failed += run_case(case, folder, args)
             finally:
                 shutil.rmtree(folder)
+    if failed and args.self_check:
+        raise SystemExit(f"the self-check failed: {'; '.join(failed)}")
 
 
 def has_gpu() -> bool:
@@ -98,8 +104,8 @@ def require_gpu() -> None:
         raise SystemExit("train_gpu.py needs a CUDA GPU; --self-check runs its code on a CPU")
 
 
-def run_case(case: str, folder: Path, args: argparse.Namespace) -> None:
-    """Measure every program on one case and print its table."""
+def run_case(case: str, folder: Path, args: argparse.Namespace) -> list[str]:
+    """Measure every program on one case and print its table. Returns which failed."""
     name, method = CASES[case]
     fields = {**MODELS[name], **(TINY if args.self_check else {})}
     task = Task(
@@ -134,6 +140,7 @@ def run_case(case: str, folder: Path, args: argparse.Namespace) -> None:
                 with open(args.results, "a") as file:
                     file.write(json.dumps({"case": case, **asdict(one)}) + "\n")
     print_table(case, task, found, failed, peak, made.extra["device"])
+    return [f"{case}, {way}: {why}" for way, why in failed.items()]
 
 
 def step(args: argparse.Namespace, module: str, arguments: list[str], apart: bool = False) -> Measured:

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.train_cpu import print_table
+from benchmarks.train_gpu import CASES
 from benchmarks.workload import MARK, Clock, Measured, Task, lengths_by_step, measure, peak_resident_gib
 
 ROOT = Path(__file__).parents[2]
@@ -78,21 +79,46 @@ def test_a_clock_has_a_span_for_every_step() -> None:
     assert [len(spans[key]) for key in ("step_seconds", "step_cpu_seconds")] == [3, 3]
 
 
+def self_check(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "benchmarks/train_gpu.py"), "--self-check", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+
+
 def test_the_gpu_benchmark_checks_itself_on_a_cpu() -> None:
-    command = [sys.executable, str(ROOT / "benchmarks/train_gpu.py"), "--self-check"]
-    command += ["--cases", "llama-3.1-8b-lora", "llama-3.2-1b-full"]
-    done = subprocess.run(
-        [*command, "--ways", "dayzero bf16", "trainer", "plain loop"],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "failed" not in done.stdout, done.stdout
+    """All but the compiled settings, whose compiling takes minutes here."""
+    ways = ["dayzero bf16", "dayzero fp8", "trainer", "plain loop"]
+    done = self_check("--ways", *ways)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     lines = [line for line in done.stdout.splitlines() if line.startswith("| ") and "tokens/s" not in line]
     rows = [line.split("|")[1:-1] for line in lines]
-    assert len(rows) == 2 * 3
-    for case in (rows[:3], rows[3:]):
-        last = [float(row[-1]) for row in case]
+    assert [row[0].strip() for row in rows] == ways * len(CASES)
+    for start in range(0, len(rows), len(ways)):
+        last = [float(row[-1]) for row in rows[start : start + len(ways)]]
         assert max(last) - min(last) < 0.02 * max(last), "the programs do not train alike"
+
+
+def test_a_self_check_that_fails_says_so() -> None:
+    done = self_check("--cases", "llama-3.1-8b-lora", "--ways", "nothing like it")
+    assert done.returncode == 2
+    assert "no program is called nothing like it: choose from dayzero bf16, " in done.stderr
+    if find_spec("trl"):
+        pytest.skip("TRL is installed")
+    done = self_check("--cases", "llama-3.1-8b-lora", "--ways", "trl")
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last == "the self-check failed: llama-3.1-8b-lora, trl: No module named 'trl'"
+
+
+def test_the_operations_of_a_step_check_themselves_on_a_cpu() -> None:
+    """What is not here is only what the packages or the processor lack."""
+    command = [sys.executable, str(ROOT / "benchmarks/operations.py"), "--self-check", "--repeat", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == 9 + 5 + 2 * 4
+    missing = {row[0].strip().split(",")[0] for row in rows if "not here" in row[1]}
+    assert missing <= {"the same: varlen", "cut_cross_entropy", "liger_fused"}
+    assert all(float(row[1]) > 0 for row in rows if "not here" not in row[1])
 
 
 def test_the_data_benchmark_says_what_it_cannot_measure(tmp_path: Path) -> None:
