@@ -17,6 +17,7 @@ def blame(check: str, subject: Subject) -> str:
             return _checkpointing(subject)
         if check == "bf16":
             return _bf16(subject)
+        sum_of_losses(subject.plain(), subject.documents).backward()
     except Exception as error:
         return f"transformers alone: {explain(error)}"
     return ""

@@ -22,7 +22,7 @@ from dayzero.data.loader import TrainBatches
 from dayzero.data.tokens import TokenRows
 from dayzero.engine import distributed
 from dayzero.engine.consolidate import write_model
-from dayzero.engine.export import TOLERANCE, logit_difference, reloaded_logits, streamed_logits
+from dayzero.engine.export import TOLERANCE, logit_difference, logits_of, reload, streamed_logits
 from dayzero.engine.gathering import float32_logits, whole_weights
 from dayzero.engine.lora import save_adapter
 from dayzero.engine.model import ModelSource
@@ -258,12 +258,12 @@ def lora(subject: Subject) -> str:
 
 
 def merge(subject: Subject) -> str:
-    """The adapters merged into the base weights, written and reloaded: the logits of training."""
+    """The adapters merged into the base weights, written and reloaded: the same to the bit, and training's logits."""
     return _export(subject, subject.adapted, "lora")
 
 
 def export(subject: Subject) -> str:
-    """The trained weights, written and reloaded: the logits of training."""
+    """The trained weights, written and reloaded: the same to the bit, and training's logits."""
     return _export(subject, subject.trained, "full")
 
 
@@ -286,8 +286,10 @@ def _export(subject: Subject, trainer: Trainer, method: str) -> str:
     directory = place / "model"
     directory.mkdir()
     write_model(directory, weights.model, weights.read, torch.float32, "5GB", weights.weights.tied)
-    found, _ = reloaded_logits(directory, probe)
-    if not (off := logit_difference(found, streamed)) <= TOLERANCE:
+    reloaded = reload(directory)
+    if differ := [n for n, p in reloaded.named_parameters() if not torch.equal(p, weights.read(n))]:
+        raise Differs(f"reloaded weights differ: {differ[0]}")
+    if not (off := logit_difference(logits_of(reloaded, probe), streamed)) <= TOLERANCE:
         raise Differs(f"reloaded logits are off by {off:.2g}")
     return ""
 
@@ -382,11 +384,11 @@ def run_check(check: Callable[[Subject], str], subject: Subject) -> dict[str, st
 
 
 def explain(error: BaseException) -> str:
-    """One line: the error, and where it was raised."""
+    """One line: the error, and where it was raised. What is for users is whole, with its remedy."""
     at, trace = "", error.__traceback__
     while trace is not None:
         code = trace.tb_frame.f_code
         at = f"{'/'.join(Path(code.co_filename).parts[-2:])}:{trace.tb_lineno}"
         trace = trace.tb_next
-    said = " ".join(str(error).split())[:300]
-    return said if isinstance(error, Differs | ConfigError) else f"{type(error).__name__}: {said} ({at})"
+    said = " ".join(str(error).split())
+    return said if isinstance(error, Differs | ConfigError) else f"{type(error).__name__}: {said[:300]} ({at})"

@@ -7,8 +7,11 @@ import time
 from pathlib import Path
 
 import pytest
+from dayzero.errors import ConfigError
 
 from tests.coverage import table, walk
+from tests.coverage.blame import blame
+from tests.coverage.checks import CHECKS, Subject, explain
 
 pytestmark = pytest.mark.distributed
 
@@ -58,6 +61,7 @@ def test_the_page_is_that_of_its_twin() -> None:
     """Both are written by one command; the shares are counted from the cells."""
     twin = json.loads(walk.TWIN.read_text())
     good, total = table.share(twin["architectures"], table.CORE)
+    assert good >= 0.97 * total
     assert f"**{good} of {total} ({100 * good / total:.1f} %) pass" in walk.PAGE.read_text()
     assert not any("SILENT LEAK" in cells["packing"]["why"] for cells in twin["architectures"].values())
 
@@ -78,6 +82,19 @@ def test_what_passed_and_does_not_any_more_is_worse() -> None:
     ]
     assert table.worse({"a": {"packing": PASS}, **b}, before) == ["a, full: pass before, now missing: "]
     assert table.worse(b, before) == ["a: in the table before, not tried now"]
+
+
+def test_what_transformers_alone_cannot_do_is_not_the_engines_failure(tmp_path: Path) -> None:
+    subject = Subject("llama", tmp_path / "llama")
+    subject.make()
+    assert [blame(check, subject) for check in CHECKS] == [""] * len(CHECKS)
+    (subject.directory / "model.safetensors").unlink()
+    for check in CHECKS:
+        assert blame(check, subject).startswith("transformers alone: OSError: "), check
+
+
+def test_a_reason_for_users_keeps_its_remedy() -> None:
+    assert explain(ConfigError(f"{'x' * 400}: use dp_shard")).endswith("x: use dp_shard")
 
 
 def test_what_takes_the_ranks_down_is_the_running_checks_failure(tmp_path: Path) -> None:

@@ -37,6 +37,15 @@ FP8: list[tuple[tuple[str, str], dict[str, Any]]] = [
 ]
 """Frozen weights quantised once, trained ones gathered in 8 bits."""
 
+FP8_CURVES: list[tuple[tuple[str, str, str], dict[str, Any]]] = [
+    ((model, method, "packed"), {"precision": "bf16", "fp8": {"emulate": True, **more}})
+    for model, method in (("qwen3", "lora"), ("llama", "full"))
+    for more in ({"recipe": "tensorwise"}, {"recipe": "rowwise"}, {"recipe": "tensorwise", "all_gather": True})
+    if method == "lora" or HAS_TORCHAO
+    if method == "full" or "all_gather" not in more
+]
+"""Whole curves: each recipe with frozen and trained weights, and gathered in 8 bits."""
+
 WITHOUT_PLAN = [("stablelm", "full", "padded"), ("opt", "lora", "padded")]
 """Models that ship no tensor-parallel plan: grouped queries; biases and the MLP in the layer itself. The second trains
 adapters, since the plain loop would decay its table of positions."""

@@ -31,6 +31,7 @@ from tests.distributed.faults import (
 from tests.distributed.loading import load
 from tests.distributed.optimizers import optimizers
 from tests.distributed.reference import reference
+from tests.distributed.split_vocabulary import split_vocabulary
 from tests.distributed.trainers import (
     all_weights,
     batches_of,
@@ -105,7 +106,7 @@ JOBS = {
     job.__name__: job
     for job in (
         *(bf16_logits, frozen, leak, load, optimizers, reference, train, resume, bad_step, same_shape_again),
-        reduced_early,
+        *(reduced_early, split_vocabulary),
         *(train_with_late_writes, train_until_killed_in_save, failing_save, stopped_in_step),
     )
 }

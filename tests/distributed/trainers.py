@@ -17,6 +17,7 @@ from dayzero.engine.megatron_fsdp import has_unequal_shards
 from dayzero.engine.model import ModelSource
 from dayzero.engine.parallel_dims import ParallelDims
 from dayzero.engine.parallel_model import ParallelModel
+from dayzero.engine.sharded import local
 from dayzero.engine.trainer import Trainer
 from torch.distributed.tensor import DTensor
 
@@ -175,6 +176,11 @@ def train(job: dict[str, Any], trainer: Trainer | None = None) -> dict[str, Any]
         "checkpoint_seconds": [r["checkpoint_seconds"] for r in trainer.metrics.records],
         "router_losses": [r["router_aux_loss"] for r in trainer.metrics.records if "router_aux_loss" in r],
         "validation_losses": list(trainer.validation_losses.values()),
+        "teacher_shares": sorted(
+            {p.numel() / local(p).numel() for p in trainer.model.distillation.teacher.parameters()}
+            if trainer.model.distillation
+            else ()
+        ),
         "kls": [r["kl"] for r in trainer.metrics.records if "kl" in r],
         "averages": averages(trainer),
         "before": before,

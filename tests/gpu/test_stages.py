@@ -19,9 +19,13 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an 
 
 
 @pytest.mark.parametrize(
-    "method", [{"name": "full"}, {"name": "lora", "lora": {"rank": 4}}], ids=lambda method: method["name"]
+    "method",
+    [{"name": "full"}, {"name": "lora", "lora": {"rank": 4}}, {"name": "qlora", "lora": {"rank": 4}}],
+    ids=lambda method: method["name"],
 )
 def test_what_a_gpu_trained_is_exported(method: dict[str, Any], tmp_path: Path) -> None:
+    if method["name"] == "qlora":
+        pytest.importorskip("bitsandbytes")
     train_and_export(tmp_path, "llama", torch.float32, {"precision": "bf16"}, method=method)
     training = read_json(tmp_path / "model/manifest.json")["reload"]["training"]
     assert training["difference"] <= training["tolerance"]

@@ -196,11 +196,22 @@ def test_without_a_gpu_only_emulated() -> None:
         require_float8(Train(max_steps=1, fp8=Fp8()).fp8)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("recipe", "name"),
+    [
+        ("delayed", "DelayedScaling"),
+        ("tensorwise", "Float8CurrentScaling"),
+        ("block", "Float8BlockScaling"),
+        ("mxfp8", "MXFP8BlockScaling"),
+    ],
+)
 @pytest.mark.parametrize("method", [LORA, FULL], ids=["lora", "full"])
-def test_transformer_engines_modules_run_under_its_autocast(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transformer_engines_modules_run_under_its_autocast(
+    method: Method, recipe: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With a test double: which modules are swapped, with which parameters, and under which recipe they run."""
     transformer_engine_double.install(monkeypatch)
-    fp8 = Fp8(backend="transformer_engine", recipe="delayed")
+    fp8 = Fp8(backend="transformer_engine", recipe=recipe)
     plain, converted = both(method, fp8)
     assert [n for n, _ in converted.named_parameters()] == [n for n, _ in plain.named_parameters()]
     assert sum(isinstance(m, transformer_engine_double.Linear) for m in converted.modules()) == 4 * 7
@@ -209,7 +220,8 @@ def test_transformer_engines_modules_run_under_its_autocast(method: Method, monk
         got, gradients = loss_and_gradients(converted)
     assert got == want
     assert gradients.keys() == wanted.keys()
-    assert transformer_engine_double.seen == ["DelayedScaling"] * 4 * 7
+    assert transformer_engine_double.seen == [name] * 4 * 7
+    transformer_engine_double.install(monkeypatch, [transformer_engine_double.DelayedScaling])
     with pytest.raises(ConfigError, match="recipe mxfp8: this transformer-engine has no MXFP8BlockScaling"):
         float8_autocast(Fp8(backend="transformer_engine", recipe="mxfp8"))
 

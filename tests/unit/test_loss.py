@@ -5,12 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from dayzero.config import Train
+from dayzero.config import Method, Train
+from dayzero.console import log
+from dayzero.engine import loss_choice
 from dayzero.engine.chunks import IGNORE, token_cross_entropy
 from dayzero.engine.fused_losses import plain_head
 from dayzero.engine.loss import CausalLMWithLoss, LossOptions, decoder_returns, known_positions, loss_of_logits
-from dayzero.engine.loss_choice import LOSSES, choose_loss
+from dayzero.engine.loss_choice import LOSSES, PREFERENCE, choose_loss
+from dayzero.engine.model import ModelSource
 from dayzero.engine.parallel_dims import ParallelDims
+from dayzero.engine.parallel_model import ParallelModel
 from dayzero.engine.structure import find_decoder, find_layers
 from dayzero.errors import ConfigError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -188,6 +192,40 @@ def test_auto_takes_what_can_be_had_and_says_why(name: str, mesh: str, cuda: boo
     assert choice.name == expected
     assert choice.function is LOSSES[expected]
     assert choice.reason
+
+
+@pytest.mark.parametrize(
+    ("packages", "z_loss", "expected"),
+    [
+        (["liger_kernel", "cut_cross_entropy", "triton"], 0.0, "liger_fused"),
+        (["cut_cross_entropy", "triton"], 0.0, "cut_cross_entropy"),
+        (["cut_cross_entropy", "triton"], 0.1, "chunked"),
+        ([], 0.0, "chunked"),
+    ],
+)
+def test_on_a_gpu_auto_goes_by_the_packages_there(
+    packages: list[str], z_loss: float, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which packages are installed is made up: the choice alone is looked at."""
+    monkeypatch.setattr(loss_choice, "find_spec", lambda name: name if name in packages else None)
+    train = Train.model_validate({"precision": "bf16", "z_loss": z_loss or None})
+    dims = ParallelDims(strategy="fsdp2", world_size=1)
+    choice = choose_loss(on_meta("llama"), train, dims, cuda=True)
+    assert choice.name == expected
+    passed_over = PREFERENCE[: PREFERENCE.index(expected)]
+    assert [reason.split()[0] for reason in choice.reason.split("; ")] == list(passed_over)
+
+
+def test_the_log_says_which_loss_and_why(caplog: pytest.LogCaptureFixture) -> None:
+    source = ModelSource(directory=None, architecture=ARCHITECTURES["llama"], random_weights=True)
+    with caplog.at_level("INFO", logger=log.name):
+        ParallelModel(
+            source=source, method=Method(name="full"), train=Train(max_steps=1),
+            dims=ParallelDims(strategy="none", world_size=1), seed=0, device=torch.device("cpu"),
+        )  # fmt: skip
+    (said,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("loss: ")]
+    assert said.startswith("loss: chunked (loss_parallel splits the vocabulary over tp ranks, but parallelism.tp is 1")
+    assert "liger_fused needs a GPU, and none is here" in said
 
 
 @pytest.mark.parametrize(

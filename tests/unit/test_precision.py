@@ -5,6 +5,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +185,33 @@ def test_what_is_compiled_is_kept_in_the_users_cache(monkeypatch: pytest.MonkeyP
     assert keep_compiled() == tmp_path / "dayzero" / "compiled"
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
     assert keep_compiled() == Path("/elsewhere")
+
+
+COMPILED = """
+import torch
+from dayzero.engine.compiling import compile_layers
+from torch._dynamo.utils import counters
+
+class Layer(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x).tanh()
+
+layer = Layer(4, 4)
+compile_layers([layer])
+layer(torch.ones(2, 4)).sum().backward()
+found = counters["aot_autograd"]
+print(found["autograd_cache_hit"], found["autograd_cache_miss"])
+"""
+
+
+def test_a_restart_finds_what_was_compiled(tmp_path: Path) -> None:
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
+    said = [
+        subprocess.run([sys.executable, "-c", COMPILED], env=environment, text=True, check=True, stdout=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    assert [done.stdout.split() for done in said] == [["0", "1"], ["1", "0"]]
 
 
 def test_selective_checkpointing_of_a_real_model() -> None:

@@ -151,6 +151,19 @@ def test_moments_have_the_dtype_asked_for_and_steps_are_in_float32(weights: torc
     torch.testing.assert_close(model.weight.detach(), w, rtol=1e-5 if weights == torch.float32 else 1e-2, atol=1e-6)
 
 
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["muon", "adafactor"])
+def test_every_optimizers_moments_have_the_dtype_asked_for(name: Any, moments: Any) -> None:
+    model = empty(**ARCHITECTURES["mixtral"]).to_empty(device="cpu").bfloat16()
+    optimizer = build_optimizer(model, Optimizer(name=name, lr=1e-3, state_dtype=moments))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert len(optimizer.state) == len(list(model.parameters()))
+    for state in optimizer.state.values():
+        assert {v.dtype for k, v in state.items() if k != "step"} == {getattr(torch, moments)}
+
+
 def test_muon_takes_the_matrices_of_the_layers_only() -> None:
     fields = {**ARCHITECTURES["mixtral"], "tie_word_embeddings": False}
     source = ModelSource(directory=None, architecture=fields, random_weights=True)

@@ -6,7 +6,7 @@ Its linear module computes what torch's does and notes under which recipe.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -27,6 +27,15 @@ class DelayedScaling: ...
 class Float8CurrentScaling: ...
 
 
+class Float8BlockScaling: ...
+
+
+class MXFP8BlockScaling: ...
+
+
+RECIPES = (DelayedScaling, Float8CurrentScaling, Float8BlockScaling, MXFP8BlockScaling)
+
+
 class Linear(nn.Linear):
     def __init__(self, inputs: int, outputs: int, *, bias: bool, params_dtype: torch.dtype, device: Any) -> None:
         assert isinstance(device, str), "what is no text is not compared with the text meta"
@@ -39,7 +48,8 @@ class Linear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         seen.append(_active[-1] if _active else None)
-        assert not _active or x.shape[:-1].numel() % 8 == 0, "as the package's assert_dim_for_fp8_exec says"
+        multiple = 32 if _active[-1:] == ["MXFP8BlockScaling"] else 8
+        assert not _active or x.shape[:-1].numel() % multiple == 0, "as the package's assert_dim_for_fp8_exec says"
         return super().forward(x)
 
 
@@ -53,8 +63,8 @@ def autocast(*, enabled: bool, recipe: Any) -> Iterator[None]:
         _active.pop()
 
 
-def install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let `import transformer_engine` find the double for the length of a test."""
+def install(monkeypatch: pytest.MonkeyPatch, recipes: Sequence[type] = RECIPES) -> None:
+    """Let `import transformer_engine` find the double, with these recipes, for the length of a test."""
     names = ("transformer_engine", "transformer_engine.pytorch", "transformer_engine.common",
              "transformer_engine.common.recipe")  # fmt: skip
     modules: dict[str, Any] = {name: ModuleType(name) for name in names}
@@ -62,7 +72,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
         parent, _, leaf = name.rpartition(".")
         setattr(modules[parent], leaf, modules[name])
     modules[names[1]].Linear, modules[names[1]].autocast = Linear, autocast
-    modules[names[3]].DelayedScaling, modules[names[3]].Float8CurrentScaling = DelayedScaling, Float8CurrentScaling
+    for recipe in recipes:
+        setattr(modules[names[3]], recipe.__name__, recipe)
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     seen.clear()
