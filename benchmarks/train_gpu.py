@@ -73,7 +73,8 @@ def main() -> None:
     parser.add_argument("--self-check", action="store_true", help="tiny shapes in this process, a CPU will do")
     args = parser.parse_args()
     if unknown := set(args.ways or ()) - {*ours(), *PEERS}:
-        parser.error(f"--ways: no program is called {', '.join(sorted(unknown))}: choose from {', '.join(ours() + PEERS)}")
+        known = ", ".join(ours() + PEERS)
+        parser.error(f"--ways: no program is called {', '.join(sorted(unknown))}: choose from {known}")
     if args.self_check:
         args.steps, args.warmup, args.seq_len, args.global_batch_size = 2, 1, 128, 4
     else:
