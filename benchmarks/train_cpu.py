@@ -63,7 +63,7 @@ def main() -> None:
     if args.results and args.results.exists():
         found = [Measured(**json.loads(line)) for line in args.results.read_text().splitlines()]
     with tempfile.TemporaryDirectory() as temporary:
-        folder = args.folder or Path(temporary)
+        folder = (args.folder or Path(temporary)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         environment = {"OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
         task = Task(

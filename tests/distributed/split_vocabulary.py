@@ -30,6 +30,8 @@ def split_vocabulary(job: dict[str, Any]) -> dict[str, Any]:
             torch.manual_seed(0)
             kind = {k: v for k, v in fields.items() if k != "model_type"}
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(fields["model_type"], **kind)).eval()
+            if (bias := model.get_output_embeddings().bias) is not None:
+                torch.nn.init.normal_(bias)
             input_ids, labels = torch.randint(0, fields["vocab_size"], (2, 3, 17))
             labels[torch.rand(3, 17) < 0.6] = IGNORE
             positions = torch.arange(17).expand(3, 17)

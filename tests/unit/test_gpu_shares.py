@@ -17,6 +17,7 @@ from dayzero.gpu_shares import VISIBLE, own_gpus
 @pytest.fixture(autouse=True)
 def four_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine with four, in the SLURM job 7, with temporary files of the test's own."""
+    monkeypatch.setattr(gpu_shares, "_for_gpus", lambda: True)
     monkeypatch.setattr(gpu_shares, "_count", lambda: 4)
     monkeypatch.setattr(gpu_shares.tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.setenv("SLURM_JOB_ID", "7")
@@ -46,7 +47,7 @@ def test_each_training_has_gpus_of_its_own(tmp_path: Path, monkeypatch: pytest.M
 def test_a_training_waits_until_enough_are_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VISIBLE, "0,1,2")
     code = (
-        "import sys; from dayzero import gpu_shares; gpu_shares._count = lambda: 4\n"
+        "import sys; from dayzero import gpu_shares; gpu_shares._for_gpus = lambda: True\n"
         "with gpu_shares.own_gpus(2): print('held', flush=True); sys.stdin.read()"
     )
     other = subprocess.Popen(
@@ -81,19 +82,48 @@ def test_with_fewer_gpus_than_wanted_nothing_changes(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("visible", "count"), [("-1", 0), ("0", 0), ("NoDevFiles", 0), ("", 0), ("0, 1,-1,2", 2)])
-def test_names_without_a_gpu_are_not_shared_out(
-    visible: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("visible", "expected"),
+    [
+        ("-1", []),
+        ("NoDevFiles", []),
+        ("", []),
+        ("0, 1,-1,2", ["0", "1"]),
+        ("MIG-a,MIG-b/1", ["MIG-a", "MIG-b/1"]),
+    ],
+)
+def test_names_that_are_no_gpus_are_not_shared_out(
+    visible: str, expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`count` is what torch makes of the variable."""
     monkeypatch.setenv(VISIBLE, visible)
-    monkeypatch.setattr(gpu_shares, "_count", lambda: count)
-    with own_gpus(1):
-        found = [file.name for folder in tmp_path.iterdir() for file in folder.iterdir()]
-        assert found == (["0"] if count else [])
-        assert os.environ[VISIBLE] == ("0" if count else visible)
     with own_gpus(2) as both:
-        assert both == (["0", "1"] if count else [])
+        assert both == expected
+        assert os.environ[VISIBLE] == (",".join(expected) or visible)
+        assert len([file for folder in tmp_path.iterdir() for file in folder.iterdir()]) == len(expected)
+
+
+def test_without_a_torch_for_gpus_nothing_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_shares, "_for_gpus", lambda: False)
+    monkeypatch.setenv(VISIBLE, "0")
+    with own_gpus(1) as mine, own_gpus(1) as others:
+        assert mine == others == []
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("stage", ["evaluate", "verify_serving"])
+def test_stages_take_a_gpu_before_transformers_is_imported(stage: str, tmp_path: Path) -> None:
+    """With torchao its import asks for the GPUs, which settles what CUDA_VISIBLE_DEVICES was for the process."""
+    code = (
+        "import argparse, sys; from contextlib import contextmanager; from dayzero import gpu_shares\n"
+        "def own_gpus(wanted): print(*{'transformers', 'torchao', 'vllm'} & sys.modules.keys()); sys.exit(7)\n"
+        f"gpu_shares.own_gpus = own_gpus; from dayzero.stages import {stage} as stage; sys.argv[0] = 'stage'\n"
+        f"sys.exit(stage.main(['--config', '{{}}', '--model', 'm', '--output', '{tmp_path}', *{MORE[stage]!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True)
+    assert (done.returncode, done.stdout.strip()) == (7, ""), done.stderr
+
+
+MORE = {"evaluate": ["--data", "d", "--tasks-dir", "t"], "verify_serving": ["--tokens", "t"]}
 
 
 def test_who_waits_may_give_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -209,19 +209,32 @@ with server._ends_on_signals() as ended_on:
 
 
 def test_a_terminal_that_closes_twice_does_not_leave_vllm_behind() -> None:
-    process = subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True, preexec_fn=heeding_signals
+    )
     assert process.stdout
-    assert process.stdout.readline() == "up\n"
-    process.send_signal(signal.SIGHUP)
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(1)
-    process.send_signal(signal.SIGHUP)
-    assert process.communicate(timeout=30)[0] == "vLLM has ended\n"
-    assert process.returncode == 0
+    try:
+        assert process.stdout.readline() == "up\n"
+        process.send_signal(signal.SIGHUP)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1)
+        process.send_signal(signal.SIGHUP)
+        assert process.communicate(timeout=30)[0] == "vLLM has ended\n"
+        assert process.returncode == 0
+    finally:
+        process.kill()
+
+
+def heeding_signals() -> None:
+    """As in a terminal: what starts the tests may ignore some, which a process inherits."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def test_a_server_under_nohup_outlives_its_terminal() -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    heeding_signals()
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with server._ends_on_signals() as heeded:
             assert heeded == [signal.SIGINT, signal.SIGTERM]
@@ -229,7 +242,8 @@ def test_a_server_under_nohup_outlives_its_terminal() -> None:
             with pytest.raises(KeyboardInterrupt):
                 os.kill(os.getpid(), signal.SIGTERM)
     finally:
-        signal.signal(signal.SIGHUP, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @pytest.mark.end_to_end
@@ -243,7 +257,7 @@ def test_the_server_answers_a_chat_request_and_ends_cleanly(tmp_path, compiles):
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "dayzero.stages.serve", "--model", str(model), "--port", str(port)]
     log = tmp_path / "log"
-    process = subprocess.Popen([*command, "--log", str(log)], env=environment)
+    process = subprocess.Popen([*command, "--log", str(log)], env=environment, preexec_fn=heeding_signals)
     try:
         while "ready. Ask it with" not in (log.read_text() if log.exists() else ""):
             with pytest.raises(subprocess.TimeoutExpired):  # it must not end by itself

@@ -78,7 +78,7 @@ def test_a_stop_while_torch_is_imported_starts_no_rank() -> None:
 
 def test_a_stop_while_a_training_waits_for_gpus_starts_no_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(gpu_shares.VISIBLE, "0")
-    monkeypatch.setattr(gpu_shares, "_count", lambda: 1)
+    monkeypatch.setattr(gpu_shares, "_for_gpus", lambda: True)
     monkeypatch.setattr(gpu_shares.tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.setattr(signals, "_early", [])
     monkeypatch.setattr(gpu_shares.time, "sleep", lambda _: signals._early.append(signal.SIGTERM))

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 
 from dayzero.console import log
@@ -55,13 +56,20 @@ def own_gpus(wanted: int, waiting: Callable[[], None] = lambda: None) -> Iterato
 
 
 def _there(visible: str | None) -> list[str]:
-    """The names of the GPUs that `CUDA_VISIBLE_DEVICES` leaves: it may name none, or some that are not there."""
-    count = _count()
-    return [str(number) for number in range(count)] if visible is None else _names(visible)[:count]
+    """The names of the GPUs that `CUDA_VISIBLE_DEVICES` leaves: up to the first that is none (-1, NoDevFiles)."""
+    if not _for_gpus():
+        return []
+    if visible is None:
+        return [str(number) for number in range(_count())]
+    names = [name.strip() for name in visible.split(",")]
+    return list(takewhile(lambda name: name.isdigit() or name.startswith(("GPU-", "MIG-")), names))
 
 
-def _names(visible: str) -> list[str]:
-    return [name for part in visible.split(",") if (name := part.strip())]
+def _for_gpus() -> bool:
+    """Whether this torch can use any."""
+    import torch
+
+    return torch.backends.cuda.is_built()
 
 
 def _count() -> int:

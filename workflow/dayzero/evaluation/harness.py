@@ -15,7 +15,6 @@ from dayzero.config import Evaluate
 from dayzero.console import log
 from dayzero.errors import ConfigError, DataError
 from dayzero.files import sha256_json
-from dayzero.gpu_shares import own_gpus
 
 BOOTSTRAP_ITERATIONS = 1000
 """For the few metrics whose stderr has no formula."""
@@ -80,24 +79,23 @@ def _run(
         load_causal_lm(model, device_map="meta", trust_remote_code=trust)
         tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=trust)
         chat = tokenizer.chat_template is not None
-        with own_gpus(1):
-            lm = ExactLM(model, dtype=config.dtype, batch_size=config.batch_size, chat=chat, trust_remote_code=trust)
-            lm.tasks = list(tasks["tasks"].values())
-            log.info(
-                "%s on %s in %s, prompts %s",
-                ", ".join(tasks["tasks"]),
-                lm.device,
-                lm.model.dtype,
-                "by the model's chat template" if chat else "as plain text",
-            )
-            outcome = evaluator.evaluate(
-                lm=lm,
-                task_dict=tasks,
-                limit=config.limit,
-                bootstrap_iters=BOOTSTRAP_ITERATIONS,
-                apply_chat_template=chat,
-                fewshot_as_multiturn=chat,
-            )
+        lm = ExactLM(model, dtype=config.dtype, batch_size=config.batch_size, chat=chat, trust_remote_code=trust)
+        lm.tasks = list(tasks["tasks"].values())
+        log.info(
+            "%s on %s in %s, prompts %s",
+            ", ".join(tasks["tasks"]),
+            lm.device,
+            lm.model.dtype,
+            "by the model's chat template" if chat else "as plain text",
+        )
+        outcome = evaluator.evaluate(
+            lm=lm,
+            task_dict=tasks,
+            limit=config.limit,
+            bootstrap_iters=BOOTSTRAP_ITERATIONS,
+            apply_chat_template=chat,
+            fewshot_as_multiturn=chat,
+        )
     assert outcome is not None
     return chat, dict(outcome), lm.truncated
 

@@ -22,7 +22,6 @@ from dayzero.config import Serving
 from dayzero.console import log, track
 from dayzero.errors import ConfigError, DataError
 from dayzero.files import read_json, write_json
-from dayzero.gpu_shares import own_gpus
 from dayzero.serving.vllm_settings import environment, require_model, require_vllm
 
 UNSUPERVISED_PROMPT = 32
@@ -76,10 +75,9 @@ def compare(config: Serving, model: Path, tokens: Path, trust_remote_code: bool)
         )
     prompts = choose_prompts(tokens, config.num_prompts, longest)
     log.info("vLLM answers %d prompts of up to %d tokens (loading takes a while)", len(prompts), max(map(len, prompts)))
-    with own_gpus(1):
-        served = run_vllm(model, prompts, config, trust_remote_code)
-        answers = [answer["tokens"] for answer in served["answers"]]
-        reference = _transformers(model, prompts, answers, config.dtype, trust_remote_code)
+    served = run_vllm(model, prompts, config, trust_remote_code)
+    answers = [answer["tokens"] for answer in served["answers"]]
+    reference = _transformers(model, prompts, answers, config.dtype, trust_remote_code)
     return {**judge(prompts, served["answers"], reference, config.tolerance), **_versions(config, served)}
 
 

@@ -27,12 +27,14 @@ def body(args: argparse.Namespace) -> None:
     from dayzero.console import log
     from dayzero.evaluation.harness import evaluate_model
     from dayzero.files import atomic_file, sha256_file, write_json
+    from dayzero.gpu_shares import own_gpus
     from dayzero.provenance import Clock
 
     clock = Clock()
     given = read_config(args.config)
     config, trust = Evaluate.model_validate(given.get("evaluate") or {}), trusts_code(given)
-    results, samples = evaluate_model(config, args.model, args.data, args.tasks_dir, trust)
+    with own_gpus(1):  # before transformers is imported: with torchao that settles which GPUs there are
+        results, samples = evaluate_model(config, args.model, args.data, args.tasks_dir, trust)
     with atomic_file(args.output / "samples.jsonl") as temporary, open(temporary, "w", encoding="utf-8") as f:
         for sample in samples:
             f.write(json.dumps(sample) + "\n")

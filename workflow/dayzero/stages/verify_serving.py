@@ -23,13 +23,15 @@ def body(args: argparse.Namespace) -> None:
     """Write `args.output`/parity.json."""
     from dayzero.config import Serving
     from dayzero.console import log
+    from dayzero.gpu_shares import own_gpus
     from dayzero.provenance import Clock
     from dayzero.serving.parity import compare, write_verdict
 
     clock = Clock()
     given = read_config(args.config)
     config = Serving.model_validate(given.get("serving") or {})
-    result = compare(config, args.model, args.tokens, trusts_code(given))
+    with own_gpus(1):  # before transformers is imported: with torchao that settles which GPUs there are
+        result = compare(config, args.model, args.tokens, trusts_code(given))
     result["provenance"] = clock.provenance()
     write_verdict(args.output / "parity.json", result)
     log.info(
