@@ -24,6 +24,7 @@ from dayzero.engine.structure import find_layers
 from dayzero.engine.weights import Weights
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from tests.tiny import ARCHITECTURES
 from tests.unit.test_document_attention import model_of, rows
@@ -183,8 +184,13 @@ def test_what_is_compiled_is_kept_in_the_users_cache(monkeypatch: pytest.MonkeyP
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert keep_compiled() == tmp_path / "dayzero" / "compiled"
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "dayzero" / "compiled")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
     assert keep_compiled() == Path("/elsewhere")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())  # what torch itself puts there
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # nothing can be kept there
+    assert keep_compiled() == Path(default_cache_dir())
 
 
 COMPILED = """
@@ -212,6 +218,7 @@ def test_a_restart_finds_what_was_compiled(tmp_path: Path) -> None:
         for _ in range(2)
     ]
     assert [done.stdout.split() for done in said] == [["0", "1"], ["1", "0"]]
+    assert list((tmp_path / "dayzero/compiled").iterdir())
 
 
 def test_selective_checkpointing_of_a_real_model() -> None:

@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, Unsupported
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from dayzero.console import log
 from dayzero.user_cache import user_cache
+
+CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
 GRAPHS = 64
 """Graphs that torch may make of one piece of code. Layers of several kinds, with and without gradients, in training and
@@ -75,6 +78,18 @@ def graphs_compiled() -> int:
 def keep_compiled() -> Path:
     """Have torch keep what it compiles in the user's cache, unless TORCHINDUCTOR_CACHE_DIR names a folder.
 
-    torch's own default is the machine's temporary folder, which a restart on another node does not find.
+    torch's own default is in the machine's temporary folder, which a restart on another node does not find. Importing
+    torch's compiler puts that default into the variable, here or in the process that started this one (whose temporary
+    folder may be another): it is no choice of the user's.
     """
-    return Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(user_cache() / "compiled")))
+    named = os.environ.get(CACHE)
+    if named and Path(named).name != Path(default_cache_dir()).name:
+        return Path(named)
+    kept = user_cache() / "compiled"
+    try:
+        kept.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        log.warning("train.compile: what is compiled is not kept: %s", error)
+        return Path(default_cache_dir())
+    os.environ[CACHE] = str(kept)
+    return kept
