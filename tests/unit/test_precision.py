@@ -187,7 +187,10 @@ def test_what_is_compiled_is_kept_in_the_users_cache(monkeypatch: pytest.MonkeyP
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "dayzero" / "compiled")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
     assert keep_compiled() == Path("/elsewhere")
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())  # what torch itself puts there
+    elsewhere = str(tmp_path / Path(default_cache_dir()).name)  # what torch itself puts there, under another TMPDIR
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", elsewhere)
+    assert keep_compiled() == tmp_path / "dayzero" / "compiled"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", elsewhere)
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # nothing can be kept there
     assert keep_compiled() == Path(default_cache_dir())

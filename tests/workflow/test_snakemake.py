@@ -116,9 +116,7 @@ def test_command_line_overrides(tiny: Project) -> None:
     [
         (
             ["experiment=tinny"],
-            [
-                "config/experiments/tinny.yaml: no such file; there are: adapters, demo, fragments, meshes, methods, tiny"
-            ],
+            ["experiments/tinny.yaml: no such file; there are: adapters, demo, fragments, meshes, methods, tiny"],
         ),
         (
             ["experimnt=tiny", "trian=3"],
