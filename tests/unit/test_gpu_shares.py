@@ -114,7 +114,7 @@ def test_without_a_torch_for_gpus_nothing_waits(tmp_path: Path, monkeypatch: pyt
 def test_stages_take_a_gpu_before_transformers_is_imported(stage: str, tmp_path: Path) -> None:
     """With torchao its import asks for the GPUs, which settles what CUDA_VISIBLE_DEVICES was for the process."""
     code = (
-        "import argparse, sys; from contextlib import contextmanager; from dayzero import gpu_shares\n"
+        "import sys; from dayzero import gpu_shares\n"
         "def own_gpus(wanted): print(*{'transformers', 'torchao', 'vllm'} & sys.modules.keys()); sys.exit(7)\n"
         f"gpu_shares.own_gpus = own_gpus; from dayzero.stages import {stage} as stage; sys.argv[0] = 'stage'\n"
         f"sys.exit(stage.main(['--config', '{{}}', '--model', 'm', '--output', '{tmp_path}', *{MORE[stage]!r}]))"

@@ -116,7 +116,10 @@ def test_command_line_overrides(tiny: Project) -> None:
     [
         (
             ["experiment=tinny"],
-            ["experiments/tinny.yaml: no such file; there are: adapters, demo, fragments, meshes, methods, tiny"],
+            [
+                "config/experiments/tinny.yaml: no such file; "
+                "there are: adapters, demo, fragments, meshes, methods, tiny"
+            ],
         ),
         (
             ["experimnt=tiny", "trian=3"],
