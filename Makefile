@@ -15,8 +15,11 @@ BIN := .venv/bin
 OF_EXPERIMENT = $(if $(EXPERIMENT),--experiment $(EXPERIMENT))
 INSPECT = $(BIN)/python -m dayzero.stages.inspect_rows $(OF_EXPERIMENT) --run $(RUN)
 SERVE = $(BIN)/python -m dayzero.stages.serve $(OF_EXPERIMENT) --run $(RUN)
-# The tests of a file share what they start, so a file stays on one worker; a process has one thread, a worker one core.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder
+# The tests of a file share what they start, so a file stays on one worker. A worker that dies is a failure; with another
+# in its place pytest-xdist would wait for ever.
+WORKERS_OF_PYTEST = --numprocesses=$(WORKERS) --dist=loadfile --max-worker-restart=0
+# A process has one thread, a worker one core.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest $(WORKERS_OF_PYTEST) --no-loadscope-reorder
 SNAKEMAKE = $(BIN)/snakemake --cores all $(if $(EXPERIMENT),--config experiment=$(EXPERIMENT)) --
 
 .DEFAULT_GOAL := help
@@ -53,7 +56,7 @@ test-full: env
 
 test-slurm: env
 	@$(BIN)/python -m tests.slurm.cluster check
-	$(BIN)/pytest -m slurm tests/slurm --numprocesses=$(WORKERS) --dist=loadfile --durations=0 $(PYTEST_ARGS)
+	$(BIN)/pytest -m slurm tests/slurm $(WORKERS_OF_PYTEST) --durations=0 $(PYTEST_ARGS)
 
 coverage: env
 	$(BIN)/python -m tests.coverage.walk $(COVERAGE_ARGS)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,6 +24,18 @@ from dayzero.run_lock import LOCK, RunHeld, RunLock, read_lock
 from dayzero.slurm import Job
 
 FAST = {"beat": 0.05, "stale_after": 0.5}
+HELD = {"beat": 0.05, "stale_after": 60}
+"""Not to be taken over, even where a busy machine lets a sign of life wait."""
+
+
+@pytest.fixture(autouse=True)
+def stops() -> Iterator[list[int]]:
+    """The requests to stop that this process has sent itself, for the test to look at; no other may be left."""
+    asked: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
+    yield asked
+    signal.signal(signal.SIGTERM, before)
+    assert not asked
 
 
 def foreign(folder: Path, **values: object) -> Path:
@@ -46,8 +59,8 @@ def test_a_file_system_without_hard_links(tmp_path: Path, monkeypatch: pytest.Mo
         raise PermissionError
 
     monkeypatch.setattr(os, "link", refuse)
-    with RunLock(tmp_path, job=None, **FAST), pytest.raises(RunHeld):
-        RunLock(tmp_path, job=None, **FAST).__enter__()
+    with RunLock(tmp_path, job=None, **HELD), pytest.raises(RunHeld):
+        RunLock(tmp_path, job=None, **HELD).__enter__()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -58,8 +71,38 @@ def test_a_spoilt_lock_is_named(tmp_path: Path) -> None:
 
 
 def test_a_living_process_of_this_host_is_named(tmp_path: Path) -> None:
-    with RunLock(tmp_path, job=None, **FAST), pytest.raises(RunHeld, match=rf"process {os.getpid()} of .*\(kill"):
-        RunLock(tmp_path, job=None, **FAST).__enter__()
+    with RunLock(tmp_path, job=None, **HELD), pytest.raises(RunHeld, match=rf"process {os.getpid()} of .*\(kill"):
+        RunLock(tmp_path, job=None, **HELD).__enter__()
+
+
+def test_who_has_lost_the_lock_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stops: list[int]) -> None:
+    """But not when it is away for a moment only: with whoever took another's for stale, and looks again."""
+    aside = tmp_path / "aside"
+    lock = RunLock(tmp_path, job=None)
+    lock._create()
+
+    def after(*moments: Callable[[], object]) -> list[int]:
+        """The requests to stop when each beat comes after one of these."""
+        left = list(moments)
+        monkeypatch.setattr(lock._stop, "wait", lambda _: not left or (left.pop(0)(), False)[1])
+        lock._beat()
+        asked = list(stops)
+        stops.clear()
+        return asked
+
+    def away() -> None:
+        os.rename(lock.path, aside)
+
+    def back() -> None:
+        os.rename(aside, lock.path)
+        os.utime(lock.path, (0, 0))
+
+    assert after(away, back, away, back) == []
+    assert lock.path.stat().st_mtime > 0, "a sign of life"
+    assert after(away, time.time) == [signal.SIGTERM]
+    back()
+    assert after(lambda: foreign(tmp_path)) == [signal.SIGTERM]
+    assert read_lock(tmp_path)["token"] == "theirs"  # type: ignore[index]
 
 
 def test_a_living_job_elsewhere_is_named(tmp_path: Path) -> None:
@@ -74,7 +117,7 @@ def test_a_living_job_elsewhere_is_named(tmp_path: Path) -> None:
     thread.start()
     try:
         with pytest.raises(RunHeld, match=r"SLURM job 12 on node\[3-4\], process 7 of elsewhere.*scancel 12"):
-            RunLock(tmp_path, job=None, **FAST).__enter__()
+            RunLock(tmp_path, job=None, **HELD).__enter__()
     finally:
         stop.set()
         thread.join()
@@ -84,8 +127,8 @@ def test_a_living_job_elsewhere_is_named(tmp_path: Path) -> None:
 def test_a_task_of_an_array_is_named_by_its_own_name(tmp_path: Path) -> None:
     """The last task's plain id is the whole array's: to end it would end the others."""
     task = Job(job_id="2", array_task="2_8", nodes="node1")
-    with RunLock(tmp_path, job=task, **FAST), pytest.raises(RunHeld, match=r"SLURM job 2_8 on node1.*\(scancel 2_8\)"):
-        RunLock(tmp_path, job=None, **FAST).__enter__()
+    with RunLock(tmp_path, job=task, **HELD), pytest.raises(RunHeld, match=r"SLURM job 2_8 on node1.*\(scancel 2_8\)"):
+        RunLock(tmp_path, job=None, **HELD).__enter__()
     with recorded(tmp_path, task, 0):
         pass
     assert Attempts(tmp_path).all()[0]["job_id"] == "2_8"
@@ -128,8 +171,8 @@ def test_a_job_that_left_the_queue_does_not_hold_it(
 def test_a_living_job_that_the_queue_does_not_show_is_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sites hide others' jobs, and two clusters may share a file system."""
     monkeypatch.setattr(slurm, "job_states", lambda _: {})
-    with RunLock(tmp_path, job=Job(job_id="12"), **FAST), pytest.raises(RunHeld, match="SLURM job 12"):
-        RunLock(tmp_path, job=None, **FAST).__enter__()
+    with RunLock(tmp_path, job=Job(job_id="12"), **HELD), pytest.raises(RunHeld, match="SLURM job 12"):
+        RunLock(tmp_path, job=None, **HELD).__enter__()
 
 
 def test_a_watched_job_is_asked_for_once_a_beat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,14 +189,17 @@ def test_of_two_that_find_a_dead_one_one_wins(tmp_path: Path) -> None:
     foreign(tmp_path, job_id=None, host="elsewhere")
     os.utime(tmp_path / LOCK, (0, 0))
     held, refused = [], []
+    over = threading.Event()
 
     def take() -> None:
         try:
-            with RunLock(tmp_path, job=None, **FAST):
+            with RunLock(tmp_path, job=None, beat=0.5, stale_after=60):
                 held.append(1)
-                time.sleep(1)
+                over.wait(60)
         except RunHeld:
             refused.append(1)
+            if len(refused) == 3:
+                over.set()
 
     threads = [threading.Thread(target=take) for _ in range(4)]
     for thread in threads:

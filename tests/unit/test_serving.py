@@ -20,6 +20,7 @@ from dayzero.stages import serve, verify_serving
 from transformers import BloomConfig, Gemma3Config, GPT2Config, MambaConfig, MptConfig, XLNetConfig
 
 from tests.exported import tiny_export
+from tests.terminal import heeding_signals
 from tests.token_store import write_token_store
 
 PROMPTS = [[5, 6, 7], [8, 9]]
@@ -209,9 +210,7 @@ with server._ends_on_signals() as ended_on:
 
 
 def test_a_terminal_that_closes_twice_does_not_leave_vllm_behind() -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True, preexec_fn=heeding_signals
-    )
+    process = subprocess.Popen(heeding_signals("-c", SERVER), stdout=subprocess.PIPE, text=True)
     assert process.stdout
     try:
         assert process.stdout.readline() == "up\n"
@@ -225,16 +224,9 @@ def test_a_terminal_that_closes_twice_does_not_leave_vllm_behind() -> None:
         process.kill()
 
 
-def heeding_signals() -> None:
-    """As in a terminal: what starts the tests may ignore some, which a process inherits."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
-
-
 def test_a_server_under_nohup_outlives_its_terminal() -> None:
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    heeding_signals()
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    handlers = {signal.SIGINT: signal.SIG_DFL, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_IGN}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         with server._ends_on_signals() as heeded:
             assert heeded == [signal.SIGINT, signal.SIGTERM]
@@ -255,9 +247,9 @@ def test_the_server_answers_a_chat_request_and_ends_cleanly(tmp_path, compiles):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "dayzero.stages.serve", "--model", str(model), "--port", str(port)]
     log = tmp_path / "log"
-    process = subprocess.Popen([*command, "--log", str(log)], env=environment, preexec_fn=heeding_signals)
+    arguments = ["--model", str(model), "--port", str(port), "--log", str(log)]
+    process = subprocess.Popen(heeding_signals("-m", "dayzero.stages.serve", *arguments), env=environment)
     try:
         while "ready. Ask it with" not in (log.read_text() if log.exists() else ""):
             with pytest.raises(subprocess.TimeoutExpired):  # it must not end by itself

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.terminal import heeding_signals
 from tests.workflow.project import ROOT, STAND_IN, Project, make_project
 
 COMMANDS = {
@@ -53,13 +54,11 @@ def started(site: Project, refused: int, *arguments: str) -> subprocess.Popen[st
     (folder / "times").write_text(str(refused))
     path = os.pathsep.join([str(folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = dict(os.environ, PATH=path, PYTHONPATH=f"{STAND_IN}{os.pathsep}{ROOT / 'workflow'}", COLUMNS="200")
-    command = [sys.executable, "-m", "snakemake", "--profile", "slurm", "--retries", "0", "--until", "check_data"]
+    command = ["-m", "snakemake", "--profile", "slurm", "--retries", "0", "--until", "check_data"]
     more = ["--slurm-init-seconds-before-status-checks", "1", "--latency-wait", "5"]
     return subprocess.Popen(
-        [*command, *more, *arguments], cwd=site.path, env=environment, text=True,
+        heeding_signals(*command, *more, *arguments), cwd=site.path, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        # what a shell starts in the background ignores SIGINT, and so does all that it starts
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 

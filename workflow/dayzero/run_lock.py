@@ -177,13 +177,18 @@ class RunLock:
         return holder is not None and holder["token"] == self.content["token"]
 
     def _beat(self) -> None:
+        missing = False
         while not self._stop.wait(self.beat):
             with suppress(OSError):  # a file server that does not answer for a while
-                if not self._is_ours():
+                if self._is_ours():
+                    os.utime(self.path)
+                    missing = False
+                elif not missing and not self.path.exists():
+                    missing = True  # see _remove_stale: who was too slow holds it aside for a moment, and puts it back
+                else:
                     log.error("error: lost the lock %s to another process: stopping with a checkpoint", self.path)
                     os.kill(os.getpid(), signal.SIGTERM)
                     return
-                os.utime(self.path)
 
 
 def read_lock(folder: Path) -> dict[str, Any] | None:
