@@ -22,8 +22,8 @@ from statistics import median
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "workflow")]
 
 import torch
-from dayzero.engine import document_attention
-from dayzero.engine.document_attention import varlen_attention, varlen_attn
+from dayzero.engine.document_attention import forget_documents, varlen_attention, varlen_attn
+from dayzero.engine.document_attention import mask as separate_documents
 from dayzero.engine.float8 import WEIGHT, factors_forward, product, to_float8
 from dayzero.engine.loss import CausalLMWithLoss, LossOptions, decoder_returns
 from dayzero.engine.loss_choice import LOSSES
@@ -161,17 +161,20 @@ def attention(s: Shapes, device: torch.device) -> Iterator[Operation]:
     def varlen() -> None:
         if varlen_attn is None:
             raise ImportError("this torch has no varlen attention")
-        lengths = [[each] * s.documents] * s.rows
-        bounds = torch.arange(0, s.rows * s.tokens + 1, each, dtype=torch.int32, device=device)
-        document_attention._documents = document_attention._Documents((s.rows, s.tokens), lengths, False, bounds, each)
         output, _ = varlen_attention(nn.Module(), q, k, v, None)
         torch.autograd.grad(output.sum(), (q, k, v))
 
+    forget_documents()
+    separate_documents(s.rows, s.tokens, s.tokens, mask_function=partial(_same_document, each), device=device)
     yield "attention to whole rows, FlashAttention 2", sdpa(SDPBackend.FLASH_ATTENTION, is_causal=True), 0
     yield "the same by cuDNN", sdpa(SDPBackend.CUDNN_ATTENTION, is_causal=True), 0
     yield f"{s.documents} documents a row: a mask, memory-efficient kernel", repeated, 0
     yield "the same: a mask, cuDNN", sdpa(SDPBackend.CUDNN_ATTENTION, attn_mask=mask), 0
     yield "the same: varlen", varlen, 0
+
+
+def _same_document(each: int, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return (query // each == key // each) & (key <= query)
 
 
 def losses(s: Shapes, device: torch.device) -> Iterator[Operation]:

@@ -109,6 +109,11 @@ def own_rounding(model: PreTrainedModel, read: Callable[[str], Tensor], input_id
     return logit_difference(streamed_logits(model, moved, input_ids), logits)
 
 
+def rounding_tolerance(rounding: float) -> float:
+    """Largest difference of logits that training may have to a model whose `own_rounding` is `rounding`."""
+    return min(max(TOLERANCE, OWN_ROUNDING * rounding), WIDEST)
+
+
 def logit_difference(logits: Tensor, reference: Tensor) -> float:
     """Largest absolute difference as a share of the reference's largest absolute value (at least 1)."""
     return relative_difference(logits, reference, floor=1.0)

@@ -45,12 +45,11 @@ def body(args: argparse.Namespace) -> None:
     from dayzero.data.tokenizer import read_chat_template
     from dayzero.engine.consolidate import write_model
     from dayzero.engine.export import (
-        OWN_ROUNDING,
         TOLERANCE,
-        WIDEST,
         logit_difference,
         own_rounding,
         reloaded_logits,
+        rounding_tolerance,
         streamed_logits,
     )
     from dayzero.engine.model import ModelSource
@@ -81,7 +80,7 @@ def body(args: argparse.Namespace) -> None:
         tolerance = TOLERANCE
         if difference > tolerance:
             rounding = own_rounding(model, read, probe["input_ids"], logits)
-            tolerance = min(max(tolerance, OWN_ROUNDING * rounding), WIDEST)
+            tolerance = rounding_tolerance(rounding)
             log.info("logits differ by %.2g; rounding of this model's weights moves them by %.2g", difference, rounding)
         _require("exported and in-training", difference, tolerance, remedy)
         checks["training"] = {"difference": difference, "tolerance": tolerance}
