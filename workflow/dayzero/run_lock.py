@@ -104,10 +104,12 @@ class RunLock:
         if holder is None:
             return
         reason = self._gone(holder) or self._wait_for_a_sign(holder)
-        aside = self.path.with_name(f".{LOCK}.{holder['token']}.stale")
+        if read_lock(self.path.parent) != holder:  # another process was faster
+            return
+        aside = self.path.with_name(f".{LOCK}.{self.content['token']}.stale")
         with suppress(FileNotFoundError):
             os.rename(self.path, aside)
-            if json.loads(aside.read_text())["token"] != holder["token"]:  # another process was faster
+            if _parsed(aside.read_text()) != holder:  # faster still
                 os.rename(aside, self.path)
                 return
             self.last_sign = aside.stat().st_mtime
@@ -142,6 +144,7 @@ class RunLock:
             if now is None:
                 break
             if now != first:
+                holder = read_lock(self.path.parent) or holder  # another may have taken it over meanwhile
                 whose = f"scancel {job_name(holder)}" if holder["job_id"] else f"kill {holder['pid']} on its host"
                 raise RunHeld(
                     f"{self.path.parent} is being trained by {describe(holder)}: wait for it, or end it ({whose}); its "
@@ -172,35 +175,48 @@ class RunLock:
         finally:
             probe.unlink(missing_ok=True)
 
-    def _is_ours(self) -> bool:
-        holder = read_lock(self.path.parent)
-        return holder is not None and holder["token"] == self.content["token"]
+    def _is_ours(self) -> bool | None:
+        """None where there is no lock."""
+        try:
+            holder = read_lock(self.path.parent)
+        except DataError:
+            return False
+        return None if holder is None else holder["token"] == self.content["token"]
 
     def _beat(self) -> None:
         missing = False
         while not self._stop.wait(self.beat):
             with suppress(OSError):  # a file server that does not answer for a while
-                if self._is_ours():
+                ours = self._is_ours()
+                if ours:
                     os.utime(self.path)
-                    missing = False
-                elif not missing and not self.path.exists():
-                    missing = True  # see _remove_stale: who was too slow holds it aside for a moment, and puts it back
-                else:
+                elif ours is False or missing:
                     log.error("error: lost the lock %s to another process: stopping with a checkpoint", self.path)
                     os.kill(os.getpid(), signal.SIGTERM)
                     return
+                missing = ours is None  # perhaps only for a moment, see _remove_stale
 
 
 def read_lock(folder: Path) -> dict[str, Any] | None:
     """What the lock in a run's train folder says; None where there is none."""
     for _ in range(10):
         try:
-            return json.loads((folder / LOCK).read_text())
+            holder = _parsed((folder / LOCK).read_text())
         except FileNotFoundError:
             return None
-        except json.JSONDecodeError:  # just being written
-            time.sleep(0.1)
+        if holder is not None:
+            return holder
+        time.sleep(0.1)  # just being written
     raise DataError(f"{folder / LOCK} is spoilt: delete it when no training of this run is under way")
+
+
+def _parsed(text: str) -> dict[str, Any] | None:
+    """What a whole lock says; None for one that is just being written, or spoilt."""
+    with suppress(json.JSONDecodeError):
+        content = json.loads(text)
+        if isinstance(content, dict) and "token" in content:
+            return content
+    return None
 
 
 def job_name(holder: dict[str, Any]) -> str:
