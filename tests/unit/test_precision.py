@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from dayzero.config import Method
+from dayzero.console import log
 from dayzero.engine.activation_checkpointing import apply_activation_checkpointing
 from dayzero.engine.compiling import compile_layers, keep_compiled
 from dayzero.engine.document_attention import recalled
@@ -180,7 +181,10 @@ def test_a_checkpointed_layer_is_compiled_into_one_graph(
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-6, atol=1e-7)
 
 
-def test_what_is_compiled_is_kept_in_the_users_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_is_compiled_is_kept_in_the_users_cache(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(log, "propagate", True)
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert keep_compiled() == tmp_path / "dayzero" / "compiled"
@@ -194,6 +198,8 @@ def test_what_is_compiled_is_kept_in_the_users_cache(monkeypatch: pytest.MonkeyP
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # nothing can be kept there
     assert keep_compiled() == Path(default_cache_dir())
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == default_cache_dir()
+    assert "set XDG_CACHE_HOME or TORCHINDUCTOR_CACHE_DIR to a folder that can be written" in caplog.messages[-1]
 
 
 COMPILED = """

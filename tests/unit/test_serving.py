@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import urllib.request
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -122,6 +123,24 @@ def test_serving_refuses_a_missing_model_and_a_taken_port(tmp_path, capfd):
         taken.listen()
         port = taken.getsockname()[1]
         assert serve.main(["--model", str(tmp_path), "--port", str(port)]) == 1
+    assert f"cannot listen on 127.0.0.1:{port}" in capfd.readouterr().err
+
+
+def test_a_port_that_is_taken_while_a_gpu_is_waited_for(tmp_path, monkeypatch, capfd):
+    """Another server's answer would be taken for ours."""
+    BloomConfig().save_pretrained(tmp_path)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    @contextmanager
+    def own_gpus(_):
+        with socket.create_server(("127.0.0.1", port)):
+            yield []
+
+    monkeypatch.setattr(server, "own_gpus", own_gpus)
+    monkeypatch.setattr(server, "_run", lambda *_: pytest.fail("it cannot listen there"))
+    assert serve.main(["--model", str(tmp_path), "--port", str(port)]) == 1
     assert f"cannot listen on 127.0.0.1:{port}" in capfd.readouterr().err
 
 

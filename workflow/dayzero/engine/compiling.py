@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ def keep_compiled() -> Path:
 
     torch's own default is in the machine's temporary folder, which a restart on another node does not find. Importing
     torch's compiler puts that default into the variable, here or in the process that started this one (whose temporary
-    folder may be another): it is no choice of the user's.
+    folder may be another): it is no choice of the user's, and so is no folder of that name.
     """
     named = os.environ.get(CACHE)
     if named and Path(named).name != Path(default_cache_dir()).name:
@@ -88,8 +89,10 @@ def keep_compiled() -> Path:
     kept = user_cache() / "compiled"
     try:
         kept.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=kept).close()
     except OSError as error:
-        log.warning("train.compile: what is compiled is not kept: %s", error)
-        return Path(default_cache_dir())
+        kept = Path(default_cache_dir())
+        remedy = f"set XDG_CACHE_HOME or {CACHE} to a folder that can be written"
+        log.warning("train.compile: a restart will not find what is compiled: %s: %s", error, remedy)
     os.environ[CACHE] = str(kept)
     return kept

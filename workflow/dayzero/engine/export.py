@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dayzero.config import Method
+from dayzero.console import log
 from dayzero.engine.difference import relative_difference
 from dayzero.engine.model import ModelSource
 from dayzero.engine.structure import find_layers
 from dayzero.engine.weights import Weights
+from dayzero.errors import ConfigError
 from dayzero.memory import available_memory
 
 TOLERANCE = 1e-5
@@ -34,6 +37,9 @@ sums in another order. SmolLM2-135M with LoRA of rank 64 was 1 to 3 times as far
 WIDEST = 1e-4
 """Largest difference that any rounding excuses: what moves further chooses, as a router of experts does, between two
 that are all but equal, and would excuse anything."""
+
+DRAWS = 8
+"""Times at most that the weights are moved: an even choice falls the other way in about half of them."""
 
 ROOM = 0.5
 """Share of the free memory that a model may take to be loaded whole by transformers when a directory is checked."""
@@ -93,9 +99,53 @@ def streamed_logits(
     return logits_of(model, input_ids)
 
 
-def own_rounding(model: PreTrainedModel, read: Callable[[str], Tensor], input_ids: Tensor, logits: Tensor) -> float:
-    """How far `logits`, which `streamed_logits` gave, move when each weight does by up to a unit in its last place."""
-    generator = torch.Generator().manual_seed(0)
+@dataclass(frozen=True)
+class Comparison:
+    """How far logits are from those of training, how far they may be, and of how many tokens that is said."""
+
+    difference: float
+    tolerance: float
+    tokens: int
+
+
+def compare_with_training(
+    model: PreTrainedModel, read: Callable[[str], Tensor], input_ids: Tensor, logits: Tensor, trained: Tensor
+) -> Comparison:
+    """Compare `logits`, which `streamed_logits` gave for the same model, with those of training, both [B, T, V].
+
+    Where they are not equal the model's own rounding says how far apart they may be. Tokens whose logits rounding alone
+    moves past `WIDEST` say nothing and are left out. Raises `ConfigError` when those are more than half.
+    """
+    difference, tokens = logit_difference(logits, trained), input_ids.shape[1]
+    if difference <= TOLERANCE or difference == float("inf"):
+        return Comparison(difference, TOLERANCE, tokens)
+    rounding = torch.zeros(tokens)
+    for seed in range(DRAWS):
+        rounding = rounding.maximum(own_rounding(model, read, input_ids, logits, seed))
+        settled = rounding <= WIDEST
+        left = int(settled.sum())
+        if 2 * left < tokens:
+            raise ConfigError(
+                f"nothing is exported: rounding alone moves the logits of {tokens - left} of {tokens} tokens by more "
+                f"than {WIDEST:g} of their size, as where a router's experts are all but equal, so that this model "
+                "cannot be told from a damaged one: keep --train and train it further (train.max_steps)"
+            )
+        tolerance = min(max(TOLERANCE, OWN_ROUNDING * float(rounding[settled].max())), WIDEST)
+        found = Comparison(logit_difference(logits[:, settled], trained[:, settled]), tolerance, left)
+        if found.difference <= found.tolerance:
+            break
+    log.info("logits differ by %.2g; rounding of this model's weights moves them by %.2g", difference, rounding.max())
+    if left < tokens:
+        log.info("not compared: %d of %d tokens, which rounding moves by more than %g", tokens - left, tokens, WIDEST)
+    return found
+
+
+def own_rounding(
+    model: PreTrainedModel, read: Callable[[str], Tensor], input_ids: Tensor, logits: Tensor, seed: int = 0
+) -> Tensor:
+    """[T]: how far a token's `logits`, which `streamed_logits` gave, move when each weight does by up to a unit in its
+    last place, drawn from `seed`, as a share of the largest logit (at least 1)."""
+    generator = torch.Generator().manual_seed(seed)
     unit = torch.finfo(torch.float32).eps
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
 
@@ -106,12 +156,8 @@ def own_rounding(model: PreTrainedModel, read: Callable[[str], Tensor], input_id
         noise = torch.empty(value.shape).uniform_(-unit, unit, generator=generator)
         return noise.mul_(value).add_(value)
 
-    return logit_difference(streamed_logits(model, moved, input_ids), logits)
-
-
-def rounding_tolerance(rounding: float) -> float:
-    """Largest difference of logits that training may have to a model whose `own_rounding` is `rounding`."""
-    return min(max(TOLERANCE, OWN_ROUNDING * rounding), WIDEST)
+    off = (streamed_logits(model, moved, input_ids) - logits).abs().amax(dim=(0, 2))
+    return off / logits.abs().max().clamp(min=1.0)
 
 
 def logit_difference(logits: Tensor, reference: Tensor) -> float:

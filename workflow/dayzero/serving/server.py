@@ -46,6 +46,7 @@ def serve(
     command += ["--dtype", dtype, "--max-model-len", str(length)]
     command += ["--trust-remote-code"] if trust_remote_code else []
     with own_gpus(1), _ends_on_signals() as ended_on:
+        _require_free(host, port)  # still: a GPU may have been waited for
         log.info("starting vLLM on %s; the first answer takes about a minute", model)
         return _run(command, host, port, name, ended_on)
 

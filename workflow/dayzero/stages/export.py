@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,9 @@ def body(args: argparse.Namespace) -> None:
     from dayzero.engine.consolidate import write_model
     from dayzero.engine.export import (
         TOLERANCE,
+        compare_with_training,
         logit_difference,
-        own_rounding,
         reloaded_logits,
-        rounding_tolerance,
         streamed_logits,
     )
     from dayzero.engine.model import ModelSource
@@ -75,15 +75,11 @@ def body(args: argparse.Namespace) -> None:
     checks: dict[str, Any] = {"tokens": probe["input_ids"].shape[1]}
     logits = streamed_logits(model, read, probe["input_ids"])
     if args.train:
-        difference = logit_difference(logits, probe["ema_logits" if ema else "logits"])
+        trained = probe["ema_logits" if ema else "logits"]
+        found = compare_with_training(model, read, probe["input_ids"], logits, trained)
         remedy = f"--train {args.train} is not of this model, or damaged: remove it and train again"
-        tolerance = TOLERANCE
-        if difference > tolerance:
-            rounding = own_rounding(model, read, probe["input_ids"], logits)
-            tolerance = rounding_tolerance(rounding)
-            log.info("logits differ by %.2g; rounding of this model's weights moves them by %.2g", difference, rounding)
-        _require("exported and in-training", difference, tolerance, remedy)
-        checks["training"] = {"difference": difference, "tolerance": tolerance}
+        _require("exported and in-training", found.difference, found.tolerance, remedy)
+        checks["training"] = asdict(found)
 
     stored = read_json(args.model / "manifest.json").get("dtype") if args.model else None
     dtype = run.export.dtype or (stored if stored in ("float32", "bfloat16", "float16") else "float32")
@@ -97,8 +93,8 @@ def body(args: argparse.Namespace) -> None:
         write_model(directory, model, read, torch_dtype, run.export.max_shard_size, weights.weights.tied)
         tokenizer.save_pretrained(directory)
         num_parameters = sum(p.numel() for p in model.parameters())
-        found, how = reloaded_logits(directory, probe["input_ids"], trust)
-        difference = logit_difference(found, logits)
+        reloaded, how = reloaded_logits(directory, probe["input_ids"], trust)
+        difference = logit_difference(reloaded, logits)
         remedy = "transformers does not read this architecture as it writes it: take another version of transformers"
         _require("reloaded and exported", difference, TOLERANCE, remedy)
         checks |= {"max_logit_difference": difference, "tolerance": TOLERANCE, "loaded": how}
