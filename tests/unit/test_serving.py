@@ -126,12 +126,16 @@ def test_serving_refuses_a_missing_model_and_a_taken_port(tmp_path, capfd):
     assert f"cannot listen on 127.0.0.1:{port}" in capfd.readouterr().err
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def test_a_port_that_is_taken_while_a_gpu_is_waited_for(tmp_path, monkeypatch, capfd):
     """Another server's answer would be taken for ours."""
     BloomConfig().save_pretrained(tmp_path)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
 
     @contextmanager
     def own_gpus(_):
@@ -262,9 +266,7 @@ def test_the_server_answers_a_chat_request_and_ends_cleanly(tmp_path, compiles):
     """vLLM compiles the model unless told not to, which takes longer than all else here."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": str(int(not compiles))}
     model = tiny_export(tmp_path / "lora" / "model")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     log = tmp_path / "log"
     arguments = ["--model", str(model), "--port", str(port), "--log", str(log)]
     process = subprocess.Popen(heeding_signals("-m", "dayzero.stages.serve", *arguments), env=environment)

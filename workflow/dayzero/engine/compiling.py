@@ -81,7 +81,7 @@ def keep_compiled() -> Path:
 
     torch's own default is in the machine's temporary folder, which a restart on another node does not find. Importing
     torch's compiler puts that default into the variable, here or in the process that started this one (whose temporary
-    folder may be another): it is no choice of the user's, and so is no folder of that name.
+    folder may be another): a folder of that name is no choice of the user's.
     """
     named = os.environ.get(CACHE)
     if named and Path(named).name != Path(default_cache_dir()).name:

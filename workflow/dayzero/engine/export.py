@@ -39,7 +39,7 @@ WIDEST = 1e-4
 that are all but equal, and would excuse anything."""
 
 DRAWS = 8
-"""Times at most that the weights are moved: an even choice falls the other way in about half of them."""
+"""Times at most that the weights are moved: an even choice falls the other way in a quarter to a half of them."""
 
 ROOM = 0.5
 """Share of the free memory that a model may take to be loaded whole by transformers when a directory is checked."""
